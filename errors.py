@@ -1,0 +1,56 @@
+"""The one kind of error that a user's input causes, and how a script reports it."""
+
+import sys
+
+
+class UserError(Exception):
+    """Something that the user can put right.
+
+    The message is one line that names the flag or file and the remedy. `exit_code` is 2 where the
+    command line is at fault and 1 for everything else (files, data, numbers).
+    """
+
+    def __init__(self, message, exit_code=1):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class UsageError(UserError):
+    """A flag, or a combination of flags, that cannot work."""
+
+    def __init__(self, message):
+        super().__init__(message, exit_code=2)
+
+
+def warn(message):
+    """Print one warning line on stderr."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def run_script(main):
+    """Call `main()` and exit; a `UserError` becomes one line on stderr, Ctrl-C exit code 130."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        message = " ".join(str(error).split())
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # the reader of our output left (as `| head` does): nobody is there to be told
+        sys.stderr.close()
+        sys.exit(141)
+
+
+def write_whole(path, data):
+    """Write bytes to a file, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None

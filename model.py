@@ -1,0 +1,416 @@
+"""Newton Gravity Transformer: tokens are particles, attention is gravity.
+
+A token has a hidden state `h` (semantic stream), coordinates `z` (geometric stream) and a positive
+mass `m`. Each block lets earlier tokens pull on it and moves it:
+
+    a = GravityAttention(LayerNorm(h), z, m)
+    h = h + a
+    h = h + FeedForward(LayerNorm(h))
+    z = LayerNorm(z + W_z a)
+
+`vanilla_model.py` is the same sentence with dot-product attention in place of gravity.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from errors import UsageError
+from gravity import gravity_attention, published_gravity_attention, reach
+
+LAWS = ("newton", "published")
+PUBLISHED_RADIUS = math.log1p(math.exp(4.0))  # softplus(4), where the first release starts
+NEWTON_RADIUS = 16.0
+
+
+def softplus_inverse(value):
+    """The number whose softplus is `value` (> 0)."""
+    value = torch.as_tensor(value, dtype=torch.float64)
+    return (value + torch.log(-torch.expm1(-value))).float()
+
+
+def check_positive(config, *names):
+    """Raise `UsageError` for the first of these fields that is below 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} is {getattr(config, name)}: give at least 1")
+
+
+def check_divisible(hidden_dim, num_heads):
+    if hidden_dim % num_heads:
+        raise UsageError(
+            f"--hidden-dim {hidden_dim} is not divisible by --num-heads {num_heads}: "
+            "every head takes an equal share of the channels"
+        )
+
+
+@dataclass
+class NGTConfig:
+    """Everything that shapes an NGT. Field names are the command line's flags."""
+
+    vocab_size: int
+    block_size: int = 64
+    hidden_dim: int = 128
+    coord_dim: int = 64
+    head_coord_dim: int = 16
+    num_layers: int = 4
+    num_heads: int = 4
+    mlp_dim: int = 512
+    dropout: float = 0.0
+    law: str = "newton"
+    exponent: int = 4
+    radius: float | None = None  # None: the law's own start
+    use_radius_cutoff: bool = True
+    use_soft_cutoff: bool = False
+    use_rsqrt: bool = False
+    mass_in_value: bool = False
+    field_tolerance: float | None = None  # None: 1e-6, or 1e-4 under bf16 and fp16
+    tie_head: bool = True
+
+    def __post_init__(self):
+        check_positive(
+            self,
+            *("vocab_size", "block_size", "hidden_dim", "coord_dim", "head_coord_dim"),
+            *("num_layers", "num_heads", "mlp_dim", "exponent"),
+        )
+        check_divisible(self.hidden_dim, self.num_heads)
+        if self.law not in LAWS:
+            raise UsageError(f"--law is {self.law!r}: choose one of {', '.join(LAWS)}")
+        if self.use_soft_cutoff and not self.use_radius_cutoff:
+            raise UsageError(
+                "--no-radius-cutoff and --use-soft-cutoff exclude each other: drop one of them"
+            )
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"--dropout is {self.dropout}: give a number from 0 to below 1")
+        if self.radius is None:
+            self.radius = NEWTON_RADIUS if self.law == "newton" else PUBLISHED_RADIUS
+        if not 0 < self.radius < math.inf:
+            raise UsageError(f"--radius is {self.radius}: give a number above 0")
+        if self.field_tolerance is not None and not 0 <= self.field_tolerance < 1:
+            raise UsageError(
+                f"--field-tolerance is {self.field_tolerance}: give a number from 0 to below 1"
+            )
+
+    @property
+    def cutoff(self):
+        if not self.use_radius_cutoff:
+            return "none"
+        return "soft" if self.use_soft_cutoff else "hard"
+
+
+class Geometry(NamedTuple):
+    """Where the particles are: `mass` (B, T), final `z` (B, T, coord_dim), and `layers`, the
+    coordinates before the first block and after each, num_layers + 1 of (B, T, coord_dim)."""
+
+    mass: torch.Tensor
+    z: torch.Tensor
+    layers: tuple
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with a GELU between; (B, T, hidden_dim) to the same."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_dim, config.mlp_dim)
+        self.down_proj = nn.Linear(config.mlp_dim, config.hidden_dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, h):
+        return self.dropout(self.down_proj(F.gelu(self.up_proj(h))))
+
+
+def split_heads(x, num_heads):
+    """(B, T, H*C) to (B, H, T, C)."""
+    batch, tokens, width = x.shape
+    return x.view(batch, tokens, num_heads, width // num_heads).transpose(1, 2)
+
+
+def merge_heads(x):
+    """(B, H, T, C) to (B, T, H*C)."""
+    batch, heads, tokens, width = x.shape
+    return x.transpose(1, 2).reshape(batch, tokens, heads * width)
+
+
+class GravityAttention(nn.Module):
+    """The pull of earlier tokens under `--law newton`.
+
+    A head looks from `q = P z` and pulls from `k = S z`; time is one more dimension of space.
+    """
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.config, self.layer = config, layer
+        heads, points = config.num_heads, config.num_heads * config.head_coord_dim
+        self.probe_proj = nn.Linear(config.coord_dim, points)
+        self.source_proj = nn.Linear(config.coord_dim, points)
+        self.v_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
+        self.out_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.time_scale_raw = nn.Parameter(torch.empty(heads))
+        self.time_offset = nn.Parameter(torch.empty(heads))
+        radius = softplus_inverse(torch.full((heads,), config.radius))
+        if config.cutoff == "soft":
+            self.radius_raw = nn.Parameter(radius)
+        else:
+            self.register_buffer("radius_raw", radius, persistent=False)
+
+    @torch.no_grad()
+    def reset_geometry(self):
+        """Start near: distances about 1 softening, heads that look from 3 to 300 tokens back."""
+        for proj in (self.probe_proj, self.source_proj):
+            proj.reset_parameters()
+            proj.weight /= math.sqrt(8)
+            proj.bias /= math.sqrt(8)
+        heads = self.config.num_heads
+        steps = torch.arange(heads, dtype=torch.float64) / max(heads - 1, 1)
+        self.time_scale_raw.copy_(softplus_inverse(0.35 * 0.01**steps))
+        self.time_offset.copy_(steps)
+
+    @property
+    def time_scale(self):
+        """Softening units a token, (H,)."""
+        return F.softplus(self.time_scale_raw.float())
+
+    @property
+    def radius(self):
+        """Softening units, (H,); None without a cutoff."""
+        return None if self.config.cutoff == "none" else F.softplus(self.radius_raw.float())
+
+    @property
+    def window(self):
+        """Tokens back beyond which a head feels exactly nothing, (H,); inf without a cutoff."""
+        if self.radius is None:
+            return torch.full_like(self.time_offset, math.inf)
+        return reach(self.time_scale, self.time_offset, self.radius).clamp(min=1)
+
+    def points(self, z):
+        """Where tokens look from and pull from, both (B, H, T, head_coord_dim)."""
+        heads = self.config.num_heads
+        return split_heads(self.probe_proj(z), heads), split_heads(self.source_proj(z), heads)
+
+    def law(self):
+        """The keyword arguments of `gravity.gravity_field` for this layer."""
+        return dict(
+            time_scale=self.time_scale,
+            time_offset=self.time_offset,
+            exponent=self.config.exponent,
+            radius=self.radius,
+            cutoff=self.config.cutoff,
+            mass_in_value=self.config.mass_in_value,
+        )
+
+    def forward(self, h, z, mass, positions, kv_cache=None):
+        q, k = self.points(z)
+        v = split_heads(self.v_proj(h), self.config.num_heads)
+        tolerance = self.config.field_tolerance
+        if tolerance is None:
+            tolerance = 1e-4 if v.dtype in (torch.bfloat16, torch.float16) else 1e-6
+        key_positions = positions
+        if kv_cache is not None:
+            key_positions, k, v, mass = kv_cache.append(self.layer, positions, k, v, mass)
+        pull = gravity_attention(
+            q,
+            k,
+            v,
+            mass,
+            field_tolerance=tolerance,
+            query_positions=positions,
+            key_positions=key_positions,
+            **self.law(),
+        )
+        if kv_cache is not None and self.config.cutoff != "none":
+            kv_cache.keep_newest(self.layer, math.ceil(float(self.window.detach().max())))
+        return self.dropout(self.out_proj(merge_heads(pull)))
+
+
+class PublishedGravityAttention(nn.Module):
+    """The pull under `--law published`: the first release's softmax over one point a head."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.config, self.layer = config, layer
+        heads = config.num_heads
+        self.coord_proj_attn = nn.Linear(config.coord_dim, heads * config.head_coord_dim)
+        self.v_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
+        self.out_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
+        self.gamma_raw = nn.Parameter(torch.zeros(heads))
+        self.gravity_bias = nn.Parameter(torch.zeros(heads))
+        self.radius_raw = nn.Parameter(softplus_inverse(config.radius))
+
+    def reset_geometry(self):
+        """Start with points a few units apart, where the law's scores differ."""
+        self.coord_proj_attn.reset_parameters()
+
+    @property
+    def radius(self):
+        return None if self.config.cutoff == "none" else F.softplus(self.radius_raw.float())
+
+    def points(self, z):
+        """One point a head for both sides, (B, H, T, head_coord_dim) twice."""
+        x = split_heads(self.coord_proj_attn(z), self.config.num_heads)
+        return x, x
+
+    def forward(self, h, z, mass, positions, kv_cache=None):
+        q, k = self.points(z)
+        v = split_heads(self.v_proj(h), self.config.num_heads)
+        key_positions, key_mass = positions, mass
+        if kv_cache is not None:
+            key_positions, k, v, key_mass = kv_cache.append(self.layer, positions, k, v, mass)
+        pull = published_gravity_attention(
+            q,
+            k,
+            v,
+            mass,
+            key_mass,
+            gamma=F.softplus(self.gamma_raw.float()),
+            bias=self.gravity_bias.float(),
+            radius=self.radius,
+            cutoff=self.config.cutoff,
+            mass_in_value=self.config.mass_in_value,
+            use_rsqrt=self.config.use_rsqrt,
+            dropout=self.config.dropout if self.training else 0.0,
+            query_positions=positions,
+            key_positions=key_positions,
+        )
+        return self.out_proj(merge_heads(pull))
+
+
+class Block(nn.Module):
+    """Pull, think, move."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        attention = GravityAttention if config.law == "newton" else PublishedGravityAttention
+        self.norm1 = nn.LayerNorm(config.hidden_dim)
+        self.attn = attention(config, layer)
+        self.norm2 = nn.LayerNorm(config.hidden_dim)
+        self.ffn = FeedForward(config)
+        self.coord_proj_next = nn.Linear(config.hidden_dim, config.coord_dim)
+        self.coord_norm = nn.LayerNorm(config.coord_dim)
+
+    def forward(self, h, z, mass, positions, kv_cache=None):
+        a = self.attn(self.norm1(h), z, mass, positions, kv_cache)
+        h = h + a
+        h = h + self.ffn(self.norm2(h))
+        z = self.coord_norm(z + self.coord_proj_next(a))
+        return h, z
+
+
+@torch.no_grad()
+def init_weights(model):
+    """GPT-2's start: normal(0, 0.02), and what is added to the stream smaller by sqrt(2 layers)."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            std = 0.02
+            if name.endswith(("out_proj", "down_proj")):
+                std /= math.sqrt(2 * model.config.num_layers)
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+    if model.config.tie_head:
+        model.head.weight = model.token_emb.weight
+
+
+class NGT(nn.Module):
+    """The language model: token ids (B, T) to logits (B, T, vocab_size)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        published = config.law == "published"
+        self.token_emb = nn.Embedding(config.vocab_size, config.hidden_dim)
+        self.mass_emb = nn.Embedding(config.vocab_size, 1)
+        if published:
+            self.coord_emb = nn.Embedding(config.block_size, config.coord_dim)
+        else:
+            self.coord_proj = nn.Linear(config.hidden_dim, config.coord_dim)
+            self.coord_norm = nn.LayerNorm(config.coord_dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(config, n) for n in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.hidden_dim)
+        self.head = nn.Linear(config.hidden_dim, config.vocab_size, bias=published)
+        init_weights(self)
+        nn.init.constant_(self.mass_emb.weight, float(softplus_inverse(1.0)))
+        if published:
+            nn.init.normal_(self.coord_emb.weight)
+        else:
+            self.coord_proj.reset_parameters()
+        for layer in self.layers:
+            layer.attn.reset_geometry()
+
+    @property
+    def max_context(self):
+        """Tokens that fit one context; None where there is no limit."""
+        return self.config.block_size if self.config.law == "published" else None
+
+    def mass(self, tokens):
+        """softplus of the learned embedding, shaped as `tokens`."""
+        return F.softplus(self.mass_emb(tokens).squeeze(-1).float())
+
+    def forward(self, tokens, kv_cache=None, return_geometry=False):
+        """Logits of the next token.
+
+        Args:
+            tokens: (B, T) ids.
+            kv_cache: a `generation.KVCache`; `tokens` then follow those it has seen.
+            return_geometry: return `(logits, Geometry)` instead of logits.
+
+        Raises:
+            ValueError: where the published law is given more than `block_size` tokens.
+        """
+        start = 0 if kv_cache is None else kv_cache.length
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        check_context(self, start + tokens.shape[1])
+        h = self.dropout(self.token_emb(tokens))  # (B, T, hidden_dim)
+        mass = self.mass(tokens)  # (B, T)
+        if self.config.law == "published":
+            z = self.coord_emb(positions).expand(len(tokens), -1, -1)
+        else:
+            z = self.coord_norm(self.coord_proj(h))
+        path = [z]  # each (B, T, coord_dim)
+        for layer in self.layers:
+            h, z = layer(h, z, mass, positions, kv_cache)
+            path.append(z)
+        if kv_cache is not None:
+            kv_cache.length += tokens.shape[1]
+        logits = self.head(self.norm(h))  # (B, T, vocab_size)
+        return (logits, Geometry(mass, z, tuple(path))) if return_geometry else logits
+
+
+def check_context(model, length):
+    """Raise `ValueError` where a model with absolute positions is asked beyond them."""
+    if model.max_context is not None and length > model.max_context:
+        raise ValueError(f"{length} tokens do not fit block_size {model.max_context} of this model")
+
+
+def repulsion_loss(z, mass, max_positions=64, generator=None):
+    """Energy of particles that push each other apart, so that coordinates do not collapse.
+
+    Mean over pairs i<j of at most `max_positions` sampled positions of
+    `m_i m_j / max(|z_i - z_j|^2, 1e-6)`.
+
+    Args:
+        z: (B, T, coord_dim); mass: (B, T).
+        generator: a CPU `torch.Generator` for the sample; the global one where None.
+
+    Returns:
+        A scalar in fp32; 0 for fewer than two tokens.
+    """
+    tokens = z.shape[1]
+    if tokens > max_positions:
+        sample = torch.randperm(tokens, generator=generator)[:max_positions].to(z.device)
+        z, mass = z[:, sample], mass[:, sample]
+    if tokens < 2:
+        return z.sum() * 0.0
+    z, mass = z.float(), mass.float()
+    i, j = torch.triu_indices(z.shape[1], z.shape[1], offset=1, device=z.device)
+    distance2 = (z[:, i] - z[:, j]).square().sum(-1)  # (B, pairs)
+    return (mass[:, i] * mass[:, j] / distance2.clamp(min=1e-6)).mean()

@@ -1,0 +1,46 @@
+"""Fetch a corpus, train its tokenizer and write token files, ahead of training."""
+
+import argparse
+
+from data import prepare_data
+from errors import run_script
+from options import DEFAULTS, PRESETS, add_corpus_flags
+
+EXAMPLES = """examples:
+  python prepare_data.py --dataset shakespeare
+  python prepare_data.py --dataset wikitext103
+  python prepare_data.py --dataset text --data-path books/ --tokenizer bpe --bpe-vocab-size 4096
+"""
+
+
+def main(argv=None):
+    """Prepare; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_corpus_flags(parser)
+    args = parser.parse_args(argv)
+    dataset = args.dataset or DEFAULTS["dataset"]
+    preset = DEFAULTS | PRESETS[dataset]
+
+    def chosen(name):
+        given = getattr(args, name)
+        return preset[name] if given is None else given
+
+    data = prepare_data(
+        dataset,
+        args.data_path,
+        chosen("tokenizer"),
+        chosen("bpe_vocab_size"),
+        args.tokenizer_path,
+        chosen("tiktoken_encoding"),
+    )
+    print(f"ready: {data.meta['source']}")
+    for name, split in data.meta["splits"].items():
+        print(f"  {name:6} {split['tokens']:>12,} tokens  {split['bytes']:>12,} bytes")
+    print(f"  in {data.directory}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

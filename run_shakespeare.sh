@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Trains a vanilla transformer and an NGT on Shakespeare, side by side, and shows what came of it.
+#
+#   bash run_shakespeare.sh                        minutes on two CPU cores; call again to go on
+#   MAX_STEPS=200 bash run_shakespeare.sh          fewer steps
+#   DATA_PATH=my.txt NAME=mine bash run_shakespeare.sh
+#
+# From the environment: MAX_STEPS BATCH_SIZE BLOCK_SIZE HIDDEN_DIM NUM_LAYERS NUM_HEADS
+# LEARNING_RATE SEED DATA_PATH DEVICE NAME (of the run; another one keeps both), and EXTRA_FLAGS,
+# which go to both trainings.
+set -euo pipefail
+cd "$(dirname "$0")"
+source ./setup_venv.sh
+use_environment requirements.txt
+
+NAME=${NAME:-shakespeare}
+flags=()
+for name in MAX_STEPS BATCH_SIZE BLOCK_SIZE HIDDEN_DIM NUM_LAYERS NUM_HEADS LEARNING_RATE SEED \
+    DATA_PATH DEVICE; do
+    if [ -n "${!name:-}" ]; then
+        flag="--$(echo "$name" | tr 'A-Z_' 'a-z-')"
+        flags+=("$flag" "${!name}")
+    fi
+done
+read -r -a extra <<<"${EXTRA_FLAGS:-}"
+
+train() {
+    python train_shakespeare.py --model "$1" --checkpoint-path "checkpoints/$2.pt" --run-name "$2" \
+        --resume ${flags[@]+"${flags[@]}"} ${extra[@]+"${extra[@]}"}
+}
+
+echo
+echo "== 1 of 2: vanilla"
+train vanilla "${NAME}_vanilla"
+echo
+echo "== 2 of 2: NGT"
+train ngt "$NAME"
+
+echo
+echo "== result"
+python report.py --runs "${NAME}_vanilla" "$NAME"
+for run in "${NAME}_vanilla" "$NAME"; do
+    echo
+    echo "== a sample of $run"
+    python chat.py --checkpoint-path "checkpoints/${run}.pt_best.pt" --prompt "
+" --seed 1 --max-new-tokens 300
+done
+echo
+echo "== the map"
+python visualize_coords.py --checkpoint-path "checkpoints/${NAME}.pt_best.pt" \
+    --output "coords_${NAME}.html"
+echo "talk to it:      python chat.py --checkpoint-path checkpoints/${NAME}.pt_best.pt"
+echo "see the curves:  tensorboard --logdir runs"
+case ":$PATH:" in *"$PWD/.venv/bin:"*) echo "(first: source .venv/bin/activate)" ;; esac

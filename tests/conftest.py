@@ -1,0 +1,93 @@
+"""What the tests share: the repository's place, small corpora, and running a script for real."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run slow tests too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        skip = pytest.mark.skip(reason="slow: bash run_tests.sh --slow")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch):
+    """Work in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def tiny_shakespeare():
+    """The real tiny Shakespeare; skips where it does not lie beside the repository."""
+    path = SHARED / "tinyshakespeare.txt"
+    if not path.exists():
+        pytest.skip("tiny Shakespeare is not beside the repository")
+    return path
+
+
+SENTENCES = (
+    "The quick brown fox jumps over the lazy dog.\n",
+    "Pack my box with five dozen liquor jugs!\n",
+    "How vexingly quick daft zebras jump; 12 or 3?\n",
+    "\n",
+)
+
+
+@pytest.fixture
+def small_text(tmp_path):
+    """A text file of 24,000 characters that has something to learn."""
+    path = tmp_path / "small.txt"
+    text = "".join(SENTENCES[(7 * n * n + n) % len(SENTENCES)] for n in range(1000))
+    path.write_text(text[:24000], encoding="utf-8")
+    return path
+
+
+def run(*command, cwd, stdin="", check=None, env=None):
+    """Run a script of the repository in a new process.
+
+    Args:
+        check: the exit code to insist on.
+
+    Returns:
+        The `CompletedProcess` with text output.
+    """
+    result = subprocess.run(
+        [sys.executable, str(ROOT / command[0]), *map(str, command[1:])],
+        cwd=cwd,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "2", **(env or {})},
+    )
+    if check is not None:
+        assert result.returncode == check, result.stdout + result.stderr
+    return result
+
+
+def error_line(result):
+    """The one line that a user sees of an error."""
+    assert "Traceback" not in result.stderr, result.stderr
+    lines = [line for line in result.stderr.splitlines() if "error:" in line]
+    assert len(lines) == 1, result.stderr
+    return lines[0]

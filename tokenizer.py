@@ -1,0 +1,253 @@
+"""Three tokenizers behind one interface: characters, byte-level BPE and tiktoken's encodings.
+
+Each has `vocab_size`, `encode(text) -> list of ids`, `decode(ids) -> text`, `label(id)` for people
+to read, `to_vocab()` (plain types, as a checkpoint keeps them) and `fingerprint` (SHA-256 of it).
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from errors import UserError, write_whole
+
+UNKNOWN = "\ufffd"  # what a char tokenizer writes for a character that it never saw
+
+
+def _byte_of_letter():
+    """Byte-level BPE writes bytes as letters: printable Latin-1 as itself, the rest from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(byte): byte for byte in printable}
+    return letters | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
+
+BYTE_OF_LETTER = _byte_of_letter()
+
+
+class _Tokenizer:
+    """What the three have in common."""
+
+    @property
+    def fingerprint(self):
+        text = json.dumps(self.to_vocab(), sort_keys=True, ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def encode_many(self, texts):
+        """Encode several texts at once, a list of lists of ids."""
+        return [self.encode(text) for text in texts]
+
+    def label(self, token):
+        """A token as people read it: spaces and line ends visible, broken bytes in hex."""
+        text = self.decode([token])
+        if UNKNOWN in text:
+            text = self._raw(token)
+        shown = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+        return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown) or "∅"
+
+    def _raw(self, token):
+        return UNKNOWN
+
+
+class CharTokenizer(_Tokenizer):
+    """One id a character; the last id stands for every character that was not in the corpus."""
+
+    name = "char"
+
+    def __init__(self, characters):
+        self.itos = list(characters)
+        self.stoi = {character: i for i, character in enumerate(self.itos)}
+        self.unknown = self.stoi.get(UNKNOWN)
+        self.vocab_size = len(self.itos)
+
+    @classmethod
+    def train(cls, text):
+        """Every character of `text`, in order, and the unknown."""
+        return cls([*sorted(set(text) - {UNKNOWN}), UNKNOWN])
+
+    def encode(self, text):
+        # a first-release vocabulary has no unknown: what it cannot say is left out
+        ids = (self.stoi.get(character, self.unknown) for character in text)
+        return [i for i in ids if i is not None]
+
+    def encode_array(self, text):
+        """As `encode`, a numpy array, at the speed that a whole corpus needs."""
+        codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+        fallback = -1 if self.unknown is None else self.unknown
+        table = np.full(0x110000, fallback, dtype=np.int64)
+        for character, i in self.stoi.items():
+            if len(character) == 1:
+                table[ord(character)] = i
+        ids = table[codes]
+        return ids[ids >= 0]
+
+    def num_unknown(self, text):
+        """How many characters of `text` this tokenizer never saw."""
+        return sum(character not in self.stoi for character in text)
+
+    def decode(self, ids):
+        return "".join(self.itos[i] for i in ids)
+
+    def to_vocab(self):
+        return {"type": "char", "stoi": self.stoi, "itos": self.itos}
+
+
+class BPETokenizer(_Tokenizer):
+    """Byte-level BPE (as GPT-2's), trained on the corpus by the `tokenizers` library."""
+
+    name = "bpe"
+
+    def __init__(self, tokenizer_json):
+        try:
+            self._tokenizer = Tokenizer.from_str(tokenizer_json)
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"not a file of the tokenizers library: {error}") from None
+        self._json = tokenizer_json
+        self.vocab_size = self._tokenizer.get_vocab_size()
+
+    @classmethod
+    def train(cls, texts, vocab_size, show_progress=False):
+        """Train on an iterable of texts; every UTF-8 text round-trips, whatever they hold."""
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            special_tokens=[],
+            show_progress=show_progress,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(tokenizer.to_str())
+
+    def encode(self, text):
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_many(self, texts):
+        return [e.ids for e in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    def decode(self, ids):
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def _raw(self, token):
+        piece = self._tokenizer.id_to_token(token) or UNKNOWN
+        data = bytes(BYTE_OF_LETTER.get(letter, ord("?")) for letter in piece)
+        return data.decode("utf-8", errors="backslashreplace")
+
+    def to_vocab(self):
+        return {"type": "bpe", "tokenizer_json": self._json}
+
+    def save(self, path):
+        """Write the `tokenizers` library's own JSON file, whole or not at all."""
+        write_whole(Path(path), self._json.encode())
+
+
+class TiktokenTokenizer(_Tokenizer):
+    """An encoding of the tiktoken library, by name."""
+
+    name = "tiktoken"
+
+    def __init__(self, encoding_name):
+        self.encoding_name = encoding_name
+        try:
+            self._encoding = tiktoken.get_encoding(encoding_name)
+        except ValueError:
+            known = ", ".join(tiktoken.list_encoding_names())
+            raise UserError(
+                f"--tiktoken-encoding {encoding_name} is not installed; there are: {known}"
+            ) from None
+        except Exception as error:  # whatever the download fails with
+            raise UserError(
+                f"the table of --tiktoken-encoding {encoding_name} could not be fetched "
+                f"({type(error).__name__}): connect once, or point TIKTOKEN_CACHE_DIR at a copy, "
+                "or name an encoding that a plug-in brings, or use --tokenizer bpe"
+            ) from None
+        self.vocab_size = self._encoding.n_vocab
+
+    def encode(self, text):
+        return self._encoding.encode_ordinary(text)
+
+    def encode_many(self, texts):
+        return self._encoding.encode_ordinary_batch(texts)
+
+    def decode(self, ids):
+        return self._encoding.decode(list(ids))
+
+    def _raw(self, token):
+        try:
+            data = self._encoding.decode_single_token_bytes(token)
+        except KeyError:
+            return UNKNOWN
+        return data.decode("utf-8", errors="backslashreplace")
+
+    def to_vocab(self):
+        return {"type": "tiktoken", "encoding_name": self.encoding_name}
+
+
+class TextStream:
+    """Turn ids into text as they come, holding back a character until its bytes are complete."""
+
+    LONGEST = 4  # bytes of a UTF-8 character, so tokens that can share one
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        self._pending = []
+
+    def push(self, token):
+        """Take one id; returns the text that is now certain, often with nothing held back."""
+        self._pending.append(token)
+        text = self._tokenizer.decode(self._pending)
+        if text.endswith(UNKNOWN) and len(self._pending) < self.LONGEST:
+            return ""
+        self._pending = []
+        return text
+
+    def flush(self):
+        """The text that is still held back."""
+        text = self._tokenizer.decode(self._pending) if self._pending else ""
+        self._pending = []
+        return text
+
+
+def tokenizer_from_vocab(vocab):
+    """The tokenizer that a checkpoint's `vocab` describes.
+
+    Raises:
+        UserError: where it is not one of the forms of design 1.2 and this release.
+    """
+    try:
+        kind = vocab.get("type", "char" if "itos" in vocab else None)
+        if kind == "char":
+            return CharTokenizer(_char_list(vocab))
+        if kind == "bpe":
+            return BPETokenizer(vocab["tokenizer_json"])
+        if kind == "tiktoken":
+            return TiktokenTokenizer(vocab["encoding_name"])
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise UserError(f"the vocabulary is damaged ({type(error).__name__}: {error})") from None
+    raise UserError(f"the vocabulary is of an unknown type: {kind!r}")
+
+
+def _char_list(vocab):
+    itos = vocab["itos"]
+    if isinstance(itos, dict):
+        itos = [itos[i] for i in range(len(itos))]
+    if not itos or not all(isinstance(c, str) and c for c in itos):
+        raise ValueError("itos must list characters")
+    return itos
+
+
+def load_bpe(path):
+    """Read a tokenizer file of the `tokenizers` library."""
+    try:
+        return BPETokenizer(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--tokenizer-path {path} cannot be read: {error}") from None
+    except (UnicodeDecodeError, UserError):
+        raise UserError(
+            f"--tokenizer-path {path} is not a tokenizer file of the tokenizers library: "
+            "name another, or one that does not exist yet to have it trained"
+        ) from None

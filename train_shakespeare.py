@@ -1,0 +1,492 @@
+"""Train a Newton Gravity Transformer, or the vanilla one it is compared with, on any corpus."""
+
+import contextlib
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from checkpoint import (
+    FORMAT_VERSION,
+    best_path,
+    build_model,
+    is_first_release,
+    last_path,
+    model_fields,
+    read_checkpoint,
+    save_checkpoint,
+)
+from data import check_long_enough, get_batch, prepare_data
+from errors import UsageError, UserError, run_script, warn
+from metrics import HEADER, RunLog, code_version, evaluate, machine, peak_memory_bytes, table_row
+from model import NGT, repulsion_loss
+from options import choose_device, resolve, train_parser
+
+EXAMPLES = """examples:
+  python train_shakespeare.py                               NGT on Shakespeare, minutes on a CPU
+  python train_shakespeare.py --model vanilla               what it is compared with
+  python train_shakespeare.py --resume                      go on where it stopped
+  python train_shakespeare.py --dataset text --data-path book.txt --checkpoint-path checkpoints/b.pt
+"""
+
+
+def choose_precision(use_amp, device):
+    """`(autocast, scaler)`: a context factory and a GradScaler that may do nothing."""
+    dtype = None
+    if use_amp and device.type == "cuda":
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    elif use_amp and device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        dtype = torch.bfloat16
+    elif use_amp:
+        warn(f"--use-amp: this {device.type} has no fast bf16, so training runs in fp32")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if dtype is None:
+        return contextlib.nullcontext, scaler
+    return lambda: torch.autocast(device.type, dtype=dtype), scaler
+
+
+def maybe_compile(model, config, device):
+    """The compiled model, or the model itself with one warning where nothing can compile it."""
+    if not config["compile"]:
+        return model
+    if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        warn("--compile needs a C++ compiler (g++) and there is none: training uncompiled")
+        return model
+    return torch.compile(model)
+
+
+def make_optimizer(model, config, device):
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), decaying matrices only."""
+    decay, keep = [], []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.dim() >= 2 and not name.startswith("mass_emb")
+        (decay if is_matrix else keep).append(parameter)
+    groups = [
+        {"params": decay, "weight_decay": config["weight_decay"]},
+        {"params": keep, "weight_decay": 0.0},
+    ]
+    fused = device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=config["learning_rate"], betas=(0.9, 0.99), fused=fused)
+
+
+def learning_rate(step, config):
+    """The learning rate of a step: linear warm-up, then constant or a cosine to the minimum."""
+    peak, warmup = config["learning_rate"], config["warmup_steps"]
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if not config["use_cosine_schedule"]:
+        return peak
+    progress = (step - warmup) / max(1, config["max_steps"] - warmup)
+    low = min(config["min_learning_rate"], peak)
+    return low + (peak - low) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+class Trainer:
+    """All that a run holds: what a checkpoint saves and `step` changes."""
+
+    def __init__(self, config, data, device):
+        self.config, self.data, self.device = config, data, device
+        self.raw_model = build_model(
+            {
+                **{name: config.get(name) for name in model_fields(config["model"])},
+                **{"model_type": config["model"], "vocab_size": data.tokenizer.vocab_size},
+                **{name: False for name in ("head_bias",) if config["model"] == "vanilla"},
+                "tie_head": True,
+            }
+        ).to(device)
+        self.model = maybe_compile(self.raw_model, config, device)
+        self.optimizer = make_optimizer(self.raw_model, config, device)
+        self.autocast, self.scaler = choose_precision(config["use_amp"], device)
+        self.iter = 0
+        self.best_val = math.inf
+        self.progress = {
+            "tokens": 0,
+            "train_loss_sum": 0.0,
+            "train_loss_count": 0,
+            "skipped_in_a_row": 0,
+            "skipped": 0,
+            "wall_time": 0.0,
+        }
+
+    @property
+    def tokens_per_step(self):
+        c = self.config
+        return c["batch_size"] * c["gradient_accumulation_steps"] * c["block_size"]
+
+    def state(self):
+        """The checkpoint of this moment."""
+        rng = {"torch": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        shape = {name: getattr(self.raw_model.config, name) for name in self.shape_names}
+        return {
+            "format_version": FORMAT_VERSION,
+            "model_state": self.raw_model.state_dict(),
+            "optimizer_state": self.optimizer.state_dict(),
+            "iter": self.iter,
+            "best_val": self.best_val,
+            "config": {
+                **self.config,
+                **shape,
+                "model_type": self.config["model"],
+                "token_directory": str(self.data.directory),
+                "source_sha256": self.data.meta["source_sha256"],
+                "tokenizer_sha256": self.data.tokenizer.fingerprint,
+            },
+            "vocab": self.data.tokenizer.to_vocab(),
+            "scheduler_state": {"step": self.iter, "learning_rate": self._rate()},
+            "scaler_state": self.scaler.state_dict(),
+            "rng_state": rng,
+            "data_state": dict(self.progress),
+        }
+
+    @property
+    def shape_names(self):
+        return model_fields(self.config["model"])
+
+    def _rate(self):
+        return self.optimizer.param_groups[0]["lr"]
+
+    def restore(self, checkpoint, path):
+        """Continue from a checkpoint that `state` made."""
+        for name, mine in (
+            ("source_sha256", self.data.meta["source_sha256"]),
+            ("tokenizer_sha256", self.data.tokenizer.fingerprint),
+        ):
+            if checkpoint["config"][name] != mine:
+                what = "text" if name == "source_sha256" else "tokenizer"
+                raise UserError(
+                    f"{path} was trained on another {what} than {self.data.meta['source']}: "
+                    "give --data-path of the one it was trained on, or start anew with another "
+                    "--checkpoint-path"
+                )
+        try:
+            self.raw_model.load_state_dict(checkpoint["model_state"])
+            self.optimizer.load_state_dict(checkpoint["optimizer_state"])
+            self.scaler.load_state_dict(checkpoint["scaler_state"])
+            torch.set_rng_state(checkpoint["rng_state"]["torch"])
+            if self.device.type == "cuda" and "cuda" in checkpoint["rng_state"]:
+                torch.cuda.set_rng_state(checkpoint["rng_state"]["cuda"], self.device)
+            self.iter, self.best_val = checkpoint["iter"], checkpoint["best_val"]
+            self.progress |= checkpoint["data_state"]
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path} cannot be resumed ({reason}): use another") from None
+
+    def loss(self, inputs, targets, with_repulsion):
+        """What is minimised, and the cross-entropy alone."""
+        if not isinstance(self.raw_model, NGT):
+            logits = self.model(inputs)
+            cross_entropy = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+            return cross_entropy, cross_entropy.detach()
+        logits, geometry = self.model(inputs, return_geometry=True)
+        cross_entropy = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        if with_repulsion:
+            repulsion = repulsion_loss(geometry.z, geometry.mass)
+            return cross_entropy + self.config["lambda_repulsion"] * repulsion, (
+                cross_entropy.detach()
+            )
+        # the last block's z keeps its place in the graph
+        return cross_entropy + 0.0 * geometry.z.sum(), cross_entropy.detach()
+
+    def step(self):
+        """One optimizer step.
+
+        Returns:
+            `(cross-entropy, norm of the gradient)`, floats. Where either is not finite nothing was
+            changed.
+        """
+        c = self.config
+        rate = learning_rate(self.iter, c)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with_repulsion = c["repulsion"] and self.iter % c["repulsion_interval"] == 0
+        mean = 0.0
+        for micro_step in range(c["gradient_accumulation_steps"]):
+            inputs, targets = get_batch(
+                self.data.train,
+                c["batch_size"],
+                c["block_size"],
+                c["seed"],
+                self.iter,
+                micro_step,
+            )
+            with self.autocast():
+                loss, cross_entropy = self.loss(
+                    inputs.to(self.device), targets.to(self.device), with_repulsion
+                )
+            self.scaler.scale(loss / c["gradient_accumulation_steps"]).backward()
+            mean += float(cross_entropy) / c["gradient_accumulation_steps"]
+        self.scaler.unscale_(self.optimizer)
+        limit = c["grad_clip"] or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), limit))
+        finite = math.isfinite(mean) and math.isfinite(norm)
+        if finite or self.scaler.is_enabled():  # the scaler itself skips where fp16 overflowed
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._count(mean, finite)
+        return mean, norm
+
+    def _count(self, loss, finite):
+        p = self.progress
+        self.iter += 1
+        p["tokens"] += self.tokens_per_step
+        overflow_only = self.scaler.is_enabled() and math.isfinite(loss)
+        if finite or overflow_only:
+            p["skipped_in_a_row"] = 0
+        else:
+            p["skipped_in_a_row"] += 1
+            p["skipped"] += 1
+        if math.isfinite(loss):
+            p["train_loss_sum"] += loss
+            p["train_loss_count"] += 1
+
+    def mean_train_loss(self):
+        """Mean training loss since it was last asked for."""
+        p = self.progress
+        mean = p["train_loss_sum"] / p["train_loss_count"] if p["train_loss_count"] else math.nan
+        p["train_loss_sum"], p["train_loss_count"] = 0.0, 0
+        return mean
+
+    def is_sound(self):
+        """Whether every weight is finite, so that a checkpoint is worth keeping."""
+        return all(bool(torch.isfinite(p).all()) for p in self.raw_model.parameters())
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM let the current step finish; a second one stops at once."""
+
+    def __init__(self):
+        self.signal = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # only the main thread may
+                signal.signal(number, self._asked)
+
+    def _asked(self, number, _frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    @property
+    def exit_code(self):
+        return 128 + self.signal
+
+
+def find_resume_file(args, path):
+    """The checkpoint to go on from, or None to start."""
+    if args.resume_from is not None:
+        return Path(args.resume_from)
+    for candidate in (last_path(path), best_path(path), Path(path)):
+        if candidate.exists():
+            return candidate
+    return None
+
+
+def read_to_resume(path):
+    """Read a checkpoint that training is to go on from."""
+    try:
+        checkpoint = read_checkpoint(path)
+    except UserError as error:
+        raise UserError(f"{error}; name a good one with --resume-from") from None
+    if is_first_release(checkpoint):
+        raise UserError(
+            f"{path} is of the first release: it can be chatted with and mapped, not resumed; "
+            "start anew with --law published and another --checkpoint-path"
+        )
+    return checkpoint
+
+
+def default_checkpoint_path(args, config):
+    if args.checkpoint_path is not None:
+        return args.checkpoint_path
+    suffix = "_vanilla" if config["model"] == "vanilla" else ""
+    return f"checkpoints/{config['dataset']}{suffix}.pt"
+
+
+def main(argv=None):
+    """Train; returns the exit code."""
+    args = train_parser(__doc__, EXAMPLES).parse_args(argv)
+    first = resolve(args) if args.resume_from is None else None
+    path = default_checkpoint_path(args, first or {"model": args.model, "dataset": "resumed"})
+    checkpoint = None
+    if args.resume or args.resume_from:
+        source = find_resume_file(args, path)
+        if source is None:
+            print(f"nothing to resume at {last_path(path)}: starting")
+        else:
+            checkpoint = read_to_resume(source)
+    elif not args.overwrite and (last_path(path).exists() or best_path(path).exists()):
+        raise UsageError(
+            f"{last_path(path)} exists already: go on with --resume, start over with --overwrite, "
+            "or give another --checkpoint-path"
+        )
+    config = resolve(args, checkpoint["config"]) if checkpoint else first
+    other_end = checkpoint and config["max_steps"] != checkpoint["config"]["max_steps"]
+    if other_end and config["use_cosine_schedule"]:
+        warn("another --max-steps changes the learning-rate cosine from here on")
+    run_name = args.run_name or Path(path).name.removesuffix(".pt")
+    return train(config, checkpoint, path, run_name, argv)
+
+
+def set_up_torch(config):
+    """Seeds, and arithmetic that is neither slow nor left to chance."""
+    torch.manual_seed(config["seed"])
+    torch.set_flush_denormal(True)  # denormals make CPU products 150 times slower
+    torch.set_float32_matmul_precision("high")
+    if config["deterministic"]:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def train(config, checkpoint, path, run_name, argv=None):
+    """The run itself: set up, loop, and leave everything on disk."""
+    if checkpoint is None:
+        build_model({**_shape_of(config), "vocab_size": 2, "model_type": config["model"]})
+    device = choose_device(config["device"])
+    data = prepare_data(
+        config["dataset"],
+        config["data_path"],
+        config["tokenizer"],
+        config["bpe_vocab_size"],
+        config["tokenizer_path"],
+        config["tiktoken_encoding"],
+    )
+    for split in ("train", "valid"):
+        check_long_enough(data.splits[split], config["block_size"], split, data)
+    set_up_torch(config)
+    trainer = Trainer(config, data, device)
+    if checkpoint is not None:
+        trainer.restore(checkpoint, path)
+    parameters = sum(p.numel() for p in trainer.raw_model.parameters())
+    log = RunLog(
+        Path("runs") / run_name,
+        {
+            **trainer.state()["config"],
+            "parameters": parameters,
+            "source": data.meta["source"],
+            "command": ["train_shakespeare.py", *(sys.argv[1:] if argv is None else argv)],
+            "code_version": code_version(),
+            "torch_version": torch.__version__,
+            "machine": machine(),
+            "checkpoint_path": path,
+        },
+        trainer.iter,
+    )
+    print(f"text: {data.meta['source']}")
+    print(
+        f"{config['model']}: {parameters:,} parameters; {trainer.tokens_per_step:,} tokens a step, "
+        f"{config['max_steps']:,} steps; {device}"
+    )
+    if trainer.iter:
+        print(f"resuming at step {trainer.iter}")
+    if trainer.iter >= config["max_steps"]:
+        print(f"finished already: {last_path(path)}; a larger --max-steps goes on")
+        return 0
+    try:
+        return loop(trainer, log, path)
+    finally:
+        log.close()
+
+
+def _shape_of(config):
+    return {name: config[name] for name in model_fields(config["model"]) if name in config}
+
+
+def loop(trainer, log, path):
+    """Step, evaluate, save, until done or asked to stop."""
+    c = trainer.config
+    stop = StopRequest()
+    print(HEADER)
+    trained, seconds, norms = 0, 0.0, []
+    bar = tqdm(
+        total=c["max_steps"], initial=trainer.iter, desc="training", unit="step", disable=None
+    )
+    with bar:
+        while trainer.iter < c["max_steps"] and stop.signal is None:
+            started = time.perf_counter()
+            loss, norm = trainer.step()
+            elapsed = time.perf_counter() - started
+            trainer.progress["wall_time"] += elapsed
+            trained, seconds = trained + 1, seconds + elapsed
+            norms.append(norm)
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            if trainer.progress["skipped_in_a_row"]:
+                check_skipped(trainer, path)
+                continue
+            done = trainer.iter == c["max_steps"]
+            sound = True
+            if trainer.iter % c["eval_interval"] == 0 or done:
+                row = evaluation_row(trainer, norms[-1], trained, seconds)
+                left = (c["max_steps"] - trainer.iter) * seconds / trained
+                tqdm.write(table_row(row, left), file=sys.stdout)
+                sys.stdout.flush()
+                log.evaluation(row)
+                if isinstance(trainer.raw_model, NGT):
+                    log.geometry(trainer.raw_model, trainer.iter)
+                trained, seconds, norms = 0, 0.0, []
+                sound = math.isfinite(row["val_loss"])
+                if row["val_loss"] < trainer.best_val:
+                    trainer.best_val = row["val_loss"]
+                    save_checkpoint(best_path(path), trainer.state())
+            due = trainer.iter % c["checkpoint_interval"] == 0 or done or stop.signal is not None
+            if due and sound and trainer.is_sound():
+                save_checkpoint(last_path(path), trainer.state())
+    if stop.signal is not None and trainer.iter < c["max_steps"]:
+        print(f"stopped at step {trainer.iter}, saved {last_path(path)}; go on with --resume")
+        return stop.exit_code
+    log.projector(trainer.raw_model, trainer.data.tokenizer, trainer.iter)
+    print(f"best validation loss {trainer.best_val:.4f} in {best_path(path)}")
+    print(f"chat with it: python chat.py --checkpoint-path {best_path(path)}")
+    return 0
+
+
+def check_skipped(trainer, path):
+    """Give up after too many steps in a row whose loss or gradient was not finite."""
+    in_a_row = trainer.progress["skipped_in_a_row"]
+    if in_a_row == 1:
+        warn(f"step {trainer.iter}: loss or gradient is not finite, step skipped")
+    if in_a_row >= trainer.config["max_skipped_steps"]:
+        kept = last_path(path) if last_path(path).exists() else best_path(path)
+        where = f"{kept} is the last good checkpoint" if kept.exists() else "nothing was saved yet"
+        raise UserError(
+            f"loss or gradient was not finite for {in_a_row} steps in a row (--max-skipped-steps), "
+            f"up to step {trainer.iter}; {where}: try a lower --learning-rate"
+        )
+
+
+def evaluation_row(trainer, norm, trained, seconds):
+    """One line of metrics.jsonl."""
+    c = trainer.config
+    result = evaluate(
+        trainer.raw_model,
+        trainer.data,
+        c["block_size"],
+        c["eval_iters"],
+        trainer.device,
+        trainer.autocast,
+    )
+    return {
+        "step": trainer.iter,
+        "tokens": trainer.progress["tokens"],
+        "train_loss": trainer.mean_train_loss(),
+        **result,
+        "tokens_per_s": trained * trainer.tokens_per_step / seconds,
+        "steps_per_s": trained / seconds,
+        "learning_rate": trainer._rate(),
+        "grad_norm": norm,
+        "skipped_steps": trainer.progress["skipped"],
+        "wall_time": trainer.progress["wall_time"],
+        "peak_memory_bytes": peak_memory_bytes(trainer.device),
+    }
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,173 @@
+"""The baseline: a GPT-2 style transformer with the skeleton of `model.py`.
+
+    a = Attention(LayerNorm(h))
+    h = h + a
+    h = h + FeedForward(LayerNorm(h))
+
+Attention is PyTorch's scaled_dot_product_attention; positions are learned, rotary
+(Su et al. 2021, arXiv:2104.09864) or ALiBi (Press et al. 2022, arXiv:2108.12409).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from errors import UsageError
+from model import (
+    FeedForward,
+    check_context,
+    check_divisible,
+    check_positive,
+    init_weights,
+    merge_heads,
+    split_heads,
+)
+
+POSITIONS = ("learned", "rotary", "alibi")
+
+
+@dataclass
+class VanillaConfig:
+    """Everything that shapes a vanilla transformer. Field names are the command line's flags."""
+
+    vocab_size: int
+    block_size: int = 64
+    hidden_dim: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    mlp_dim: int = 512
+    dropout: float = 0.0
+    pos: str = "learned"
+    tie_head: bool = True
+    head_bias: bool = False
+
+    def __post_init__(self):
+        check_positive(
+            self,
+            *("vocab_size", "block_size", "hidden_dim", "num_layers", "num_heads", "mlp_dim"),
+        )
+        check_divisible(self.hidden_dim, self.num_heads)
+        if self.pos not in POSITIONS:
+            raise UsageError(f"--pos is {self.pos!r}: choose one of {', '.join(POSITIONS)}")
+        if self.pos == "rotary" and self.hidden_dim // self.num_heads % 2:
+            raise UsageError(
+                f"--pos rotary turns pairs of channels: --hidden-dim {self.hidden_dim} over "
+                f"--num-heads {self.num_heads} leaves an odd number a head"
+            )
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"--dropout is {self.dropout}: give a number from 0 to below 1")
+
+
+def rotate(x, positions):
+    """Turn channel pairs of (B, H, T, D) by angles that grow with the position."""
+    half = x.shape[-1] // 2
+    frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = positions[:, None].float() * frequency  # (T, half)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+def alibi_slopes(num_heads):
+    """Geometric slopes, (H,): 2^(-8/n), 2^(-16/n), ...; for other counts as the paper's code."""
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2 ** (-8 * (n + 1) / power) for n in range(power)]
+    slopes += [2 ** (-4 * (2 * n + 1) / power) for n in range(num_heads - power)]
+    return torch.tensor(slopes)
+
+
+class Attention(nn.Module):
+    """Causal scaled dot-product attention."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.q_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
+        self.k_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
+        self.v_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
+        self.out_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
+        self.dropout = nn.Dropout(config.dropout)
+        if config.pos == "alibi":
+            self.register_buffer("slopes", alibi_slopes(config.num_heads), persistent=False)
+
+    def forward(self, h, positions, kv_cache=None):
+        heads = self.config.num_heads
+        q, k = split_heads(self.q_proj(h), heads), split_heads(self.k_proj(h), heads)
+        v = split_heads(self.v_proj(h), heads)
+        if self.config.pos == "rotary":
+            q, k = rotate(q, positions), rotate(k, positions)
+        key_positions = positions
+        if kv_cache is not None:
+            key_positions, k, v = kv_cache.append(self.layer, positions, k, v)
+        mask = None
+        if self.config.pos == "alibi":
+            distance = positions[:, None] - key_positions[None, :]  # (Tq, Tk)
+            mask = -self.slopes[:, None, None] * distance
+            mask = mask.masked_fill(distance < 0, -math.inf).to(q.dtype)  # (H, Tq, Tk)
+        elif k.shape[2] > q.shape[2] > 1:
+            mask = positions[:, None] >= key_positions[None, :]
+        causal = mask is None and q.shape[2] > 1
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.dropout(self.out_proj(merge_heads(a)))
+
+
+class Block(nn.Module):
+    """Attend, think."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_dim)
+        self.attn = Attention(config, layer)
+        self.norm2 = nn.LayerNorm(config.hidden_dim)
+        self.ffn = FeedForward(config)
+
+    def forward(self, h, positions, kv_cache=None):
+        h = h + self.attn(self.norm1(h), positions, kv_cache)
+        return h + self.ffn(self.norm2(h))
+
+
+class Vanilla(nn.Module):
+    """The language model: token ids (B, T) to logits (B, T, vocab_size)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.token_emb = nn.Embedding(config.vocab_size, config.hidden_dim)
+        if config.pos == "learned":
+            self.pos_emb = nn.Embedding(config.block_size, config.hidden_dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(config, n) for n in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.hidden_dim)
+        self.head = nn.Linear(config.hidden_dim, config.vocab_size, bias=config.head_bias)
+        init_weights(self)
+
+    @property
+    def max_context(self):
+        """Tokens that fit one context: past its training length vanilla has learned nothing."""
+        return self.config.block_size
+
+    def forward(self, tokens, kv_cache=None):
+        """Logits of the next token.
+
+        Args:
+            tokens: (B, T) ids.
+            kv_cache: a `generation.KVCache`; `tokens` then follow those it has seen.
+
+        Raises:
+            ValueError: where learned positions are given more than `block_size` tokens.
+        """
+        start = 0 if kv_cache is None else kv_cache.length
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        h = self.token_emb(tokens)  # (B, T, hidden_dim)
+        if self.config.pos == "learned":
+            check_context(self, start + tokens.shape[1])
+            h = h + self.pos_emb(positions)
+        h = self.dropout(h)
+        for layer in self.layers:
+            h = layer(h, positions, kv_cache)
+        if kv_cache is not None:
+            kv_cache.length += tokens.shape[1]
+        return self.head(self.norm(h))  # (B, T, vocab_size)
