@@ -5,8 +5,10 @@ A checkpoint is a dict of tensors and plain types with the keys `model_state`, `
 `scheduler_state`, `scaler_state`, `rng_state`, `data_state`.
 """
 
+import contextlib
 import os
 import pickle
+import tempfile
 import zipfile
 from dataclasses import fields
 from pathlib import Path
@@ -46,6 +48,19 @@ def build_model(config):
     return model_class(config_class(**{k: v for k, v in config.items() if k in names}))
 
 
+def check_writable(path):
+    """Raise `UserError` where checkpoints of this path could not be written later."""
+    folder = last_path(path).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--checkpoint-path {path} cannot be written ({error.strerror or error}): give another"
+        ) from None
+
+
 def save_checkpoint(path, checkpoint):
     """Write a checkpoint under a temporary name, flush it to disk, and rename it.
 
@@ -62,7 +77,8 @@ def save_checkpoint(path, checkpoint):
             os.fsync(file.fileno())
         partial.replace(path)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"checkpoint {path} cannot be written ({reason}): free some space or give another "

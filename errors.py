@@ -1,5 +1,6 @@
 """The one kind of error that a user's input causes, and how a script reports it."""
 
+import contextlib
 import sys
 
 
@@ -52,5 +53,6 @@ def write_whole(path, data):
         partial.write_bytes(data)
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
@@ -130,8 +129,10 @@ class RunLog:
 
     def evaluation(self, row):
         """Append one evaluation to metrics.jsonl and TensorBoard."""
+        # JSON has no NaN
+        finite = {k: v if v is None or math.isfinite(v) else None for k, v in row.items()}
         with open(self.directory / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(finite) + "\n")
         for name, value in row.items():
             if name != "step" and value is not None:
                 self._writer.add_scalar(name, value, row["step"])
@@ -140,7 +141,7 @@ class RunLog:
     def geometry(self, model, step):
         """Histograms of what the geometry of an NGT learned."""
         with torch.no_grad():
-            self._writer.add_histogram("mass", model.mass(_all_tokens(model)), step)
+            self._histogram("mass", model.mass(_all_tokens(model)), step)
             for n, layer in enumerate(model.layers):
                 attn = layer.attn
                 learned = {"radius": attn.radius}
@@ -149,8 +150,12 @@ class RunLog:
                     learned["time_offset"] = attn.time_offset
                     learned["window"] = attn.window
                 for name, values in learned.items():
-                    if values is not None and bool(torch.isfinite(values).all()):
-                        self._writer.add_histogram(f"layer{n}/{name}", values.flatten(), step)
+                    if values is not None:
+                        self._histogram(f"layer{n}/{name}", values.flatten(), step)
+
+    def _histogram(self, name, values, step):
+        if bool((values.abs() < 1e20).all()):  # as far as TensorBoard's bins reach
+            self._writer.add_histogram(name, values, step)
 
     def projector(self, model, tokenizer, step):
         """Token embeddings with readable labels and masses for TensorBoard's projector."""
@@ -222,8 +227,3 @@ def machine():
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-def mean_norm(values):
-    """Mean of a list of numbers; None of an empty one."""
-    return float(np.mean(values)) if values else None

@@ -67,7 +67,8 @@ def main(argv=None):
     for source in dict.fromkeys(config["source"] for config, _ in runs):
         print(f"text: {source}")
     for name, (config, _) in zip(args.runs, runs, strict=True):
-        print(f"{name}: {config['machine']}, seed {config['seed']}, from {config['command'][0]}")
+        command = " ".join(["python", *config["command"]])
+        print(f"{name}: {config['machine']}, seed {config['seed']}, {command}")
     return 0
 
 

@@ -17,6 +17,7 @@ from checkpoint import (
     FORMAT_VERSION,
     best_path,
     build_model,
+    check_writable,
     is_first_release,
     last_path,
     model_fields,
@@ -262,13 +263,21 @@ class Trainer:
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM let the current step finish; a second one stops at once."""
+    """Within it Ctrl-C and SIGTERM let the current step finish; a second one stops at once."""
 
     def __init__(self):
         self.signal = None
+        self._before = {}
+
+    def __enter__(self):
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):  # only the main thread may
-                signal.signal(number, self._asked)
+                self._before[number] = signal.signal(number, self._asked)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _asked(self, number, _frame):
         self.signal = number
@@ -360,6 +369,7 @@ def train(config, checkpoint, path, run_name, argv=None):
     )
     for split in ("train", "valid"):
         check_long_enough(data.splits[split], config["block_size"], split, data)
+    check_writable(path)
     set_up_torch(config)
     trainer = Trainer(config, data, device)
     if checkpoint is not None:
@@ -402,55 +412,55 @@ def _shape_of(config):
 def loop(trainer, log, path):
     """Step, evaluate, save, until done or asked to stop."""
     c = trainer.config
-    stop = StopRequest()
     print(HEADER)
-    trained, seconds, norms = 0, 0.0, []
+    trained, seconds = 0, 0.0
     bar = tqdm(
         total=c["max_steps"], initial=trainer.iter, desc="training", unit="step", disable=None
     )
-    with bar:
+    with bar, StopRequest() as stop:
         while trainer.iter < c["max_steps"] and stop.signal is None:
             started = time.perf_counter()
             loss, norm = trainer.step()
             elapsed = time.perf_counter() - started
             trainer.progress["wall_time"] += elapsed
             trained, seconds = trained + 1, seconds + elapsed
-            norms.append(norm)
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            if trainer.progress["skipped_in_a_row"]:
-                check_skipped(trainer, path)
-                continue
+            check_skipped(trainer, path)
             done = trainer.iter == c["max_steps"]
-            sound = True
+            # after a skipped step the weights are under suspicion
+            sound = trainer.progress["skipped_in_a_row"] == 0
             if trainer.iter % c["eval_interval"] == 0 or done:
-                row = evaluation_row(trainer, norms[-1], trained, seconds)
+                row = evaluation_row(trainer, norm, trained, seconds)
                 left = (c["max_steps"] - trainer.iter) * seconds / trained
                 tqdm.write(table_row(row, left), file=sys.stdout)
                 sys.stdout.flush()
                 log.evaluation(row)
                 if isinstance(trainer.raw_model, NGT):
                     log.geometry(trainer.raw_model, trainer.iter)
-                trained, seconds, norms = 0, 0.0, []
-                sound = math.isfinite(row["val_loss"])
-                if row["val_loss"] < trainer.best_val:
+                trained, seconds = 0, 0.0
+                sound = sound and math.isfinite(row["val_loss"])
+                if sound and row["val_loss"] < trainer.best_val:
                     trainer.best_val = row["val_loss"]
                     save_checkpoint(best_path(path), trainer.state())
             due = trainer.iter % c["checkpoint_interval"] == 0 or done or stop.signal is not None
             if due and sound and trainer.is_sound():
                 save_checkpoint(last_path(path), trainer.state())
     if stop.signal is not None and trainer.iter < c["max_steps"]:
-        print(f"stopped at step {trainer.iter}, saved {last_path(path)}; go on with --resume")
+        print(f"stopped at step {trainer.iter}; go on with --resume")
         return stop.exit_code
     log.projector(trainer.raw_model, trainer.data.tokenizer, trainer.iter)
-    print(f"best validation loss {trainer.best_val:.4f} in {best_path(path)}")
-    print(f"chat with it: python chat.py --checkpoint-path {best_path(path)}")
+    if trainer.best_val < math.inf:
+        print(f"best validation loss {trainer.best_val:.4f} in {best_path(path)}")
+        print(f"chat with it: python chat.py --checkpoint-path {best_path(path)}")
     return 0
 
 
 def check_skipped(trainer, path):
     """Give up after too many steps in a row whose loss or gradient was not finite."""
     in_a_row = trainer.progress["skipped_in_a_row"]
+    if in_a_row == 0:
+        return
     if in_a_row == 1:
         warn(f"step {trainer.iter}: loss or gradient is not finite, step skipped")
     if in_a_row >= trainer.config["max_skipped_steps"]:

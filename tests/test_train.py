@@ -1,0 +1,356 @@
+"""Training as a user runs it: resuming, stopping, refusing, and what is left on disk."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, error_line, run
+
+import train_shakespeare
+from checkpoint import load_model, read_checkpoint
+from data import eval_batches, open_token_data
+from errors import run_script
+
+SMALL = (
+    *("--hidden-dim", 32, "--coord-dim", 8, "--head-coord-dim", 4, "--num-layers", 2),
+    *("--num-heads", 2, "--mlp-dim", 48, "--block-size", 16, "--batch-size", 4),
+    *("--eval-interval", 20, "--eval-iters", 2, "--checkpoint-interval", 15),
+    *("--warmup-steps", 10, "--dropout", 0.1, "--gradient-accumulation-steps", 2),
+)
+NGT = ("--repulsion-interval", 7, "--use-soft-cutoff")
+
+
+def train(*flags, cwd, check=0, env=None):
+    return run("train_shakespeare.py", *SMALL, *flags, cwd=cwd, check=check, env=env)
+
+
+def refuse(capsys, *flags):
+    """Run main in this process; returns (exit code, stderr)."""
+    with pytest.raises(SystemExit) as stop:
+        run_script(lambda: train_shakespeare.main([str(flag) for flag in flags]))
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return stop.value.code, error
+
+
+def same(a, b):
+    """Bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_run(one, other):
+    """Weights, optimizer, RNG and the curve of two runs are identical."""
+    for key in ("model_state", "optimizer_state", "rng_state", "scheduler_state", "best_val"):
+        assert same(one[key], other[key]), key
+
+
+def curve(directory):
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["val_loss"], row["train_loss"]) for row in rows]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        ("--model", "ngt", *NGT),
+        ("--model", "ngt", "--law", "published", "--mass-in-value"),
+        ("--model", "vanilla", "--pos", "rotary"),
+    ],
+    ids=["newton", "published", "vanilla"],
+)
+def test_resuming_is_bit_identical(kind, in_tmp, small_text):
+    """60 steps in one go against 30 and, in a new process, 30 more."""
+    flags = (*kind, "--data-path", small_text, "--no-use-cosine-schedule")
+    train(*flags, "--max-steps", 60, "--checkpoint-path", "c/one", cwd=in_tmp)
+    train(*flags, "--max-steps", 30, "--checkpoint-path", "c/two", cwd=in_tmp)
+    again = train("--resume", "--max-steps", 60, "--checkpoint-path", "c/two", cwd=in_tmp)
+    assert "resuming at step 30" in again.stdout
+    assert_same_run(read_checkpoint("c/one_last.pt"), read_checkpoint("c/two_last.pt"))
+    # the run of 30 evaluated at its end, too
+    rows = [row[:2] for row in curve(in_tmp / "runs" / "two") if row[0] != 30]
+    assert rows == [row[:2] for row in curve(in_tmp / "runs" / "one")]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_asked_to_stop_it_saves_and_goes_on_identically(number, code, in_tmp, small_text):
+    """A signal in the middle, under the cosine, against a run that was never interrupted."""
+    flags = [*SMALL, *NGT, "--data-path", small_text, "--max-steps", 120]
+    flags = [str(flag) for flag in flags]
+    train_whole = [*flags, "--checkpoint-path", "c/whole"]
+    run("train_shakespeare.py", *train_whole, cwd=in_tmp, check=0)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train_shakespeare.py", *flags, "--checkpoint-path", "c/cut"],
+        cwd=in_tmp,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )
+    metrics = in_tmp / "runs" / "cut" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code, output
+    assert "--resume" in output
+    stopped_at = read_checkpoint("c/cut_last.pt")["iter"]
+    assert 20 <= stopped_at < 120
+    run("train_shakespeare.py", "--resume", "--checkpoint-path", "c/cut", cwd=in_tmp, check=0)
+    assert_same_run(read_checkpoint("c/whole_last.pt"), read_checkpoint("c/cut_last.pt"))
+    assert curve(in_tmp / "runs" / "whole") == curve(in_tmp / "runs" / "cut")
+
+
+def test_it_learns_and_reports_the_truth(in_tmp, small_text):
+    """The reported validation loss is that of the best checkpoint, computed here by hand."""
+    first = train(
+        *("--data-path", small_text, "--max-steps", 60, "--dropout", 0, "--learning-rate", 3e-3),
+        *("--eval-iters", 1000, "--checkpoint-path", "c/x.pt"),
+        cwd=in_tmp,
+    )
+    rows = curve(in_tmp / "runs" / "x")
+    assert [row[0] for row in rows] == [20, 40, 60]
+    assert rows[-1][1] < rows[0][1] < math.log(60)
+    model, _, checkpoint = load_model("c/x.pt_best.pt")
+    data = open_token_data(checkpoint["config"]["token_directory"])
+    losses = []
+    for inputs, targets in eval_batches(data.valid, 16, 1000, 1):
+        with torch.no_grad():
+            probability = model(inputs).double().softmax(-1)
+        losses.append(-probability[0].gather(1, targets[0, :, None]).log().mean())
+    assert float(torch.stack(losses).mean()) == pytest.approx(checkpoint["best_val"], abs=1e-4)
+    assert len(losses) == (len(data.valid) - 1) // 16
+    config = json.loads((in_tmp / "runs" / "x" / "config.json").read_text())
+    assert config["parameters"] == sum(p.numel() for p in model.parameters())
+    assert f"{config['parameters']:,} parameters" in first.stdout
+    # a second call neither overwrites nor repeats
+    before = (in_tmp / "c" / "x.pt_last.pt").read_bytes()
+    refused = train("--data-path", small_text, "--checkpoint-path", "c/x.pt", cwd=in_tmp, check=2)
+    assert "--resume" in error_line(refused) and "--overwrite" in error_line(refused)
+    done = run(
+        "train_shakespeare.py", "--resume", "--checkpoint-path", "c/x.pt", cwd=in_tmp, check=0
+    )
+    assert "finished already" in done.stdout
+    assert (in_tmp / "c" / "x.pt_last.pt").read_bytes() == before
+
+
+def test_tensorboard_gets_curves_geometry_and_labels(in_tmp, small_text):
+    """Read back with TensorBoard's own reader."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train("--data-path", small_text, "--max-steps", 20, "--checkpoint-path", "c/x", cwd=in_tmp)
+    events = EventAccumulator(str(in_tmp / "runs" / "x")).Reload()
+    tags = events.Tags()
+    wanted = {"val_loss", "train_loss", "perplexity", "bits_per_byte", "repulsion", "tokens_per_s"}
+    assert wanted | {"learning_rate", "grad_norm"} <= set(tags["scalars"])
+    layer = {f"layer1/{name}" for name in ("time_scale", "time_offset", "radius", "window")}
+    assert layer | {"mass"} <= set(tags["histograms"])
+    logged = curve(in_tmp / "runs" / "x")[0][1]
+    assert events.Scalars("val_loss")[0].value == pytest.approx(logged, rel=1e-6)
+    labels = next((in_tmp / "runs" / "x").rglob("metadata.tsv")).read_text().splitlines()
+    assert labels[0] == "token\tmass"
+    assert {line.split("\t")[0] for line in labels[1:]} >= {"␣", "⏎", "T"}
+
+
+@pytest.fixture
+def trainer(in_tmp, small_text):
+    """A trainer in this process, and the config it has."""
+    from data import prepare_data
+    from options import resolve, train_parser
+
+    flags = [str(flag) for flag in (*SMALL, "--data-path", small_text, "--dropout", 0)]
+    config = resolve(train_parser("", "").parse_args(flags))
+    data = prepare_data("shakespeare", str(small_text), say=lambda line: None)
+    return train_shakespeare.Trainer(config, data, torch.device("cpu"))
+
+
+def test_accumulation_is_the_mean_over_micro_steps(trainer):
+    """The gradient of two micro-steps equals that of both batches at once."""
+    from data import get_batch
+
+    seen = {}
+    trainer.optimizer.step = lambda *_: seen.update(
+        {n: p.grad.clone() for n, p in trainer.raw_model.named_parameters()}
+    )
+    trainer.config |= {"grad_clip": 0.0, "repulsion": False}
+    trainer.step()
+    batches = [get_batch(trainer.data.train, 4, 16, trainer.config["seed"], 0, m) for m in (0, 1)]
+    inputs, targets = (torch.cat(pair) for pair in zip(*batches, strict=True))
+    logits = trainer.raw_model(inputs)
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+    for name, parameter in trainer.raw_model.named_parameters():
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert torch.allclose(seen[name], expected, atol=1e-6), name
+
+
+def test_weight_decay_is_on_matrices_only(trainer):
+    decay, keep = trainer.optimizer.param_groups
+    assert decay["weight_decay"] == 0.1 and keep["weight_decay"] == 0
+    names = {id(p): name for name, p in trainer.raw_model.named_parameters()}
+    kept = {names[id(p)] for p in keep["params"]}
+    assert "mass_emb.weight" in kept and "layers.0.attn.time_scale_raw" in kept
+    decayed = {names[id(p)] for p in decay["params"]}
+    assert all(name.endswith("weight") and "norm" not in name for name in decayed)
+    assert "layers.0.attn.probe_proj.weight" in decayed
+
+
+def test_learning_rate_schedule():
+    config = {
+        **{"learning_rate": 1.0, "min_learning_rate": 0.1, "warmup_steps": 10},
+        **{"max_steps": 110, "use_cosine_schedule": True},
+    }
+    rate = [train_shakespeare.learning_rate(step, config) for step in (0, 9, 10, 60, 110)]
+    assert rate == pytest.approx([0.1, 1.0, 1.0, 0.55, 0.1])
+    config["use_cosine_schedule"] = False
+    assert train_shakespeare.learning_rate(100, config) == 1.0
+
+
+def test_a_step_that_is_not_finite_changes_nothing(trainer):
+    """One NaN loss: weights and optimizer stay, it is counted, and the next step works."""
+    trainer.step()
+    before = {k: v.clone() for k, v in trainer.raw_model.state_dict().items()}
+    loss = trainer.loss
+    trainer.loss = lambda *args: tuple(x * float("nan") for x in loss(*args))
+    trainer.step()
+    assert same(before, trainer.raw_model.state_dict())
+    assert trainer.progress["skipped"] == trainer.progress["skipped_in_a_row"] == 1
+    trainer.loss = loss
+    trainer.step()
+    assert not same(before, trainer.raw_model.state_dict())
+    assert trainer.progress["skipped_in_a_row"] == 0 and trainer.progress["skipped"] == 1
+
+
+def test_too_many_steps_that_are_not_finite_stop_the_run(in_tmp, small_text):
+    """The checkpoint of before is kept, byte for byte."""
+    common = ("--data-path", small_text, "--checkpoint-path", "c/x")
+    train(*common, "--max-steps", 15, "--no-use-cosine-schedule", cwd=in_tmp)
+    good = (in_tmp / "c" / "x_last.pt").read_bytes()
+    flags = ("--resume", "--max-steps", 90, "--learning-rate", 1e38, "--max-skipped-steps", 5)
+    result = train(*common, *flags, cwd=in_tmp, check=1)
+    line = error_line(result)
+    assert "--max-skipped-steps" in line and "step" in line and "x_last.pt" in line
+    assert (in_tmp / "c" / "x_last.pt").read_bytes() == good
+
+
+def test_resume_with_nothing_there_starts_and_says_so(in_tmp, small_text):
+    flags = ("--data-path", small_text, "--max-steps", 5, "--checkpoint-path", "c/x")
+    assert "starting" in train(*flags, "--resume", cwd=in_tmp).stdout
+
+
+def test_resume_refuses_what_contradicts_the_checkpoint(in_tmp, small_text, capsys):
+    flags = ("--checkpoint-path", "c/x", "--data-path", small_text, "--max-steps", 5)
+    train(*flags, cwd=in_tmp)
+    resume = ("--checkpoint-path", "c/x", "--resume", "--max-steps", 10)
+    for flag, value in (("--hidden-dim", 64), ("--model", "vanilla"), ("--law", "published")):
+        code, error = refuse(capsys, *resume, flag, value)
+        assert code == 2 and flag in error and "contradicts" in error
+    other = in_tmp / "other.txt"
+    other.write_text("another text, of other words, long enough.\n" * 400)
+    code, error = refuse(capsys, *resume, "--data-path", other)
+    assert code == 1 and "trained on another text" in error
+    # a damaged _last is an error, not a reason to go back quietly
+    last = in_tmp / "c" / "x_last.pt"
+    data = bytearray(last.read_bytes())
+    data[len(data) // 2] ^= 1
+    last.write_bytes(data)
+    code, error = refuse(capsys, *resume)
+    assert code == 1 and "--resume-from" in error and "damaged" in error
+    last.unlink()
+    done = train("--resume", "--checkpoint-path", "c/x", "--max-steps", 10, cwd=in_tmp)
+    assert "resuming at step 5" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "flags, code, words",
+    [
+        (("--data-path", "empty.txt"), 1, ("empty.txt", "empty")),
+        (("--dataset", "text", "--data-path", "no.txt"), 1, ("--data-path", "no.txt")),
+        (("--dataset", "text"), 2, ("--data-path",)),
+        (("--data-path", "short.txt"), 1, ("--block-size", "tokens")),
+        (("--data-path", "latin.txt"), 1, ("latin.txt", "UTF-8")),
+        (("--hidden-dim", "30", "--num-heads", "4"), 2, ("--hidden-dim", "--num-heads")),
+        (("--no-radius-cutoff", "--use-soft-cutoff"), 2, ("--no-radius-cutoff", "--use-soft")),
+        (("--hidden-dim", "0"), 2, ("--hidden-dim",)),
+        (("--batch-size", "-3"), 2, ("--batch-size",)),
+        (("--learning-rate", "nan"), 2, ("--learning-rate",)),
+        (("--dropout", "1"), 2, ("--dropout",)),
+        (("--max-steps", "many"), 2, ("--max-steps",)),
+        (("--device", "warp"), 2, ("--device", "cpu")),
+        (("--resume-from", "none.pt"), 1, ("none.pt", "does not exist")),
+        (("--tokenizer", "bpe", "--bpe-vocab-size", "9"), 2, ("--bpe-vocab-size",)),
+        (("--model", "vanilla", "--pos", "sideways"), 2, ("--pos",)),
+    ],
+)
+def test_bad_input_is_one_line(flags, code, words, in_tmp, capsys, small_text):
+    (in_tmp / "empty.txt").write_text("")
+    (in_tmp / "short.txt").write_text("too short")
+    (in_tmp / "latin.txt").write_bytes(b"caf\xe9 " * 1000)
+    if "--data-path" not in flags and "--dataset" not in flags:
+        flags = (*flags, "--data-path", small_text)
+    got, error = refuse(capsys, *flags)
+    assert got == code, error
+    assert all(word in error for word in words), error
+    assert not (in_tmp / "checkpoints").exists()
+
+
+def test_a_checkpoint_path_that_cannot_be_written(in_tmp, small_text, capsys):
+    (in_tmp / "file").write_text("not a directory")
+    flags = [*SMALL, "--data-path", small_text, "--max-steps", 2, "--checkpoint-path", "file/x"]
+    code, error = refuse(capsys, *flags)
+    assert code == 1 and "--checkpoint-path" in error
+    assert (in_tmp / "file").read_text() == "not a directory"
+
+
+def test_presets_fill_what_is_not_given_and_flags_win(in_tmp):
+    from options import resolve, train_parser
+
+    parser = train_parser("", "")
+    config = resolve(parser.parse_args(["--dataset", "wikitext103", "--num-layers", "3"]))
+    assert (config["hidden_dim"], config["num_layers"], config["mlp_dim"]) == (512, 3, 2048)
+    assert config["tokenizer"] == "bpe" and config["use_radius_cutoff"] is True
+    config = resolve(parser.parse_args(["--no-radius-cutoff", "--no-repulsion"]))
+    assert config["use_radius_cutoff"] is False and config["repulsion"] is False
+
+
+def test_autocast_trains_in_bf16(trainer):
+    """The losses of a step in bf16 and in fp32 agree to bf16's digits."""
+    from data import get_batch
+
+    inputs, targets = get_batch(trainer.data.train, 4, 16, 0, 0)
+    exact = float(trainer.loss(inputs, targets, False)[1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded, _ = trainer.loss(inputs, targets, False)
+    assert float(rounded) == pytest.approx(exact, rel=1e-2) and float(rounded) != exact
+    rounded.backward()
+    assert all(
+        bool(torch.isfinite(p.grad).all())
+        for p in trainer.raw_model.parameters()
+        if p.grad is not None
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["ngt", "vanilla"])
+def test_compiled_training_gives_the_same_curve(model, in_tmp, small_text):
+    flags = ("--model", model, "--data-path", small_text, "--max-steps", 20, "--dropout", 0)
+    train(*flags, "--checkpoint-path", "c/plain", cwd=in_tmp)
+    train(*flags, "--compile", "--checkpoint-path", "c/compiled", cwd=in_tmp)
+    plain, compiled = (curve(in_tmp / "runs" / name)[-1][1] for name in ("plain", "compiled"))
+    assert plain == pytest.approx(compiled, abs=2e-3)
+
+
+def test_compile_without_a_compiler_warns_and_trains(in_tmp, small_text):
+    flags = ("--data-path", small_text, "--max-steps", 2, "--checkpoint-path", "c/x")
+    result = train(*flags, "--compile", cwd=in_tmp, env={"CXX": "no-such-compiler"})
+    assert "warning: --compile" in result.stderr
