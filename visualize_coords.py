@@ -93,7 +93,7 @@ def coordinates(model, tokens, layer):
 
 def figure(z, mass, labels, title):
     """A 3-D scatter: one marker a token, size and colour by mass."""
-    if float(z.std(0).max()) < 1e-9:
+    if float(np.ptp(z, axis=0).max()) < 1e-6:
         raise UserError("all tokens are at the same place: there is nothing to show")
     pca = PCA(n_components=3, random_state=0)
     xyz = pca.fit_transform(z)
@@ -130,11 +130,22 @@ def figure(z, mass, labels, title):
     page.update_layout(
         title={"text": html.escape(title)},
         scene={
-            f"{axis}axis": {"title": {"text": name}} for axis, name in zip("xyz", axes, strict=True)
+            **{f"{axis}axis": {"title": {"text": n}} for axis, n in zip("xyz", axes, strict=True)},
+            "camera": {"eye": {"x": 1.6, "y": 1.6, "z": 1.0}},
         },
         margin={"l": 0, "r": 0, "b": 0, "t": 60},
     )
     return page
+
+
+def to_page(page, title):
+    """A figure as one HTML document that needs no network and uploads nothing."""
+    document = page.to_html(
+        include_plotlyjs=True,
+        default_height="96vh",
+        config={"displaylogo": False, "showSendToCloud": False},
+    )
+    return document.replace("<head>", f"<head><title>{html.escape(title)}</title>", 1)
 
 
 def main(argv=None):
@@ -155,9 +166,7 @@ def main(argv=None):
     after = num_layers if args.layer is None else args.layer
     title = f"Where {len(tokens)} tokens are after {after} of {num_layers} blocks"
     page = figure(z, mass, [tokenizer.label(token) for token in tokens], title)
-    document = page.to_html(include_plotlyjs=True, full_html=True)
-    document = document.replace("<head>", f"<head><title>{html.escape(title)}</title>", 1)
-    write_whole(Path(args.output), document.encode())
+    write_whole(Path(args.output), to_page(page, title).encode())
     print(f"wrote {args.output}: {len(tokens)} tokens, open it in a browser")
     return 0
 

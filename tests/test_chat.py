@@ -1,0 +1,228 @@
+"""The chat as it is used: one answer, a pipe, and a person at a terminal."""
+
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, error_line, run
+
+import chat
+from checkpoint import FORMAT_VERSION, build_model, save_checkpoint
+from tokenizer import BPETokenizer, CharTokenizer
+
+LETTERS = CharTokenizer.train("abcdefghijklmnopqrstuvwxyz :\n\x1b")
+
+
+def make_checkpoint(path, tokenizer=LETTERS, **config):
+    """A small random model, saved as training saves it."""
+    torch.manual_seed(1)
+    config = {
+        **{"model_type": "ngt", "vocab_size": tokenizer.vocab_size, "block_size": 16},
+        **{"hidden_dim": 16, "num_layers": 2, "num_heads": 2, "mlp_dim": 16},
+        **config,
+    }
+    model = build_model(config)
+    for parameter in model.parameters():  # livelier than the start of training
+        torch.nn.init.normal_(parameter, std=0.3)
+    checkpoint = {
+        **{"format_version": FORMAT_VERSION, "model_state": model.state_dict(), "iter": 7},
+        **{"config": config, "vocab": tokenizer.to_vocab(), "best_val": 1.0},
+    }
+    save_checkpoint(path, checkpoint)
+    return model.eval()
+
+
+def answer(capsys, *flags):
+    assert chat.main([str(flag) for flag in flags]) == 0
+    return capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"law": "published"}, {"model_type": "vanilla"}],
+    ids=["newton", "published", "vanilla"],
+)
+def test_greedy_answer_is_what_the_model_says_without_a_cache(config, in_tmp, capsys):
+    """The likeliest token, one full forward pass after another."""
+    model = make_checkpoint("x.pt", **config)
+    tokens = LETTERS.encode("hello")
+    for _ in range(10):
+        tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    expected = chat.printable(LETTERS.decode(tokens[5:]))
+    flags = ("--prompt", "hello", "--temperature", 0, "--max-new-tokens", 10)
+    assert answer(capsys, "--checkpoint-path", "x.pt", *flags).out == expected + "\n"
+
+
+def test_the_seed_decides(in_tmp, capsys):
+    make_checkpoint("x.pt")
+    flags = ("--checkpoint-path", "x.pt", "--prompt", "a", "--max-new-tokens", 40)
+    one, two, other = (answer(capsys, *flags, "--seed", seed).out for seed in (1, 1, 2))
+    assert one == two != other
+
+
+def test_past_block_size_newton_goes_on_and_vanilla_says_that_it_slides(in_tmp, capsys):
+    flags = ("--checkpoint-path", "x.pt", "--prompt", "a", "--max-new-tokens", 60)
+    make_checkpoint("x.pt")
+    assert "forgotten" not in answer(capsys, *flags).err
+    make_checkpoint("x.pt", model_type="vanilla")
+    assert answer(capsys, *flags).err.count("forgotten") == 1
+
+
+def test_characters_that_it_never_saw_are_marked_and_reported(in_tmp, capsys):
+    make_checkpoint("x.pt")
+    flags = ("--checkpoint-path", "x.pt", "--prompt", "añ한b", "--max-new-tokens", 3)
+    assert "2 characters are new" in answer(capsys, *flags).err
+
+
+def test_no_token_can_steer_the_terminal(in_tmp, capsys):
+    """A model that only ever says ESC prints it as text."""
+    model = make_checkpoint("x.pt")
+    escape = LETTERS.encode("\x1b")[0]
+    state = model.state_dict()
+    state["norm.weight"].zero_()
+    state["norm.bias"].copy_(state["token_emb.weight"][escape] * 100)
+    checkpoint = torch.load("x.pt", weights_only=True) | {"model_state": state}
+    save_checkpoint("x.pt", checkpoint)
+    flags = ("--prompt", "a", "--temperature", 0, "--max-new-tokens", 3)
+    assert answer(capsys, "--checkpoint-path", "x.pt", *flags).out == "\\x1b" * 3 + "\n"
+
+
+def test_odd_prompts_never_crash(in_tmp, capsys):
+    bpe = BPETokenizer.train(["some text to learn from"], 300)
+    make_checkpoint("x.pt", bpe)
+    for prompt in ("", " ", "\n", "🎉" * 50, "\x00\x1b[31m", "\udcff", "שלום", "a" * 5000):
+        answer(capsys, "--checkpoint-path", "x.pt", "--prompt", prompt, "--max-new-tokens", 3)
+
+
+def test_piped_conversation(in_tmp):
+    """No prompt sign, settings and commands work, an unknown command is no question."""
+    make_checkpoint("x.pt")
+    lines = (
+        "/set temperature 0\n/set top-k nonsense\nhello\n/reset\nhello\n/nonsense\n/quit\nmore\n"
+    )
+    result = run(
+        *("chat.py", "--checkpoint-path", "x.pt", "--max-new-tokens", 5),
+        cwd=in_tmp,
+        stdin=lines,
+        check=0,
+    )
+    assert "you>" not in result.stdout and "no such command: /nonsense" in result.stdout
+    assert "temperature is now 0.0" in result.stdout and "top_k stays" in result.stdout
+    first, second = result.stdout.split("(forgotten)\n")
+    assert first.split("\n", 2)[2].strip("\n") == second.split("no such")[0].strip("\n")
+
+
+def terminal(cwd, *flags):
+    """chat.py on a pseudo-terminal: (process, function that reads until a text shows up)."""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "chat.py"), *map(str, flags)],
+        cwd=cwd,
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+    )
+    os.close(slave)
+
+    def expect(text, seconds=90):
+        seen = ""
+        deadline = time.monotonic() + seconds
+        while text not in seen:
+            assert time.monotonic() < deadline, seen
+            if select.select([master], [], [], 0.2)[0]:
+                seen += os.read(master, 65536).decode(errors="replace")
+        return seen
+
+    return process, master, expect
+
+
+def test_at_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(in_tmp):
+    make_checkpoint("x.pt")
+    process, master, expect = terminal(
+        in_tmp, "--checkpoint-path", "x.pt", "--max-new-tokens", 1_000_000
+    )
+    expect("you> ")
+    os.write(master, b"/help\n")
+    expect("/reset")
+    expect("you> ")
+    os.write(master, b"hello\n")
+    time.sleep(1.0)
+    os.write(master, b"\x03")
+    expect("you> ")
+    assert process.poll() is None
+    os.write(master, b"\x03")
+    expect("leaves")
+    os.write(master, b"\x04")
+    assert process.wait(timeout=20) == 0
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda path: None, ("does not exist",)),
+        (lambda path: path.write_bytes(b""), ("truncated",)),
+        (lambda path: path.write_text("hello"), ("truncated",)),
+        (lambda path: path.mkdir(), ("directory",)),
+        (lambda path: torch.save([1, 2], path), ("model_state",)),
+        (lambda path: torch.save({"model_state": {}, "vocab": {}}, path), ("first-release",)),
+    ],
+    ids=["absent", "empty", "text", "directory", "list", "hollow"],
+)
+def test_what_is_no_checkpoint_is_one_line(make, words, in_tmp):
+    make(in_tmp / "x.pt")
+    result = run("chat.py", "--checkpoint-path", "x.pt", cwd=in_tmp, check=1)
+    line = error_line(result)
+    assert "x.pt" in line and all(word in line for word in words)
+
+
+class Malice:
+    """What a hostile pickle looks like: loading it would create a file."""
+
+    def __reduce__(self):
+        return (os.mkdir, ("pwned",))
+
+
+def test_a_hostile_pickle_is_refused_and_not_run(in_tmp):
+    torch.save({"model_state": {}, "vocab": Malice()}, "evil.pt")
+    line = error_line(run("chat.py", "--checkpoint-path", "evil.pt", cwd=in_tmp, check=1))
+    assert "refused" in line and not (in_tmp / "pwned").exists()
+    # the file is live: an unsafe load does run it
+    torch.load("evil.pt", weights_only=False)
+    assert (in_tmp / "pwned").exists()
+
+
+def test_truncated_flipped_and_contradictory_checkpoints(in_tmp, capsys):
+    from errors import UserError
+
+    make_checkpoint("x.pt")
+    whole = (in_tmp / "x.pt").read_bytes()
+    for tenth in range(1, 10):
+        (in_tmp / "cut.pt").write_bytes(whole[: len(whole) * tenth // 10])
+        with pytest.raises(UserError, match="truncated"):
+            chat.main(["--checkpoint-path", "cut.pt", "--prompt", "a"])
+    flipped = bytearray(whole)
+    flipped[whole.index(b"data/0") + 500] ^= 16
+    (in_tmp / "flipped.pt").write_bytes(flipped)
+    with pytest.raises(UserError, match=r"damaged|truncated"):
+        chat.main(["--checkpoint-path", "flipped.pt", "--prompt", "a"])
+    checkpoint = torch.load("x.pt", weights_only=True)
+    checkpoint["config"]["hidden_dim"] = 32
+    save_checkpoint("liar.pt", checkpoint)
+    with pytest.raises(UserError, match="contradicts itself"):
+        chat.main(["--checkpoint-path", "liar.pt", "--prompt", "a"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--temperature", -1), ("--top-p", 2), ("--top-k", 0), ("--max-new-tokens", "x")],
+)
+def test_bad_settings_are_usage_errors(flags, in_tmp):
+    result = run("chat.py", *flags, cwd=in_tmp, check=2)
+    assert flags[0] in error_line(result)
