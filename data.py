@@ -156,7 +156,11 @@ def _write_token_files(directory, corpus, texts, tokenizer, say):
         "dtype": dtype,
         "splits": {},
     }
+    for split, text in texts.items():
+        if not text:
+            raise UserError(f"{corpus.description} is too short to have a {split} split: give more")
     try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed run that had our number
         partial.mkdir(parents=True)
         for split, text in texts.items():
             count, largest = 0, 0
@@ -202,7 +206,11 @@ def open_token_data(directory):
     try:
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         vocab = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
-        tokenizer = tokenizer_from_vocab(vocab)
+        tokenizer = _stored_tokenizer(vocab, directory, remedy)
+        if meta["format_version"] != FORMAT_VERSION or not {"train", "valid"} <= {*meta["splits"]}:
+            raise UserError(f"{directory}/meta.json is of another program or incomplete: {remedy}")
+        if tokenizer.fingerprint != meta["tokenizer_sha256"]:
+            raise UserError(f"{directory}/vocab.json is not the one that wrote it: {remedy}")
         dtype = np.dtype(meta["dtype"])
         splits = {}
         for name, split in meta["splits"].items():
@@ -215,6 +223,13 @@ def open_token_data(directory):
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{directory} is damaged ({error}): {remedy}") from None
     return TokenData(directory, meta, tokenizer, splits)
+
+
+def _stored_tokenizer(vocab, directory, remedy):
+    try:
+        return tokenizer_from_vocab(vocab)
+    except UserError as error:
+        raise UserError(f"{directory}/vocab.json: {error}; or {remedy}") from None
 
 
 def check_long_enough(tokens, block_size, split, data):

@@ -43,6 +43,10 @@ def run_script(main):
         # the reader of our output left (as `| head` does): nobody is there to be told
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:
+        # a full disk, say, met where nothing more could be said about it
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
 
 
 def write_whole(path, data):

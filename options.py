@@ -189,7 +189,7 @@ def add_corpus_flags(parser):
     group.add(
         "--tokenizer-path",
         "a BPE tokenizer file to use; where it does not exist it is trained and written there "
-        "(default: kept beside the token files)",
+        "(default: trained, and kept with the token files)",
     )
     group.add("--tiktoken-encoding", "any encoding that tiktoken knows, by name")
 

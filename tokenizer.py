@@ -103,7 +103,9 @@ class BPETokenizer(_Tokenizer):
     def __init__(self, tokenizer_json):
         try:
             self._tokenizer = Tokenizer.from_str(tokenizer_json)
-        except Exception as error:  # the library raises bare Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises bare Exception, or panics
             raise UserError(f"not a file of the tokenizers library: {error}") from None
         self._json = tokenizer_json
         self.vocab_size = self._tokenizer.get_vocab_size()
@@ -152,13 +154,14 @@ class TiktokenTokenizer(_Tokenizer):
 
     def __init__(self, encoding_name):
         self.encoding_name = encoding_name
+        known = tiktoken.list_encoding_names()
+        if encoding_name not in known:
+            raise UserError(
+                f"--tiktoken-encoding {encoding_name} is not installed; there are: "
+                f"{', '.join(known)}"
+            )
         try:
             self._encoding = tiktoken.get_encoding(encoding_name)
-        except ValueError:
-            known = ", ".join(tiktoken.list_encoding_names())
-            raise UserError(
-                f"--tiktoken-encoding {encoding_name} is not installed; there are: {known}"
-            ) from None
         except Exception as error:  # whatever the download fails with
             raise UserError(
                 f"the table of --tiktoken-encoding {encoding_name} could not be fetched "
@@ -174,14 +177,16 @@ class TiktokenTokenizer(_Tokenizer):
         return self._encoding.encode_ordinary_batch(texts)
 
     def decode(self, ids):
-        return self._encoding.decode(list(ids))
+        return b"".join(map(self._bytes, ids)).decode("utf-8", errors="replace")
+
+    def _bytes(self, token):
+        try:
+            return self._encoding.decode_single_token_bytes(token)
+        except KeyError:  # encodings have gaps below n_vocab
+            return UNKNOWN.encode()
 
     def _raw(self, token):
-        try:
-            data = self._encoding.decode_single_token_bytes(token)
-        except KeyError:
-            return UNKNOWN
-        return data.decode("utf-8", errors="backslashreplace")
+        return self._bytes(token).decode("utf-8", errors="backslashreplace")
 
     def to_vocab(self):
         return {"type": "tiktoken", "encoding_name": self.encoding_name}
@@ -190,25 +195,25 @@ class TiktokenTokenizer(_Tokenizer):
 class TextStream:
     """Turn ids into text as they come, holding back a character until its bytes are complete."""
 
-    LONGEST = 4  # bytes of a UTF-8 character, so tokens that can share one
-
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer
-        self._pending = []
+        self._pending, self._given = [], 0
 
     def push(self, token):
         """Take one id; returns the text that is now certain, often with nothing held back."""
         self._pending.append(token)
         text = self._tokenizer.decode(self._pending)
-        if text.endswith(UNKNOWN) and len(self._pending) < self.LONGEST:
-            return ""
-        self._pending = []
-        return text
+        # tokens may straddle characters in a chain: only what ends in an unknown may still change
+        certain = text.rstrip(UNKNOWN)
+        new, self._given = certain[self._given :], len(certain)
+        if certain == text:
+            self._pending, self._given = [], 0
+        return new
 
     def flush(self):
         """The text that is still held back."""
-        text = self._tokenizer.decode(self._pending) if self._pending else ""
-        self._pending = []
+        text = self._tokenizer.decode(self._pending)[self._given :]
+        self._pending, self._given = [], 0
         return text
 
 

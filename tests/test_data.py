@@ -84,9 +84,6 @@ def no_index(monkeypatch, tmp_path):
     return links
 
 
-# Shakespeare: where it comes from
-
-
 def test_shakespeare_takes_data_path(in_tmp, small_text, monkeypatch):
     """A file under --data-path is used as it is, and nothing is fetched or written."""
     monkeypatch.setattr(corpora, "_download", lambda url: pytest.fail("fetched"))
@@ -254,9 +251,6 @@ def test_shakespeare_directory_is_refused(in_tmp):
         prepare("shakespeare", str(in_tmp))
 
 
-# splits and token files
-
-
 @pytest.mark.parametrize("length", [1000, 1237, 2001])
 def test_splits_by_position(in_tmp, length):
     """90/10 and 90/5/5, in characters, nothing lost; the ids decode by hand to the text."""
@@ -362,9 +356,6 @@ def test_line_ends_are_kept(in_tmp):
     Path("train.txt").write_bytes(b"one\r\ntwo\rthree\n")
     Path("valid.txt").write_bytes(b"one\r\n")
     assert read_text(prepare("text", str(in_tmp)).directory, "train") == "one\r\ntwo\rthree\n"
-
-
-# --dataset text
 
 
 PACK = {
@@ -499,9 +490,6 @@ def test_too_few_tokens_for_a_block(in_tmp):
         check_long_enough(prepared.valid, 10, "validation", prepared)
 
 
-# WikiText-103
-
-
 WIKI = (
     " \n = Title = \n \n One line , with <unk> . \n \n \n = = Part = = \n \n Another é @-@ 안 \n \n"
 )
@@ -591,6 +579,33 @@ def test_wikitext_from_the_hub(in_tmp, monkeypatch):
         assert (local.directory / name).read_bytes() == before[prepared.directory / name][0]
 
 
+def test_wikitext_from_parquet_files(in_tmp, monkeypatch):
+    """Files in the Hub's layout, read by the real `datasets`; a missing column is one line."""
+    monkeypatch.setenv("HF_HOME", str(in_tmp / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", in_tmp / "cache")
+    folder = in_tmp / "wikitext-103-raw-v1"
+    folder.mkdir()
+    halves = WIKI[: len(WIKI) // 2].rsplit("\n", 1)[0] + "\n"
+    parts = {
+        "train-00000-of-00002": halves,
+        "train-00001-of-00002": WIKI[len(halves) :] + ending("train"),
+        "validation-00000-of-00001": WIKI + ending("valid"),
+    }
+    for name, text in parts.items():
+        datasets.Dataset.from_dict(hub_rows(text)).to_parquet(folder / f"{name}.parquet")
+    prepared = prepare("wikitext103", str(in_tmp))
+    for split in ("train", "valid"):
+        assert read_text(prepared.directory, split) == WIKI_KEPT + ending(split)
+    rows = datasets.Dataset.from_dict({"words": ["a"]})
+    for name in parts:
+        rows.to_parquet(folder / f"{name}.parquet")
+    with pytest.raises(UserError, match="no `text` column"):
+        prepare("wikitext103", str(in_tmp))
+    (folder / "validation-00000-of-00001.parquet").unlink()
+    with pytest.raises(UserError, match="no validation-"):
+        prepare("wikitext103", str(in_tmp))
+
+
 def test_wikitext_hub_tells_corpora_apart(in_tmp, monkeypatch):
     """Another content on the Hub is another corpus, not a reuse of the old token files."""
     directories = []
@@ -618,9 +633,6 @@ def test_wikitext_without_connection(in_tmp, monkeypatch):
     for split in ("train", "valid", "test"):
         assert f"wiki.{split}." in message
     assert not Path("data").exists()
-
-
-# written once, whole or not at all
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe", "tiktoken"])
@@ -802,9 +814,6 @@ def test_damaged_token_files(in_tmp, small_text, damage):
     assert {path: content for path, (content, _) in listing(directory).items()} == before
 
 
-# batches
-
-
 COUNTING = np.arange(60_000, dtype="<u2")  # a token that is its own position
 
 
@@ -896,9 +905,6 @@ def test_full_evaluation_predicts_every_token_once():
     tokens = COUNTING[:1001]
     targets = [t for _, batch in eval_batches(tokens, 100, 1000, 7) for t in batch.flatten()]
     assert sorted(map(int, targets)) == list(range(1, 1001))
-
-
-# prepare_data.py
 
 
 def test_script_shakespeare(in_tmp, small_text):
