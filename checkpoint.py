@@ -146,7 +146,7 @@ def load_model(path, device="cpu"):
         model.load_state_dict(checkpoint["model_state"])
     except (KeyError, TypeError, RuntimeError, AttributeError, UserError) as error:
         raise UserError(
-            f"checkpoint {path} contradicts itself ({str(error).splitlines()[0]}): use another"
+            f"checkpoint {path} contradicts itself ({_first_words(error)}): use another"
         ) from None
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(
@@ -156,10 +156,14 @@ def load_model(path, device="cpu"):
     return model.to(device).eval(), tokenizer, checkpoint
 
 
+def _first_words(error):
+    return " ".join(str(error).split())[:200]
+
+
 def _from_first_release(checkpoint):
     """Give a first-release checkpoint (design: law `published`) this release's names."""
     old = {
-        name.removeprefix("module.").removeprefix("_orig_mod."): tensor
+        name.replace("_orig_mod.", "").removeprefix("module."): tensor
         for name, tensor in checkpoint["model_state"].items()
     }
     state = {}
@@ -185,6 +189,10 @@ def _from_first_release(checkpoint):
         config["law"] = "published"
         if "layers.0.attn.radius_raw" not in state:
             config["use_radius_cutoff"] = False
+            for layer in range(config["num_layers"]):
+                state[f"layers.{layer}.attn.radius_raw"] = torch.tensor(4.0)
+        if not config.get("use_radius_cutoff", True):
+            config["use_soft_cutoff"] = False
     else:
         config["pos"] = "learned"
         config["head_bias"] = "head.bias" in state

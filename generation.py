@@ -66,7 +66,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     logits = logits.float().cpu()
     if temperature == 0:
         return int(logits.argmax())
-    logits = logits / temperature
+    logits = (logits - logits.max()) / temperature
     if top_k is not None and top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
     probabilities = torch.softmax(logits, -1)

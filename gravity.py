@@ -54,6 +54,8 @@ def _check(q, k, v, mass, time_scale, time_offset, exponent, radius, cutoff, pos
         raise ValueError(f"cutoff must be one of {CUTOFFS}, not {cutoff!r}")
     if (cutoff == "none") != (radius is None):
         raise ValueError("a radius is given exactly when cutoff is 'hard' or 'soft'")
+    if radius is not None and radius.shape != (heads,):
+        raise ValueError(f"radius must have shape {(heads,)}")
     for length, position in zip((q.shape[2], num_keys), positions, strict=True):
         if position is not None and position.shape != (length,):
             raise ValueError(f"positions are {tuple(position.shape)}, expected {(length,)}")
@@ -197,15 +199,25 @@ def field_bound(time_scale, time_offset, exponent, max_mass, length):
     d = torch.arange(length, dtype=torch.float64, device=time_scale.device)
     time_term = (time_scale.double()[:, None] * (d - time_offset.double()[:, None])).square()
     field = inverse_power(1 + time_term, exponent)
-    older = field.flip(-1).cumsum(-1).flip(-1) - field
-    return older.clamp(min=0) * max_mass * (1 + 1e-6) + 1e-300
+    # summed from the far end and shifted: subtracting `field` would lose what is far below it
+    older = torch.zeros_like(field)
+    older[:, :-1] = field[:, 1:].flip(-1).cumsum(-1).flip(-1)
+    return older * max_mass * (1 + 1e-6) + 1e-300
 
 
-@torch.compiler.disable
 def _blocked(q, *args):
     # the operator chooses its own precisions
     with torch.autocast(q.device.type, enabled=False):
         return _BlockedGravity.apply(q, *args)
+
+
+def step_around_when_compiling():
+    """Let torch.compile leave the blocked path alone, whose loops depend on data.
+
+    Called when something is to be compiled: the decorator alone takes two seconds to import.
+    """
+    global _blocked
+    _blocked = torch.compiler.disable(_blocked)
 
 
 class _Heads:

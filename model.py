@@ -224,8 +224,10 @@ class GravityAttention(nn.Module):
             key_positions=key_positions,
             **self.law(),
         )
-        if kv_cache is not None and self.config.cutoff != "none":
-            kv_cache.keep_newest(self.layer, math.ceil(float(self.window.detach().max())))
+        if kv_cache is not None:
+            window = float(self.window.detach().max())
+            if math.isfinite(window):
+                kv_cache.keep_newest(self.layer, math.ceil(window))
         return self.dropout(self.out_proj(merge_heads(pull)))
 
 

@@ -323,7 +323,6 @@ def resolve(args, resumed=None):
         config = dict.fromkeys(names) | DEFAULTS | preset | given
         if config["mlp_dim"] is None:
             config["mlp_dim"] = _mlp_dim(config, given, matched)
-    _warn_of_no_effect(given, config)
     return config
 
 
@@ -359,7 +358,9 @@ def _check_against(given, resumed):
 _FREE_ON_RESUME = {"device", "eval_interval", "checkpoint_interval", "data_path", "tokenizer_path"}
 
 
-def _warn_of_no_effect(given, config):
+def warn_of_no_effect(args, config):
+    """One warning for each given flag that this kind of model does not listen to."""
+    given = [name for name in vars(args) if is_given(args, name)]
     if config["model"] == "vanilla":
         for name in set(given) & (set(model_fields("ngt")) - set(model_fields("vanilla"))):
             warn(f"--{name.replace('_', '-')} has no effect on --model vanilla")

@@ -107,6 +107,9 @@ class BPETokenizer(_Tokenizer):
             raise
         except BaseException as error:  # the library raises bare Exception, or panics
             raise UserError(f"not a file of the tokenizers library: {error}") from None
+        byte_level = isinstance(self._tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel)
+        if self._tokenizer.decoder is None and byte_level:  # the first release wrote none
+            self._tokenizer.decoder = decoders.ByteLevel()
         self._json = tokenizer_json
         self.vocab_size = self._tokenizer.get_vocab_size()
 

@@ -26,9 +26,10 @@ from checkpoint import (
 )
 from data import check_long_enough, get_batch, prepare_data
 from errors import UsageError, UserError, run_script, warn
+from gravity import step_around_when_compiling
 from metrics import HEADER, RunLog, code_version, evaluate, machine, peak_memory_bytes, table_row
 from model import NGT, repulsion_loss
-from options import choose_device, resolve, train_parser
+from options import choose_device, resolve, train_parser, warn_of_no_effect
 
 EXAMPLES = """examples:
   python train_shakespeare.py                               NGT on Shakespeare, minutes on a CPU
@@ -60,6 +61,7 @@ def maybe_compile(model, config, device):
     if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         warn("--compile needs a C++ compiler (g++) and there is none: training uncompiled")
         return model
+    step_around_when_compiling()
     return torch.compile(model)
 
 
@@ -89,19 +91,19 @@ def learning_rate(step, config):
     return low + (peak - low) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
+def make_model(config, vocab_size):
+    """The model that the resolved flags describe."""
+    names = model_fields(config["model"])
+    shape = {name: config[name] for name in names if name in config}
+    return build_model({**shape, "model_type": config["model"], "vocab_size": vocab_size})
+
+
 class Trainer:
     """All that a run holds: what a checkpoint saves and `step` changes."""
 
     def __init__(self, config, data, device):
         self.config, self.data, self.device = config, data, device
-        self.raw_model = build_model(
-            {
-                **{name: config.get(name) for name in model_fields(config["model"])},
-                **{"model_type": config["model"], "vocab_size": data.tokenizer.vocab_size},
-                **{name: False for name in ("head_bias",) if config["model"] == "vanilla"},
-                "tie_head": True,
-            }
-        ).to(device)
+        self.raw_model = make_model(config, data.tokenizer.vocab_size).to(device)
         self.model = maybe_compile(self.raw_model, config, device)
         self.optimizer = make_optimizer(self.raw_model, config, device)
         self.autocast, self.scaler = choose_precision(config["use_amp"], device)
@@ -312,52 +314,73 @@ def read_to_resume(path):
     return checkpoint
 
 
-def default_checkpoint_path(args, config):
+def checkpoint_path(args, config):
+    """PATH of PATH_best.pt and PATH_last.pt: as given, that of --resume-from, or the dataset's."""
     if args.checkpoint_path is not None:
         return args.checkpoint_path
+    if args.resume_from is not None:
+        return args.resume_from.removesuffix("_last.pt").removesuffix("_best.pt")
     suffix = "_vanilla" if config["model"] == "vanilla" else ""
     return f"checkpoints/{config['dataset']}{suffix}.pt"
+
+
+def check_nothing_is_lost(path, run_directory, source):
+    """Refuse to write over checkpoints or metrics of another run.
+
+    Args:
+        source: the checkpoint that is being resumed, or None.
+    """
+    remedy = "or start over with --overwrite"
+    for file in (last_path(path), best_path(path)):
+        if file.exists() and source not in (last_path(path), best_path(path), Path(path)):
+            raise UsageError(
+                f"{file} exists already: go on with --resume, give another --checkpoint-path, "
+                f"{remedy}"
+            )
+    metrics = run_directory / "metrics.jsonl"
+    if source is None and metrics.exists() and metrics.stat().st_size:
+        raise UsageError(
+            f"{metrics} holds the metrics of another run: give another --run-name, {remedy}"
+        )
 
 
 def main(argv=None):
     """Train; returns the exit code."""
     args = train_parser(__doc__, EXAMPLES).parse_args(argv)
-    first = resolve(args) if args.resume_from is None else None
-    path = default_checkpoint_path(args, first or {"model": args.model, "dataset": "resumed"})
-    checkpoint = None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("training over several processes is not built yet: start without torchrun")
+    config = resolve(args)
+    path = checkpoint_path(args, config)
+    run_directory = Path("runs") / (args.run_name or Path(path).name.removesuffix(".pt"))
+    source = checkpoint = None
     if args.resume or args.resume_from:
         source = find_resume_file(args, path)
         if source is None:
             print(f"nothing to resume at {last_path(path)}: starting")
         else:
             checkpoint = read_to_resume(source)
-    elif not args.overwrite and (last_path(path).exists() or best_path(path).exists()):
-        raise UsageError(
-            f"{last_path(path)} exists already: go on with --resume, start over with --overwrite, "
-            "or give another --checkpoint-path"
-        )
-    config = resolve(args, checkpoint["config"]) if checkpoint else first
-    other_end = checkpoint and config["max_steps"] != checkpoint["config"]["max_steps"]
-    if other_end and config["use_cosine_schedule"]:
-        warn("another --max-steps changes the learning-rate cosine from here on")
-    run_name = args.run_name or Path(path).name.removesuffix(".pt")
-    return train(config, checkpoint, path, run_name, argv)
+            config = resolve(args, checkpoint["config"])
+            other_end = config["max_steps"] != checkpoint["config"]["max_steps"]
+            if other_end and config["use_cosine_schedule"]:
+                warn("another --max-steps changes the learning-rate cosine from here on")
+    if not args.overwrite:
+        check_nothing_is_lost(path, run_directory, source)
+    warn_of_no_effect(args, config)
+    return train(config, checkpoint, path, run_directory, argv)
 
 
 def set_up_torch(config):
     """Seeds, and arithmetic that is neither slow nor left to chance."""
     torch.manual_seed(config["seed"])
     torch.set_flush_denormal(True)  # denormals make CPU products 150 times slower
-    torch.set_float32_matmul_precision("high")
     if config["deterministic"]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
 
 
-def train(config, checkpoint, path, run_name, argv=None):
+def train(config, checkpoint, path, run_directory, argv=None):
     """The run itself: set up, loop, and leave everything on disk."""
-    if checkpoint is None:
-        build_model({**_shape_of(config), "vocab_size": 2, "model_type": config["model"]})
+    make_model(config, vocab_size=2)  # sizes that cannot be are refused before any text is fetched
     device = choose_device(config["device"])
     data = prepare_data(
         config["dataset"],
@@ -375,8 +398,18 @@ def train(config, checkpoint, path, run_name, argv=None):
     if checkpoint is not None:
         trainer.restore(checkpoint, path)
     parameters = sum(p.numel() for p in trainer.raw_model.parameters())
+    print(f"text: {data.meta['source']}")
+    print(
+        f"{config['model']}: {parameters:,} parameters; {trainer.tokens_per_step:,} tokens a step, "
+        f"{config['max_steps']:,} steps; {device}"
+    )
+    if trainer.iter >= config["max_steps"]:
+        print(f"finished already at step {trainer.iter}; a larger --max-steps goes on")
+        return 0
+    if trainer.iter:
+        print(f"resuming at step {trainer.iter}")
     log = RunLog(
-        Path("runs") / run_name,
+        run_directory,
         {
             **trainer.state()["config"],
             "parameters": parameters,
@@ -389,24 +422,10 @@ def train(config, checkpoint, path, run_name, argv=None):
         },
         trainer.iter,
     )
-    print(f"text: {data.meta['source']}")
-    print(
-        f"{config['model']}: {parameters:,} parameters; {trainer.tokens_per_step:,} tokens a step, "
-        f"{config['max_steps']:,} steps; {device}"
-    )
-    if trainer.iter:
-        print(f"resuming at step {trainer.iter}")
-    if trainer.iter >= config["max_steps"]:
-        print(f"finished already: {last_path(path)}; a larger --max-steps goes on")
-        return 0
     try:
         return loop(trainer, log, path)
     finally:
         log.close()
-
-
-def _shape_of(config):
-    return {name: config[name] for name in model_fields(config["model"]) if name in config}
 
 
 def loop(trainer, log, path):

@@ -78,7 +78,7 @@ def run(*command, cwd, stdin="", check=None, env=None):
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "2", **(env or {})},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
     )
     if check is not None:
         assert result.returncode == check, result.stdout + result.stderr

@@ -95,7 +95,7 @@ def test_asked_to_stop_it_saves_and_goes_on_identically(number, code, in_tmp, sm
         cwd=in_tmp,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     metrics = in_tmp / "runs" / "cut" / "metrics.jsonl"
     deadline = time.monotonic() + 60
@@ -241,6 +241,31 @@ def test_too_many_steps_that_are_not_finite_stop_the_run(in_tmp, small_text):
     line = error_line(result)
     assert "--max-skipped-steps" in line and "step" in line and "x_last.pt" in line
     assert (in_tmp / "c" / "x_last.pt").read_bytes() == good
+
+
+def test_nothing_of_another_run_is_written_over(in_tmp, small_text, capsys):
+    """Neither its checkpoints nor its metrics; --overwrite does both."""
+    flags = ("--data-path", small_text, "--max-steps", 3)
+    train(*flags, "--checkpoint-path", "a/x", cwd=in_tmp)
+    metrics = (in_tmp / "runs" / "x" / "metrics.jsonl").read_text()
+    code, error = refuse(capsys, *SMALL, *flags, "--checkpoint-path", "b/x")
+    assert code == 2 and "--run-name" in error and not (in_tmp / "b").exists()
+    train(*flags, "--checkpoint-path", "b/x", "--run-name", "y", cwd=in_tmp)
+    code, error = refuse(capsys, "--resume-from", "a/x_last.pt", "--checkpoint-path", "b/x")
+    assert code == 2 and "b/x_last.pt exists" in error
+    assert (in_tmp / "runs" / "x" / "metrics.jsonl").read_text() == metrics
+    # --resume-from goes on where that checkpoint belongs
+    train("--resume-from", "a/x_best.pt", "--max-steps", 5, cwd=in_tmp)
+    assert read_checkpoint("a/x_last.pt")["iter"] == 5
+    assert read_checkpoint("b/x_last.pt")["iter"] == 3
+    train(*flags, "--checkpoint-path", "b/x", "--run-name", "y", "--overwrite", cwd=in_tmp)
+    assert len(curve(in_tmp / "runs" / "y")) == 1
+
+
+def test_several_processes_are_refused(in_tmp, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, error = refuse(capsys)
+    assert code == 2 and "torchrun" in error
 
 
 def test_resume_with_nothing_there_starts_and_says_so(in_tmp, small_text):

@@ -1,0 +1,531 @@
+"""Both models and generation: causality, caches, positions, sampling, sizes, errors."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from checkpoint import build_model
+from errors import UsageError
+from generation import KVCache, TokenStream, sample
+from model import NGT, NGTConfig, repulsion_loss
+from options import DEFAULTS, PRESETS
+from vanilla_model import Attention, Vanilla, VanillaConfig, alibi_slopes, rotate
+
+VOCAB, BLOCK = 29, 16
+SMALL = dict(vocab_size=VOCAB, block_size=BLOCK, hidden_dim=24, num_layers=2, num_heads=4)
+NGT_SMALL = dict(**SMALL, coord_dim=12, head_coord_dim=6, mlp_dim=32)
+RADIUS = 3.0
+
+NEWTON = {
+    "newton none": dict(use_radius_cutoff=False),
+    "newton hard": dict(radius=RADIUS),
+    "newton soft": dict(radius=RADIUS, use_soft_cutoff=True),
+    "newton mass in value": dict(radius=RADIUS, use_soft_cutoff=True, mass_in_value=True),
+}
+PUBLISHED = {
+    "published none": dict(law="published", use_radius_cutoff=False),
+    "published hard": dict(law="published"),
+    "published soft": dict(law="published", use_soft_cutoff=True, mass_in_value=True),
+}
+VANILLA = {f"vanilla {pos}": dict(pos=pos) for pos in ("learned", "rotary", "alibi")}
+ALL = {**NEWTON, **PUBLISHED, **VANILLA}
+UNLIMITED = [*NEWTON, "vanilla rotary", "vanilla alibi"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors are slower, and on a busy machine far slower, with more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def lively(name):
+    """A model whose every parameter is random and large enough that each part is felt in the
+    logits; heads of newton reach 5 to 14 tokens back."""
+    if name in VANILLA:
+        model = Vanilla(VanillaConfig(**SMALL, mlp_dim=32, **VANILLA[name]))
+    else:
+        model = NGT(NGTConfig(**NGT_SMALL, **ALL[name]))
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith(("time_scale_raw", "radius_raw")):
+                continue
+            if parameter.dim() == 2 and "emb" not in parameter_name:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+            elif parameter_name == "norm.weight":
+                parameter.normal_()  # of either sign, or the tied head repeats the last token
+            elif parameter_name.endswith("bias"):
+                parameter.normal_(std=0.1)  # more, and one token always wins
+            elif "norm" in parameter_name and parameter_name.endswith("weight"):
+                parameter.uniform_(0.7, 1.3)
+            else:
+                parameter.normal_(std=0.5)
+        # equally long, or the longest embedding is always the likeliest
+        model.token_emb.weight.copy_(2 * F.normalize(model.token_emb.weight, dim=-1))
+        if name in NEWTON:
+            for layer in model.layers:
+                for proj in (layer.attn.probe_proj, layer.attn.source_proj):
+                    proj.weight *= 0.4  # well within the radius of each other
+                scale = torch.tensor([0.25, 0.4, 0.7, 1.1])
+                layer.attn.time_scale_raw.copy_(torch.log(torch.expm1(scale)))
+                layer.attn.time_offset.copy_(torch.tensor([1.0, -1.0, 0.5, 0.0]))
+    return model.eval()
+
+
+def ids(length, batch=1):
+    return torch.randint(VOCAB, (batch, length))
+
+
+def in_chunks(model, tokens, sizes):
+    """Logits of tokens fed through one KV cache, piece by piece."""
+    cache, start, logits = KVCache(), 0, []
+    for size in sizes:
+        logits.append(model(tokens[:, start : start + size], kv_cache=cache))
+        start += size
+    assert start == tokens.shape[1] == cache.length
+    return torch.cat(logits, 1), cache
+
+
+@pytest.mark.parametrize("name", ALL)
+@torch.no_grad()
+def test_cached_equals_uncached(name):
+    """Chunks of 1, 2, 5, 13, ... through the cache give the logits of one pass, to 1e-4."""
+    model = lively(name)
+    length = 3 * BLOCK if name in UNLIMITED else BLOCK
+    tokens = ids(length, batch=2)
+    full = model(tokens)
+    assert full.std() > 0.3
+    for sizes in ([1] * length, [5, 1, 1, 2], [length - 1, 1], [13, 1, 2]):
+        sizes = [*sizes, *([] if sum(sizes) == length else [length - sum(sizes)])]
+        cached, _ = in_chunks(model, tokens, sizes)
+        assert (cached - full).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", [n for n in NEWTON if n != "newton none"])
+@torch.no_grad()
+def test_newton_with_a_radius_forgets(name):
+    """The cache stops growing, and the output stays that of a pass that forgets nothing."""
+    model = lively(name)
+    tokens = ids(5 * BLOCK)
+    full = model(tokens)
+    cache, sizes, logits = KVCache(), [], []
+    for t in range(tokens.shape[1]):
+        logits.append(model(tokens[:, t : t + 1], kv_cache=cache))
+        sizes.append(cache.num_bytes())
+    assert sizes[0] < sizes[5] < sizes[-1]
+    assert len(set(sizes[20:])) == 1
+    assert (torch.cat(logits, 1) - full).abs().max() < 1e-4
+    # radius / time_scale + offset + slack of the farthest head, in tokens of q, k, v and mass
+    tokens_kept = sizes[-1] / sizes[0]
+    assert 1 + RADIUS / 0.25 <= tokens_kept <= 1 + RADIUS / 0.25 + 3
+    # what is kept matters: with half of it gone, the last logits are others
+    for layer in range(2):
+        cache.keep_newest(layer, 4)
+    other = model(tokens[:, -1:], kv_cache=cache)
+    again, _ = in_chunks(model, torch.cat([tokens, tokens[:, -1:]], 1), [80, 1])
+    assert (other[:, -1] - again[:, -1]).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_cache_without_a_radius_keeps_everything():
+    """Without a cutoff each token costs the same number of bytes, for ever."""
+    model, cache, sizes = lively("newton none"), KVCache(), []
+    for _ in range(40):
+        model(ids(1), kv_cache=cache)
+        sizes.append(cache.num_bytes())
+    assert sizes == [sizes[0] * (t + 1) for t in range(40)]
+
+
+@pytest.mark.parametrize("name", ALL)
+@torch.no_grad()
+def test_logits_do_not_see_the_future(name):
+    """Other tokens from t on leave logits before t alone, and change those from t on."""
+    model = lively(name)
+    tokens = ids(BLOCK)
+    first = model(tokens)
+    for t in (1, 7, BLOCK - 1):
+        changed = tokens.clone()
+        changed[:, t:] = (changed[:, t:] + 1 + ids(BLOCK - t) % (VOCAB - 1)) % VOCAB
+        second = model(changed)
+        assert (second - first)[:, :t].abs().max() < 1e-5
+        assert (second - first)[:, t].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", [*NEWTON, "vanilla rotary", "vanilla alibi"])
+@torch.no_grad()
+def test_no_absolute_position(name):
+    """A text that starts at position 0 or at position 12345 has the same logits."""
+    model, tokens = lively(name), ids(2 * BLOCK)
+    cache = KVCache()
+    cache.length = 12345
+    limit = 2e-3 if name == "vanilla rotary" else 1e-5  # angles of 12345 radians in fp32
+    assert (model(tokens, kv_cache=cache) - model(tokens)).abs().max() < limit
+
+
+@pytest.mark.parametrize("name", ["newton hard", "newton soft"])
+@torch.no_grad()
+def test_a_prefix_out_of_reach_is_not_felt(name):
+    """Two layers reach at most 2 * 14 tokens back: what stands before changes nothing, neither
+    what it says nor how long it is."""
+    model = lively(name)
+    tail = ids(45)
+    alone = model(tail)[:, 30:]
+    for prefix in (1, 17, 60):
+        longer = model(torch.cat([ids(prefix), tail], 1))[:, prefix:]
+        assert (longer[:, 30:] - alone).abs().max() < 1e-4
+        assert (longer[:, 0] - model(tail)[:, 0]).abs().max() > 1e-2
+
+
+def test_rotary_turns_pairs_and_knows_distance_only():
+    """Complex numbers turned by e^(i t theta); products depend on the difference of positions."""
+    x = torch.randn(2, 3, 7, 8)
+    t = torch.tensor([0, 1, 2, 5, 9, 30, 100])
+    pairs = torch.complex(x[..., :4].double(), x[..., 4:].double())
+    theta = torch.tensor([10000.0 ** (-2 * n / 8) for n in range(4)], dtype=torch.float64)
+    turned = pairs * torch.exp(1j * t[:, None] * theta)
+    expected = torch.cat([turned.real, turned.imag], -1)
+    torch.testing.assert_close(rotate(x, t).double(), expected, rtol=1e-4, atol=1e-4)
+
+    q, k = torch.randn(1, 1, 7, 8), torch.randn(1, 1, 7, 8)
+    products = [
+        rotate(q, t + shift) @ rotate(k, t + shift).transpose(-1, -2) for shift in (0, 3, 200)
+    ]
+    for shifted in products[1:]:
+        torch.testing.assert_close(shifted, products[0], rtol=1e-3, atol=1e-3)
+    assert (rotate(q, t) @ rotate(k, t + 3).transpose(-1, -2) - products[0]).abs().max() > 0.1
+
+
+def test_alibi_slopes_are_the_papers():
+    """8 heads: 1/2 to 1/256; 12 heads: those, and every other one of 16."""
+    assert alibi_slopes(8).tolist() == [1 / 2**n for n in range(1, 9)]
+    between = [2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5]
+    torch.testing.assert_close(
+        alibi_slopes(12), torch.tensor([1 / 2**n for n in range(1, 9)] + between)
+    )
+
+
+@pytest.mark.parametrize("pos", ["learned", "alibi"])
+@torch.no_grad()
+def test_vanilla_attention_is_the_textbooks(pos):
+    """One softmax a row in Python, with the distance times the slope taken off for ALiBi."""
+    attention = Attention(VanillaConfig(**SMALL, mlp_dim=32, pos=pos), 0)
+    h = torch.randn(1, 9, 24)
+    q, k, v = (p(h)[0] for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+    mixed = torch.zeros(9, 24)
+    for head, slope in enumerate([1 / 4, 1 / 16, 1 / 64, 1 / 256]):
+        own = slice(6 * head, 6 * head + 6)
+        for i in range(9):
+            scores = [float(q[i, own] @ k[j, own]) / math.sqrt(6) for j in range(i + 1)]
+            if pos == "alibi":
+                scores = [score - slope * (i - j) for j, score in enumerate(scores)]
+            weights = [math.exp(score) for score in scores]
+            for j, weight in enumerate(weights):
+                mixed[i, own] += weight / sum(weights) * v[j, own]
+    found = attention(h, torch.arange(9))
+    torch.testing.assert_close(found[0], attention.out_proj(mixed), rtol=1e-4, atol=1e-5)
+
+
+def test_repulsion_is_a_double_loop():
+    """Mean over pairs i<j of m_i m_j / |z_i - z_j|^2, written as loops."""
+    z, mass = torch.randn(3, 9, 5), torch.rand(3, 9) + 0.5
+    energies = [
+        float(mass[b, i] * mass[b, j]) / sum(float(x) ** 2 for x in z[b, i] - z[b, j])
+        for b in range(3)
+        for i in range(9)
+        for j in range(i + 1, 9)
+    ]
+    found = repulsion_loss(z, mass)
+    assert found.shape == () and found.dtype == torch.float32
+    assert float(found) == pytest.approx(sum(energies) / len(energies), rel=1e-5)
+
+
+def test_repulsion_of_a_sample():
+    """Over 64 tokens: any sample of equally distant points has the same energy, and a generator
+    repeats its sample."""
+    corners = torch.eye(100)[None]  # all |z_i - z_j|^2 = 2
+    assert float(repulsion_loss(corners, torch.full((1, 100), 3.0))) == pytest.approx(9 / 2)
+    z, mass = torch.randn(2, 100, 4, requires_grad=True), torch.ones(2, 100)
+    draws = [
+        float(repulsion_loss(z.detach(), mass, generator=torch.Generator().manual_seed(seed)))
+        for seed in (1, 1, 2)
+    ]
+    assert draws[0] == draws[1] != draws[2]
+    repulsion_loss(z, mass).backward()
+    assert (z.grad.abs().amax(-1) > 0).sum(1).tolist() == [64, 64]
+
+
+def test_repulsion_at_its_edges():
+    """One token: 0, with a graph. Points that coincide: 1e6, gradients finite."""
+    z = torch.randn(2, 1, 4, requires_grad=True)
+    loss = repulsion_loss(z, torch.ones(2, 1))
+    loss.backward()
+    assert loss == 0 and (z.grad == 0).all()
+
+    z = torch.ones(1, 5, 4, requires_grad=True)
+    mass = torch.full((1, 5), 2.0, requires_grad=True)
+    loss = repulsion_loss(z, mass)
+    loss.backward()
+    assert loss.item() == pytest.approx(4e6)
+    assert z.grad.isfinite().all()
+    torch.testing.assert_close(mass.grad, torch.full((1, 5), 2 * 4e6 / 10))  # 4 of 10 pairs each
+
+
+@torch.no_grad()
+def test_geometry_is_what_the_blocks_saw():
+    """Masses are softplus of the embedding; one set of coordinates before and after each block,
+    each normalised, the last of them `z`."""
+    model, tokens = lively("newton soft"), ids(11, batch=2)
+    logits, geometry = model(tokens, return_geometry=True)
+    torch.testing.assert_close(logits, model(tokens))
+    expected = [[math.log1p(math.exp(model.mass_emb.weight[t])) for t in row] for row in tokens]
+    torch.testing.assert_close(geometry.mass, torch.tensor(expected))
+    assert len(geometry.layers) == 3 and geometry.layers[-1] is geometry.z
+    for z, norm in zip(
+        geometry.layers, [model.coord_norm, *(b.coord_norm for b in model.layers)], strict=True
+    ):
+        plain = (z - norm.bias) / norm.weight
+        torch.testing.assert_close(plain.mean(-1), torch.zeros(2, 11), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            plain.var(-1, correction=0), torch.ones(2, 11), rtol=0, atol=1e-2
+        )
+
+
+@pytest.mark.parametrize("vocab_size", [66, 2048, 8192])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_compare_equal_sizes(preset, vocab_size, monkeypatch):
+    """NGT under either law has the parameters of the vanilla model it is compared with, +-1 %."""
+    for initialiser in ("normal_", "constant_", "zeros_", "kaiming_uniform_", "uniform_"):
+        monkeypatch.setattr(torch.nn.init, initialiser, lambda tensor, *a, **k: tensor)
+    counts = {}
+    for kind in ("newton", "published", "vanilla"):
+        config = {**DEFAULTS, **PRESETS[preset], "vocab_size": vocab_size, "radius": None}
+        config["mlp_dim"] = PRESETS[preset]["mlp_dim"][kind]
+        config["model_type"] = "vanilla" if kind == "vanilla" else "ngt"
+        config["law"] = "newton" if kind == "vanilla" else kind
+        model = build_model(config)
+        counts[kind] = sum(p.numel() for p in model.parameters())
+    for kind in ("newton", "published"):
+        assert abs(counts[kind] / counts["vanilla"] - 1) < 0.01, counts
+
+
+@pytest.mark.parametrize(
+    ("config", "wrong", "named"),
+    [
+        (NGTConfig, {"hidden_dim": 30}, "--num-heads"),
+        (VanillaConfig, {"hidden_dim": 30}, "--num-heads"),
+        (NGTConfig, {"coord_dim": -4}, "--coord-dim"),
+        (NGTConfig, {"num_layers": 0}, "--num-layers"),
+        (NGTConfig, {"exponent": 0}, "--exponent"),
+        (VanillaConfig, {"mlp_dim": -1}, "--mlp-dim"),
+        (VanillaConfig, {"num_heads": 0}, "--num-heads"),
+        (NGTConfig, {"use_radius_cutoff": False, "use_soft_cutoff": True}, "--use-soft-cutoff"),
+        (VanillaConfig, {"hidden_dim": 12, "pos": "rotary"}, "--pos rotary"),
+        (VanillaConfig, {"pos": "sinus"}, "--pos"),
+        (NGTConfig, {"law": "kepler"}, "--law"),
+        (NGTConfig, {"radius": 0.0}, "--radius"),
+        (NGTConfig, {"radius": math.nan}, "--radius"),
+        (NGTConfig, {"radius": math.inf}, "--radius"),
+        (NGTConfig, {"dropout": 1.0}, "--dropout"),
+        (VanillaConfig, {"dropout": -0.1}, "--dropout"),
+        (NGTConfig, {"field_tolerance": 1.5}, "--field-tolerance"),
+        (NGTConfig, {"field_tolerance": -1e-6}, "--field-tolerance"),
+    ],
+    ids=str,
+)
+def test_sizes_that_cannot_be(config, wrong, named):
+    """A UsageError that names the flag; the same config without the fault is accepted."""
+    config(**SMALL)
+    with pytest.raises(UsageError, match=named):
+        config(**SMALL | wrong)
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "vanilla learned"])
+def test_absolute_positions_end(name):
+    """Models with a table of positions refuse more tokens than it has, cached or not."""
+    model, cache = lively(name), KVCache()
+    with pytest.raises(ValueError, match="block_size"):
+        model(ids(BLOCK + 1))
+    model(ids(BLOCK), kv_cache=cache)
+    with pytest.raises(ValueError, match="block_size"):
+        model(ids(1), kv_cache=cache)
+
+
+def draws(logits, number=1500, **settings):
+    """How often each token is drawn."""
+    generator = torch.Generator().manual_seed(1)
+    found = [sample(logits, generator=generator, **settings) for _ in range(number)]
+    return torch.bincount(torch.tensor(found), minlength=len(logits)) / number
+
+
+PROBABILITIES = torch.tensor([0.1, 0.4, 0.02, 0.3, 0.05, 0.13])
+LOGITS = PROBABILITIES.log() + 2.5
+
+
+def test_temperature():
+    """0 is argmax; others give softmax(logits / temperature)."""
+    assert sample(LOGITS, temperature=0) == 1
+    assert sample(LOGITS, temperature=0, top_k=3, top_p=0.1) == 1
+    for temperature in (1.0, 0.5, 2.0):
+        expected = PROBABILITIES ** (1 / temperature)
+        expected = expected / expected.sum()
+        found = draws(LOGITS, temperature=temperature)
+        assert (found - expected).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-42])
+def test_tiny_temperatures_are_greedy(temperature):
+    """However near to 0, the likeliest token is drawn."""
+    assert sample(LOGITS * 20, temperature=temperature) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"top_k": 1}, {1}),
+        ({"top_k": 3}, {1, 3, 5}),
+        ({"top_k": 6}, {0, 1, 2, 3, 4, 5}),
+        ({"top_k": 100}, {0, 1, 2, 3, 4, 5}),
+        ({"top_p": 1e-6}, {1}),
+        ({"top_p": 0.39}, {1}),
+        ({"top_p": 0.41}, {1, 3}),
+        ({"top_p": 0.69}, {1, 3}),
+        ({"top_p": 0.84}, {0, 1, 3, 5}),
+        ({"top_p": 0.95}, {0, 1, 3, 4, 5}),
+        ({"top_p": 1.0}, {0, 1, 2, 3, 4, 5}),
+        ({"top_k": 3, "top_p": 0.5}, {1, 3}),
+        # after top_k the three left have 0.482, 0.361, 0.157 of the probability
+        ({"top_k": 3, "top_p": 0.45}, {1}),
+        ({"top_k": 3, "top_p": 0.9}, {1, 3, 5}),
+        # a temperature of 1/2 squares: 0.560, 0.315, 0.059, 0.035, 0.009, 0.001
+        ({"temperature": 0.5, "top_p": 0.5}, {1}),
+        ({"temperature": 0.5, "top_p": 0.87}, {1, 3}),
+        ({"temperature": 0.5, "top_p": 0.93}, {1, 3, 5}),
+    ],
+    ids=str,
+)
+def test_what_is_drawn_from(settings, kept):
+    """top_k and top_p keep exactly the sets computed by hand, in their old proportions."""
+    found = draws(LOGITS, **settings)
+    assert set(found.nonzero().flatten().tolist()) == kept
+    expected = torch.zeros(6)
+    for token in kept:
+        expected[token] = PROBABILITIES[token] ** (1 / settings.get("temperature", 1))
+    assert (found - expected / expected.sum()).abs().max() < 0.05
+
+
+def test_the_same_seed_draws_the_same():
+    """A generator decides everything; another seed draws otherwise."""
+    runs, model = [], lively("newton soft")
+    for seed in (5, 5, 6):
+        stream = TokenStream(model)
+        stream.feed([1, 2, 3])
+        generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(len(runs))  # the global generator must not matter
+        runs.append(list(stream.generate(30, temperature=1.5, generator=generator)))
+    assert runs[0] == runs[1] != runs[2]
+
+
+@torch.no_grad()
+def greedy(model, context, interruptions):
+    """Greedy decoding by full passes, another token thrown in after each that is generated; a
+    full context goes on with its newer half."""
+    context, tokens, slides = list(context), [], 0
+    for interruption in interruptions:
+        tokens.append(int(model(torch.tensor([context]))[0, -1].argmax()))
+        for token in (tokens[-1], interruption):
+            if len(context) == model.max_context:
+                context, slides = context[-(model.max_context // 2) :], slides + 1
+            context.append(token)
+    return tokens, slides
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_streaming_is_greedy_decoding(name):
+    """Token by token through the cache, over three block sizes, as by full uncached passes; only
+    models with a limited context ever slide, and never hold more than they may."""
+    model = lively(name)
+    prompt, interruptions = ids(6)[0].tolist(), ids(3 * BLOCK // 2)[0].tolist()
+    stream = TokenStream(model)
+    stream.feed(prompt)
+    found, lengths = [], []
+    for interruption in interruptions:
+        found += stream.generate(1, temperature=0)
+        lengths.append(stream.cache.length)
+        stream.feed([interruption])
+        lengths.append(stream.cache.length)
+    expected, slides = greedy(model, prompt, interruptions)
+    assert found == expected
+    assert len(set(found)) > 4
+    assert stream.slides == slides
+    if name in NEWTON:
+        assert slides == 0 and lengths[-1] == 6 + 3 * BLOCK
+    else:
+        assert slides > 2 and max(lengths) == BLOCK
+
+
+def test_generate_goes_on_from_its_own_tokens():
+    """Many tokens from one call are those of as many calls, each fed back."""
+    model = lively("newton soft")
+    stream = TokenStream(model)
+    stream.feed([3, 1, 4])
+    generator = torch.Generator().manual_seed(0)
+    tokens = list(stream.generate(40, temperature=1.5, generator=generator))
+    assert len(tokens) == 40 and stream.cache.length == 43
+    with torch.no_grad():
+        expected = model(torch.tensor([[3, 1, 4, *tokens]]))[0, -1]
+    torch.testing.assert_close(stream.logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_longer_than_the_context():
+    """vanilla reads a long prompt in slides and ends with the logits of what it still holds;
+    newton reads it in one go."""
+    prompt = ids(2 * BLOCK + 5)[0].tolist()
+    vanilla = TokenStream(lively("vanilla learned"))
+    vanilla.feed(prompt)
+    assert vanilla.slides == 3 and vanilla.cache.length <= BLOCK  # 16, 8 + 8, 8 + 8, 8 + 5
+    newest = torch.tensor([prompt[-vanilla.cache.length :]])
+    with torch.no_grad():
+        torch.testing.assert_close(vanilla.logits, vanilla.model(newest)[0, -1])
+    newton = TokenStream(lively("newton soft"))
+    newton.feed(prompt)
+    with torch.no_grad():
+        torch.testing.assert_close(newton.logits, newton.model(torch.tensor([prompt]))[0, -1])
+    assert newton.slides == 0
+    newton.reset()
+    with pytest.raises(ValueError, match="feed"):
+        next(newton.generate(1))
+
+
+@pytest.mark.parametrize("name", ["newton soft", "published soft", "vanilla alibi"])
+def test_every_parameter_learns(name):
+    """The loss of a text moves each parameter, the last block's coordinates through repulsion."""
+    model = lively(name).train()
+    tokens = ids(BLOCK, batch=3)
+    if name in VANILLA:
+        logits, extra = model(tokens[:, :-1]), 0.0
+    else:
+        logits, geometry = model(tokens[:, :-1], return_geometry=True)
+        extra = repulsion_loss(geometry.z, geometry.mass)
+    loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()) + 0.05 * extra
+    loss.backward()
+    # adding the same to all keys, or to all coordinates, changes no softmax and no distance
+    without_effect = {"layers.1.coord_norm.bias"}
+    for layer in range(2):
+        without_effect |= {f"layers.{layer}.attn.{b}.bias" for b in ("k_proj", "coord_proj_attn")}
+    if name in PUBLISHED:
+        without_effect |= {"layers.0.coord_norm.bias"}
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), parameter_name
+        if parameter_name not in without_effect:
+            assert parameter.grad.abs().max() > 1e-8, parameter_name
+
+
+def test_config_is_plain():
+    """A config survives the trip through a dict, as a checkpoint makes it."""
+    for config in (NGTConfig(**NGT_SMALL, law="published"), VanillaConfig(**SMALL, pos="alibi")):
+        assert type(config)(**dataclasses.asdict(config)) == config
