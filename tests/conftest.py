@@ -25,8 +25,10 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def seeded_and_single_threaded():
+    """Tensors here are small: a second thread only waits, and the tests run on both cores."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

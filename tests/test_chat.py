@@ -131,14 +131,16 @@ def terminal(cwd, *flags):
     )
     os.close(slave)
 
+    seen = ""
+
     def expect(text, seconds=90):
-        seen = ""
+        nonlocal seen
         deadline = time.monotonic() + seconds
         while text not in seen:
-            assert time.monotonic() < deadline, seen
+            assert time.monotonic() < deadline, f"no {text!r} in {seen!r}"
             if select.select([master], [], [], 0.2)[0]:
                 seen += os.read(master, 65536).decode(errors="replace")
-        return seen
+        seen = seen.split(text, 1)[1]  # what came after it is for the next call
 
     return process, master, expect
 
@@ -153,12 +155,15 @@ def test_at_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(in_tmp):
     expect("/reset")
     expect("you> ")
     os.write(master, b"hello\n")
+    expect("hello")
     time.sleep(1.0)
     os.write(master, b"\x03")
     expect("you> ")
     assert process.poll() is None
+    time.sleep(0.5)  # until the prompt not only shows but listens
     os.write(master, b"\x03")
     expect("leaves")
+    expect("you> ")
     os.write(master, b"\x04")
     assert process.wait(timeout=20) == 0
 

@@ -25,15 +25,6 @@ SIZES = dict(hidden_dim=12, num_layers=2, num_heads=3, mlp_dim=20, max_seq_len=2
 SWITCHES = ("use_radius_cutoff", "use_soft_cutoff", "mass_in_value", "use_rsqrt")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors are slower, and on a busy machine far slower, with more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def random_state(shapes):
     """Every parameter random: gains around 1, masses and gravity of either sign before softplus."""
     state = {}

@@ -19,15 +19,6 @@ EXPONENTS = (1, 3, 4, 8)
 LAW_TENSORS = ("time_scale", "time_offset", "radius")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tiles are slower, and on a busy machine far slower, with more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def squared_distances(data):
     """r2 of all pairs in float64 from one difference tensor, (B, H, Tq, Tk), positions 0..T-1."""
     q, k = data["q"].detach().double(), data["k"].detach().double()

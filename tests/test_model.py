@@ -35,15 +35,6 @@ ALL = {**NEWTON, **PUBLISHED, **VANILLA}
 UNLIMITED = [*NEWTON, "vanilla rotary", "vanilla alibi"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors are slower, and on a busy machine far slower, with more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def lively(name):
     """A model whose every parameter is random and large enough that each part is felt in the
     logits; heads of newton reach 5 to 14 tokens back."""

@@ -356,7 +356,7 @@ def test_autocast_trains_in_bf16(trainer):
     exact = float(trainer.loss(inputs, targets, False)[1])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rounded, _ = trainer.loss(inputs, targets, False)
-    assert float(rounded) == pytest.approx(exact, rel=1e-2) and float(rounded) != exact
+    assert rounded.item() == pytest.approx(exact, rel=1e-2) and rounded.item() != exact
     rounded.backward()
     assert all(
         bool(torch.isfinite(p.grad).all())
