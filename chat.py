@@ -136,12 +136,12 @@ class Chat:
         with stop_on_interrupt() as stopped:
             for token in tokens:
                 write(printable(text.push(token)))
-                if self.stream.slides and not self.said_sliding:
-                    self.said_sliding = True
-                    warn("the context is full: the older half of it is forgotten from now on")
                 if stopped.is_set():
                     break
-        write(printable(text.flush()))
+        write(printable(text.flush()) + "\n")
+        if self.stream.slides and not self.said_sliding:
+            self.said_sliding = True
+            warn("the context was full: its older half is forgotten whenever that happens")
 
     def command(self, line):
         """Carry out a /command; returns False where the user wants to leave."""
@@ -211,7 +211,6 @@ def converse(chat):
             continue
         chat.read(line + "\n")
         chat.answer(lambda text: print(text, end="", flush=True))
-        print()
 
 
 def main(argv=None):
@@ -222,7 +221,6 @@ def main(argv=None):
     if args.prompt is not None:
         chat.read(args.prompt)
         chat.answer(lambda text: print(text, end="", flush=True))
-        print()
         return 0
     if sys.stdin.isatty():
         kind = checkpoint["config"]["model_type"]
