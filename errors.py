@@ -43,6 +43,16 @@ def run_script(main):
         # the reader of our output left (as `| head` does): nobody is there to be told
         sys.stderr.close()
         sys.exit(141)
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch says it in several ways, none of them a type of its own on the CPU
+        if "allocate" not in str(error) and "out of memory" not in str(error):
+            raise
+        print(
+            "error: not enough memory: use smaller sizes, or a smaller --batch-size",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.exit(1)
     except OSError as error:
         # a full disk, say, met where nothing more could be said about it
         print(f"error: {error}", file=sys.stderr, flush=True)

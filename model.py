@@ -20,7 +20,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from errors import UsageError
-from gravity import gravity_attention, published_gravity_attention, reach
+from gravity import gravity_attention, published_gravity_attention
+from gravity_blocked import reach
 
 LAWS = ("newton", "published")
 PUBLISHED_RADIUS = math.log1p(math.exp(4.0))  # softplus(4), where the first release starts

@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-import gravity
+import gravity_blocked
 from gravity import (
-    field_bound,
     gravity_attention,
     gravity_attention_reference,
+    gravity_field,
     published_gravity_attention,
-    reach,
 )
+from gravity_blocked import field_bound, reach
 
 CUTOFFS = ("none", "hard", "soft")
 EXPONENTS = (1, 3, 4, 8)
@@ -126,8 +126,8 @@ def small_blocks(monkeypatch):
     """Blocks so small that a few dozen tokens make many, ragged at the end."""
 
     def set_blocks(query_block=5, key_block=7):
-        monkeypatch.setattr(gravity, "QUERY_BLOCK", query_block)
-        monkeypatch.setattr(gravity, "KEY_BLOCK", key_block)
+        monkeypatch.setattr(gravity_blocked, "QUERY_BLOCK", query_block)
+        monkeypatch.setattr(gravity_blocked, "KEY_BLOCK", key_block)
 
     set_blocks()
     return set_blocks
@@ -137,21 +137,21 @@ def small_blocks(monkeypatch):
 def visited(monkeypatch):
     """A list that grows by the number of heads each time that a tile of the field is computed."""
     counts = []
-    tile = gravity._Tiles.tile
+    tile = gravity_blocked._Tiles.tile
 
     def counting(self, rows, columns, heads, **settings):
         counts.append(len(heads.index))
         return tile(self, rows, columns, heads, **settings)
 
-    monkeypatch.setattr(gravity._Tiles, "tile", counting)
+    monkeypatch.setattr(gravity_blocked._Tiles, "tile", counting)
     return counts
 
 
 def causal_tiles(tokens, heads):
     """Tiles, times heads, that no path can avoid without leaving something out."""
     return heads * sum(
-        math.ceil(min(start + gravity.QUERY_BLOCK, tokens) / gravity.KEY_BLOCK)
-        for start in range(0, tokens, gravity.QUERY_BLOCK)
+        math.ceil(min(start + gravity_blocked.QUERY_BLOCK, tokens) / gravity_blocked.KEY_BLOCK)
+        for start in range(0, tokens, gravity_blocked.QUERY_BLOCK)
     )
 
 
@@ -214,7 +214,7 @@ def test_blocked_equals_reference(
     )
     assert not visited
     exact = output_and_gradients(gravity_attention, double(single), upstream.double(), **settings)
-    assert len(visited) >= 2 * math.ceil(tokens / gravity.QUERY_BLOCK)
+    assert len(visited) >= 2 * math.ceil(tokens / gravity_blocked.QUERY_BLOCK)
     assert_close(exact, truth, 1e-10, 1e-12)
     assert_close(
         output_and_gradients(gravity_attention, single, upstream, **settings), truth, 2e-5, 2e-5
@@ -354,7 +354,7 @@ def test_tolerance_where_new_sources_underflow(tolerance, small_blocks):
         newest[...] = distance
         full = gravity_attention_reference(**data, exponent=exponent)
         assert (
-            gravity.gravity_field(
+            gravity_field(
                 **{n: x[1:] if n in ("q", "k", "mass") else x for n, x in data.items() if n != "v"},
                 exponent=exponent,
             )[..., 36:].max()

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, error_line, run
 
 import train_shakespeare
+import trainer as trainer_module
 from checkpoint import load_model, read_checkpoint
 from data import eval_batches, open_token_data
 from errors import run_script
@@ -172,7 +173,7 @@ def trainer(in_tmp, small_text):
     flags = [str(flag) for flag in (*SMALL, "--data-path", small_text, "--dropout", 0)]
     config = resolve(train_parser("", "").parse_args(flags))
     data = prepare_data("shakespeare", str(small_text), say=lambda line: None)
-    return train_shakespeare.Trainer(config, data, torch.device("cpu"))
+    return trainer_module.Trainer(config, data, torch.device("cpu"))
 
 
 def test_accumulation_is_the_mean_over_micro_steps(trainer):
@@ -210,10 +211,10 @@ def test_learning_rate_schedule():
         **{"learning_rate": 1.0, "min_learning_rate": 0.1, "warmup_steps": 10},
         **{"max_steps": 110, "use_cosine_schedule": True},
     }
-    rate = [train_shakespeare.learning_rate(step, config) for step in (0, 9, 10, 60, 110)]
+    rate = [trainer_module.learning_rate(step, config) for step in (0, 9, 10, 60, 110)]
     assert rate == pytest.approx([0.1, 1.0, 1.0, 0.55, 0.1])
     config["use_cosine_schedule"] = False
-    assert train_shakespeare.learning_rate(100, config) == 1.0
+    assert trainer_module.learning_rate(100, config) == 1.0
 
 
 def test_a_step_that_is_not_finite_changes_nothing(trainer):
@@ -311,6 +312,7 @@ def test_resume_refuses_what_contradicts_the_checkpoint(in_tmp, small_text, caps
         (("--learning-rate", "nan"), 2, ("--learning-rate",)),
         (("--dropout", "1"), 2, ("--dropout",)),
         (("--max-steps", "many"), 2, ("--max-steps",)),
+        (("--hidden-dim", "40000000", "--coord-dim", "1"), 1, ("memory",)),
         (("--device", "warp"), 2, ("--device", "cpu")),
         (("--resume-from", "none.pt"), 1, ("none.pt", "does not exist")),
         (("--tokenizer", "bpe", "--bpe-vocab-size", "9"), 2, ("--bpe-vocab-size",)),

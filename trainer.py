@@ -1,0 +1,240 @@
+"""What a run holds: model, optimizer, precision and the state that a checkpoint saves."""
+
+import contextlib
+import math
+import os
+import shutil
+
+import torch
+import torch.nn.functional as F
+
+from checkpoint import FORMAT_VERSION, build_model, model_fields
+from data import get_batch
+from errors import UserError, warn
+from gravity import step_around_when_compiling
+from model import NGT, repulsion_loss
+
+
+def choose_precision(use_amp, device):
+    """`(autocast, scaler)`: a context factory and a GradScaler that may do nothing."""
+    dtype = None
+    if use_amp and device.type == "cuda":
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    elif use_amp and device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        dtype = torch.bfloat16
+    elif use_amp:
+        warn(f"--use-amp: this {device.type} has no fast bf16, so training runs in fp32")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if dtype is None:
+        return contextlib.nullcontext, scaler
+    return lambda: torch.autocast(device.type, dtype=dtype), scaler
+
+
+def maybe_compile(model, config, device):
+    """The compiled model, or the model itself with one warning where nothing can compile it."""
+    if not config["compile"]:
+        return model
+    if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        warn("--compile needs a C++ compiler (g++) and there is none: training uncompiled")
+        return model
+    step_around_when_compiling()
+    return torch.compile(model)
+
+
+def make_optimizer(model, config, device):
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), decaying matrices only."""
+    decay, keep = [], []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.dim() >= 2 and not name.startswith("mass_emb")
+        (decay if is_matrix else keep).append(parameter)
+    groups = [
+        {"params": decay, "weight_decay": config["weight_decay"]},
+        {"params": keep, "weight_decay": 0.0},
+    ]
+    fused = device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=config["learning_rate"], betas=(0.9, 0.99), fused=fused)
+
+
+def learning_rate(step, config):
+    """The learning rate of a step: linear warm-up, then constant or a cosine to the minimum."""
+    peak, warmup = config["learning_rate"], config["warmup_steps"]
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if not config["use_cosine_schedule"]:
+        return peak
+    progress = (step - warmup) / max(1, config["max_steps"] - warmup)
+    low = min(config["min_learning_rate"], peak)
+    return low + (peak - low) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+def make_model(config, vocab_size):
+    """The model that the resolved flags describe."""
+    names = model_fields(config["model"])
+    shape = {name: config[name] for name in names if name in config}
+    return build_model({**shape, "model_type": config["model"], "vocab_size": vocab_size})
+
+
+class Trainer:
+    """All that a run holds: what a checkpoint saves and `step` changes."""
+
+    def __init__(self, config, data, device):
+        self.config, self.data, self.device = config, data, device
+        self.raw_model = make_model(config, data.tokenizer.vocab_size).to(device)
+        self.model = maybe_compile(self.raw_model, config, device)
+        self.optimizer = make_optimizer(self.raw_model, config, device)
+        self.autocast, self.scaler = choose_precision(config["use_amp"], device)
+        self.iter = 0
+        self.best_val = math.inf
+        self.progress = {
+            "tokens": 0,
+            "train_loss_sum": 0.0,
+            "train_loss_count": 0,
+            "skipped_in_a_row": 0,
+            "skipped": 0,
+            "wall_time": 0.0,
+        }
+
+    @property
+    def tokens_per_step(self):
+        c = self.config
+        return c["batch_size"] * c["gradient_accumulation_steps"] * c["block_size"]
+
+    def state(self):
+        """The checkpoint of this moment."""
+        rng = {"torch": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        shape = {name: getattr(self.raw_model.config, name) for name in self.shape_names}
+        return {
+            "format_version": FORMAT_VERSION,
+            "model_state": self.raw_model.state_dict(),
+            "optimizer_state": self.optimizer.state_dict(),
+            "iter": self.iter,
+            "best_val": self.best_val,
+            "config": {
+                **self.config,
+                **shape,
+                "model_type": self.config["model"],
+                "token_directory": str(self.data.directory),
+                "source_sha256": self.data.meta["source_sha256"],
+                "tokenizer_sha256": self.data.tokenizer.fingerprint,
+            },
+            "vocab": self.data.tokenizer.to_vocab(),
+            "scheduler_state": {"step": self.iter, "learning_rate": self.learning_rate_now()},
+            "scaler_state": self.scaler.state_dict(),
+            "rng_state": rng,
+            "data_state": dict(self.progress),
+        }
+
+    @property
+    def shape_names(self):
+        return model_fields(self.config["model"])
+
+    def learning_rate_now(self):
+        return self.optimizer.param_groups[0]["lr"]
+
+    def restore(self, checkpoint, path):
+        """Continue from a checkpoint that `state` made."""
+        for name, mine in (
+            ("source_sha256", self.data.meta["source_sha256"]),
+            ("tokenizer_sha256", self.data.tokenizer.fingerprint),
+        ):
+            if checkpoint["config"][name] != mine:
+                what = "text" if name == "source_sha256" else "tokenizer"
+                raise UserError(
+                    f"{path} was trained on another {what} than {self.data.meta['source']}: "
+                    "give --data-path of the one it was trained on, or start anew with another "
+                    "--checkpoint-path"
+                )
+        try:
+            self.raw_model.load_state_dict(checkpoint["model_state"])
+            self.optimizer.load_state_dict(checkpoint["optimizer_state"])
+            self.scaler.load_state_dict(checkpoint["scaler_state"])
+            torch.set_rng_state(checkpoint["rng_state"]["torch"])
+            if self.device.type == "cuda" and "cuda" in checkpoint["rng_state"]:
+                torch.cuda.set_rng_state(checkpoint["rng_state"]["cuda"], self.device)
+            self.iter, self.best_val = checkpoint["iter"], checkpoint["best_val"]
+            self.progress |= checkpoint["data_state"]
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path} cannot be resumed ({reason}): use another") from None
+
+    def loss(self, inputs, targets, with_repulsion):
+        """What is minimised, and the cross-entropy alone."""
+        if not isinstance(self.raw_model, NGT):
+            logits = self.model(inputs)
+            cross_entropy = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+            return cross_entropy, cross_entropy.detach()
+        logits, geometry = self.model(inputs, return_geometry=True)
+        cross_entropy = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        if with_repulsion:
+            repulsion = repulsion_loss(geometry.z, geometry.mass)
+            return cross_entropy + self.config["lambda_repulsion"] * repulsion, (
+                cross_entropy.detach()
+            )
+        # the last block's z keeps its place in the graph
+        return cross_entropy + 0.0 * geometry.z.sum(), cross_entropy.detach()
+
+    def step(self):
+        """One optimizer step.
+
+        Returns:
+            `(cross-entropy, norm of the gradient)`, floats. Where either is not finite nothing was
+            changed.
+        """
+        c = self.config
+        rate = learning_rate(self.iter, c)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with_repulsion = c["repulsion"] and self.iter % c["repulsion_interval"] == 0
+        mean = 0.0
+        for micro_step in range(c["gradient_accumulation_steps"]):
+            inputs, targets = get_batch(
+                self.data.train,
+                c["batch_size"],
+                c["block_size"],
+                c["seed"],
+                self.iter,
+                micro_step,
+            )
+            with self.autocast():
+                loss, cross_entropy = self.loss(
+                    inputs.to(self.device), targets.to(self.device), with_repulsion
+                )
+            self.scaler.scale(loss / c["gradient_accumulation_steps"]).backward()
+            mean += float(cross_entropy) / c["gradient_accumulation_steps"]
+        self.scaler.unscale_(self.optimizer)
+        limit = c["grad_clip"] or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), limit))
+        finite = math.isfinite(mean) and math.isfinite(norm)
+        if finite or self.scaler.is_enabled():  # the scaler itself skips where fp16 overflowed
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._count(mean, finite)
+        return mean, norm
+
+    def _count(self, loss, finite):
+        p = self.progress
+        self.iter += 1
+        p["tokens"] += self.tokens_per_step
+        overflow_only = self.scaler.is_enabled() and math.isfinite(loss)
+        if finite or overflow_only:
+            p["skipped_in_a_row"] = 0
+        else:
+            p["skipped_in_a_row"] += 1
+            p["skipped"] += 1
+        if math.isfinite(loss):
+            p["train_loss_sum"] += loss
+            p["train_loss_count"] += 1
+
+    def mean_train_loss(self):
+        """Mean training loss since it was last asked for."""
+        p = self.progress
+        mean = p["train_loss_sum"] / p["train_loss_count"] if p["train_loss_count"] else math.nan
+        p["train_loss_sum"], p["train_loss_count"] = 0.0, 0
+        return mean
+
+    def is_sound(self):
+        """Whether every weight is finite, so that a checkpoint is worth keeping."""
+        return all(bool(torch.isfinite(p).all()) for p in self.raw_model.parameters())
