@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
-from data import eval_batches
+from data import eval_batches, eval_windows
 from errors import UserError
 from model import NGT, repulsion_loss
 
@@ -31,7 +32,11 @@ def evaluate(model, data, block_size, eval_iters, device, autocast):
     model.eval()
     windows = max(1, min(8192, (1 << 26) // data.tokenizer.vocab_size) // block_size)
     total, count, repulsion = 0.0, 0, None
-    for inputs, targets in eval_batches(data.valid, block_size, eval_iters, windows):
+    batches = eval_batches(data.valid, block_size, eval_iters, windows)
+    count_of_batches = -(-len(eval_windows(data.valid, block_size, eval_iters)) // windows)
+    for inputs, targets in tqdm(
+        batches, "evaluating", count_of_batches, leave=False, delay=2, disable=None
+    ):
         inputs, targets = inputs.to(device), targets.to(device)
         with autocast():
             if isinstance(model, NGT):
