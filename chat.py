@@ -15,7 +15,7 @@ from tqdm import tqdm
 from checkpoint import load_model
 from errors import run_script, warn
 from generation import TokenStream
-from options import choose_device, positive, whole, whole_or_zero
+from options import choose_device, positive, script_parser, whole, whole_or_zero
 from tokenizer import CharTokenizer, TextStream
 
 EXAMPLES = """examples:
@@ -58,9 +58,7 @@ SETTINGS = {
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__, EXAMPLES)
     add = parser.add_argument
     add(
         "--checkpoint-path",

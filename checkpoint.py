@@ -37,15 +37,21 @@ def model_fields(model_type):
     return [field.name for field in fields(MODELS[model_type][1])]
 
 
-def build_model(config):
-    """The model that a config (a plain dict with `model_type`) describes, freshly initialised.
+def model_config(config):
+    """The dataclass of a config (a plain dict with `model_type`); what is no field is left out.
 
     Raises:
         UsageError: where a size cannot be.
     """
-    model_class, config_class = MODELS[config["model_type"]]
+    _, config_class = MODELS[config["model_type"]]
     names = model_fields(config["model_type"])
-    return model_class(config_class(**{k: v for k, v in config.items() if k in names}))
+    return config_class(**{name: config[name] for name in names if name in config})
+
+
+def build_model(config):
+    """The model that a config describes, freshly initialised. Raises as `model_config`."""
+    model_class, _ = MODELS[config["model_type"]]
+    return model_class(model_config(config))
 
 
 def check_writable(path):

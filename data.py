@@ -163,7 +163,7 @@ def _write_token_files(directory, corpus, texts, tokenizer, say):
         shutil.rmtree(partial, ignore_errors=True)  # of a killed run that had our number
         partial.mkdir(parents=True)
         for split, text in texts.items():
-            count, largest = 0, 0
+            count = 0
             with (
                 open(partial / f"{split}.bin", "wb") as file,
                 tqdm(total=len(text), desc=f"tokens {split}", unit="char", unit_scale=True) as bar,
@@ -171,13 +171,8 @@ def _write_token_files(directory, corpus, texts, tokenizer, say):
                 for length, ids in _encode_pieces(tokenizer, text):
                     ids.astype(dtype).tofile(file)
                     count += len(ids)
-                    largest = max(largest, int(ids.max(initial=0)))
                     bar.update(length)
-            meta["splits"][split] = {
-                "tokens": count,
-                "bytes": len(text.encode()),
-                "largest_id": largest,
-            }
+            meta["splits"][split] = {"tokens": count, "bytes": len(text.encode())}
         vocab = json.dumps(tokenizer.to_vocab(), ensure_ascii=False)
         (partial / "vocab.json").write_text(vocab, encoding="utf-8")
         (partial / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")

@@ -194,13 +194,18 @@ def add_corpus_flags(parser):
     group.add("--tiktoken-encoding", "any encoding that tiktoken knows, by name")
 
 
-def train_parser(description, examples):
-    """The parser of train_shakespeare.py."""
-    parser = argparse.ArgumentParser(
+def script_parser(description, examples):
+    """A script's parser, whose help keeps the line ends of its manual and examples."""
+    return argparse.ArgumentParser(
         description=description,
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def train_parser(description, examples):
+    """The parser of train_shakespeare.py."""
+    parser = script_parser(description, examples)
     _Group(parser, "model kind").add(
         "--model", "gravity, or the transformer it is compared with", choices=list(MODELS)
     )

@@ -1,10 +1,8 @@
 """Fetch a corpus, train its tokenizer and write token files, ahead of training."""
 
-import argparse
-
 from data import prepare_data
 from errors import run_script
-from options import DEFAULTS, PRESETS, add_corpus_flags
+from options import DEFAULTS, PRESETS, add_corpus_flags, script_parser
 
 EXAMPLES = """examples:
   python prepare_data.py --dataset shakespeare
@@ -15,9 +13,7 @@ EXAMPLES = """examples:
 
 def main(argv=None):
     """Prepare; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__, EXAMPLES)
     add_corpus_flags(parser)
     args = parser.parse_args(argv)
     dataset = args.dataset or DEFAULTS["dataset"]

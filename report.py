@@ -1,11 +1,11 @@
 """Print one table over finished runs, from the files they left under runs/."""
 
-import argparse
 import json
 from pathlib import Path
 
 from errors import UserError, run_script
 from metrics import read_metrics
+from options import script_parser
 
 EXAMPLES = """examples:
   python report.py --runs shakespeare_vanilla shakespeare
@@ -57,9 +57,7 @@ def table(runs):
 
 def main(argv=None):
     """Print the table; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__, EXAMPLES)
     parser.add_argument("--runs", nargs="+", required=True, help="names of directories under runs/")
     args = parser.parse_args(argv)
     runs = [load_run(Path("runs") / name) for name in args.runs]

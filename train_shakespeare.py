@@ -16,6 +16,7 @@ from checkpoint import (
     check_writable,
     is_first_release,
     last_path,
+    model_config,
     read_checkpoint,
     save_checkpoint,
 )
@@ -24,7 +25,7 @@ from errors import UsageError, UserError, run_script, warn
 from metrics import HEADER, RunLog, code_version, evaluate, machine, peak_memory_bytes, table_row
 from model import NGT
 from options import choose_device, resolve, train_parser, warn_of_no_effect
-from trainer import Trainer, make_model
+from trainer import Trainer
 
 EXAMPLES = """examples:
   python train_shakespeare.py                               NGT on Shakespeare, minutes on a CPU
@@ -153,7 +154,8 @@ def set_up_torch(config):
 
 def train(config, checkpoint, path, run_directory, argv=None):
     """The run itself: set up, loop, and leave everything on disk."""
-    make_model(config, vocab_size=2)  # sizes that cannot be are refused before any text is fetched
+    # sizes that cannot be are refused before any text is fetched
+    model_config({**config, "model_type": config["model"], "vocab_size": 1})
     device = choose_device(config["device"])
     data = prepare_data(
         config["dataset"],
@@ -165,9 +167,9 @@ def train(config, checkpoint, path, run_directory, argv=None):
     )
     for split in ("train", "valid"):
         check_long_enough(data.splits[split], config["block_size"], split, data)
-    check_writable(path)
     set_up_torch(config)
     trainer = Trainer(config, data, device)
+    check_writable(path)
     if checkpoint is not None:
         trainer.restore(checkpoint, path)
     parameters = sum(p.numel() for p in trainer.raw_model.parameters())
@@ -184,7 +186,7 @@ def train(config, checkpoint, path, run_directory, argv=None):
     log = RunLog(
         run_directory,
         {
-            **trainer.state()["config"],
+            **trainer.saved_config(),
             "parameters": parameters,
             "source": data.meta["source"],
             "command": ["train_shakespeare.py", *(sys.argv[1:] if argv is None else argv)],

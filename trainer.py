@@ -1,6 +1,7 @@
 """What a run holds: model, optimizer, precision and the state that a checkpoint saves."""
 
 import contextlib
+import dataclasses
 import math
 import os
 import shutil
@@ -8,7 +9,7 @@ import shutil
 import torch
 import torch.nn.functional as F
 
-from checkpoint import FORMAT_VERSION, build_model, model_fields
+from checkpoint import FORMAT_VERSION, build_model
 from data import get_batch
 from errors import UserError, warn
 from gravity import step_around_when_compiling
@@ -31,7 +32,7 @@ def choose_precision(use_amp, device):
 
 
 def cpu_has_fast_bf16():
-    """Whether this CPU multiplies bf16 in hardware; without, bf16 is 100 times slower than fp32."""
+    """Whether this CPU multiplies bf16 in hardware; else bf16 is far slower than fp32."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -72,19 +73,13 @@ def learning_rate(step, config):
     return low + (peak - low) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
-def make_model(config, vocab_size):
-    """The model that the resolved flags describe."""
-    names = model_fields(config["model"])
-    shape = {name: config[name] for name in names if name in config}
-    return build_model({**shape, "model_type": config["model"], "vocab_size": vocab_size})
-
-
 class Trainer:
     """All that a run holds: what a checkpoint saves and `step` changes."""
 
     def __init__(self, config, data, device):
         self.config, self.data, self.device = config, data, device
-        self.raw_model = make_model(config, data.tokenizer.vocab_size).to(device)
+        shape = {"model_type": config["model"], "vocab_size": data.tokenizer.vocab_size}
+        self.raw_model = build_model(config | shape).to(device)
         self.model = maybe_compile(self.raw_model, config, device)
         self.optimizer = make_optimizer(self.raw_model, config, device)
         self.autocast, self.scaler = choose_precision(config["use_amp"], device)
@@ -109,21 +104,13 @@ class Trainer:
         rng = {"torch": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        shape = {name: getattr(self.raw_model.config, name) for name in self.shape_names}
         return {
             "format_version": FORMAT_VERSION,
             "model_state": self.raw_model.state_dict(),
             "optimizer_state": self.optimizer.state_dict(),
             "iter": self.iter,
             "best_val": self.best_val,
-            "config": {
-                **self.config,
-                **shape,
-                "model_type": self.config["model"],
-                "token_directory": str(self.data.directory),
-                "source_sha256": self.data.meta["source_sha256"],
-                "tokenizer_sha256": self.data.tokenizer.fingerprint,
-            },
+            "config": self.saved_config(),
             "vocab": self.data.tokenizer.to_vocab(),
             "scheduler_state": {"step": self.iter, "learning_rate": self.learning_rate_now()},
             "scaler_state": self.scaler.state_dict(),
@@ -131,9 +118,16 @@ class Trainer:
             "data_state": dict(self.progress),
         }
 
-    @property
-    def shape_names(self):
-        return model_fields(self.config["model"])
+    def saved_config(self):
+        """The flags, the model's shape, and which text and tokenizer it learned from."""
+        return {
+            **self.config,
+            **dataclasses.asdict(self.raw_model.config),
+            "model_type": self.config["model"],
+            "token_directory": str(self.data.directory),
+            "source_sha256": self.data.meta["source_sha256"],
+            "tokenizer_sha256": self.data.tokenizer.fingerprint,
+        }
 
     def learning_rate_now(self):
         return self.optimizer.param_groups[0]["lr"]

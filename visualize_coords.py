@@ -1,6 +1,5 @@
 """Show where a checkpoint's tokens are: coordinates in 3-D, as one self-contained HTML page."""
 
-import argparse
 import html
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from sklearn.decomposition import PCA
 from checkpoint import load_model
 from data import open_token_data
 from errors import UsageError, UserError, run_script, write_whole
-from options import choose_device, whole, whole_or_zero
+from options import choose_device, script_parser, whole, whole_or_zero
 
 EXAMPLES = """examples:
   python visualize_coords.py --checkpoint-path checkpoints/shakespeare.pt_best.pt
@@ -23,9 +22,7 @@ MIN_TOKENS = 4  # three axes need four points
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__, EXAMPLES)
     add = parser.add_argument
     add(
         "--checkpoint-path",
