@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import gravity_blocked
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -45,6 +47,32 @@ def tiny_shakespeare():
     if not path.exists():
         pytest.skip("tiny Shakespeare is not beside the repository")
     return path
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks so small that a few dozen tokens make many, ragged at the end."""
+
+    def set_blocks(query_block=5, key_block=7):
+        monkeypatch.setattr(gravity_blocked, "QUERY_BLOCK", query_block)
+        monkeypatch.setattr(gravity_blocked, "KEY_BLOCK", key_block)
+
+    set_blocks()
+    return set_blocks
+
+
+@pytest.fixture
+def visited(monkeypatch):
+    """A list that grows by the number of heads each time that a tile of the field is computed."""
+    counts = []
+    tile = gravity_blocked._Tiles.tile
+
+    def counting(self, rows, columns, heads, **settings):
+        counts.append(len(heads.index))
+        return tile(self, rows, columns, heads, **settings)
+
+    monkeypatch.setattr(gravity_blocked._Tiles, "tile", counting)
+    return counts
 
 
 SENTENCES = (

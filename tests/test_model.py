@@ -1,4 +1,4 @@
-"""Both models and generation: causality, caches, positions, sampling, sizes, errors."""
+"""Both models: causality, caches, positions, sizes, errors."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from checkpoint import build_model
 from errors import UsageError
-from generation import KVCache, TokenStream, sample
+from generation import KVCache
 from model import NGT, NGTConfig, repulsion_loss
 from options import DEFAULTS, PRESETS
 from vanilla_model import Attention, Vanilla, VanillaConfig, alibi_slopes, rotate
@@ -344,152 +344,6 @@ def test_absolute_positions_end(name):
     model(ids(BLOCK), kv_cache=cache)
     with pytest.raises(ValueError, match="block_size"):
         model(ids(1), kv_cache=cache)
-
-
-def draws(logits, number=1500, **settings):
-    """How often each token is drawn."""
-    generator = torch.Generator().manual_seed(1)
-    found = [sample(logits, generator=generator, **settings) for _ in range(number)]
-    return torch.bincount(torch.tensor(found), minlength=len(logits)) / number
-
-
-PROBABILITIES = torch.tensor([0.1, 0.4, 0.02, 0.3, 0.05, 0.13])
-LOGITS = PROBABILITIES.log() + 2.5
-
-
-def test_temperature():
-    """0 is argmax; others give softmax(logits / temperature)."""
-    assert sample(LOGITS, temperature=0) == 1
-    assert sample(LOGITS, temperature=0, top_k=3, top_p=0.1) == 1
-    for temperature in (1.0, 0.5, 2.0):
-        expected = PROBABILITIES ** (1 / temperature)
-        expected = expected / expected.sum()
-        found = draws(LOGITS, temperature=temperature)
-        assert (found - expected).abs().max() < 0.05
-
-
-@pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-42])
-def test_tiny_temperatures_are_greedy(temperature):
-    """However near to 0, the likeliest token is drawn."""
-    assert sample(LOGITS * 20, temperature=temperature) == 1
-
-
-@pytest.mark.parametrize(
-    ("settings", "kept"),
-    [
-        ({"top_k": 1}, {1}),
-        ({"top_k": 3}, {1, 3, 5}),
-        ({"top_k": 6}, {0, 1, 2, 3, 4, 5}),
-        ({"top_k": 100}, {0, 1, 2, 3, 4, 5}),
-        ({"top_p": 1e-6}, {1}),
-        ({"top_p": 0.39}, {1}),
-        ({"top_p": 0.41}, {1, 3}),
-        ({"top_p": 0.69}, {1, 3}),
-        ({"top_p": 0.84}, {0, 1, 3, 5}),
-        ({"top_p": 0.95}, {0, 1, 3, 4, 5}),
-        ({"top_p": 1.0}, {0, 1, 2, 3, 4, 5}),
-        ({"top_k": 3, "top_p": 0.5}, {1, 3}),
-        # after top_k the three left have 0.482, 0.361, 0.157 of the probability
-        ({"top_k": 3, "top_p": 0.45}, {1}),
-        ({"top_k": 3, "top_p": 0.9}, {1, 3, 5}),
-        # a temperature of 1/2 squares: 0.560, 0.315, 0.059, 0.035, 0.009, 0.001
-        ({"temperature": 0.5, "top_p": 0.5}, {1}),
-        ({"temperature": 0.5, "top_p": 0.87}, {1, 3}),
-        ({"temperature": 0.5, "top_p": 0.93}, {1, 3, 5}),
-    ],
-    ids=str,
-)
-def test_what_is_drawn_from(settings, kept):
-    """top_k and top_p keep exactly the sets computed by hand, in their old proportions."""
-    found = draws(LOGITS, **settings)
-    assert set(found.nonzero().flatten().tolist()) == kept
-    expected = torch.zeros(6)
-    for token in kept:
-        expected[token] = PROBABILITIES[token] ** (1 / settings.get("temperature", 1))
-    assert (found - expected / expected.sum()).abs().max() < 0.05
-
-
-def test_the_same_seed_draws_the_same():
-    """A generator decides everything; another seed draws otherwise."""
-    runs, model = [], lively("newton soft")
-    for seed in (5, 5, 6):
-        stream = TokenStream(model)
-        stream.feed([1, 2, 3])
-        generator = torch.Generator().manual_seed(seed)
-        torch.manual_seed(len(runs))  # the global generator must not matter
-        runs.append(list(stream.generate(30, temperature=1.5, generator=generator)))
-    assert runs[0] == runs[1] != runs[2]
-
-
-@torch.no_grad()
-def greedy(model, context, interruptions):
-    """Greedy decoding by full passes, another token thrown in after each that is generated; a
-    full context goes on with its newer half."""
-    context, tokens, slides = list(context), [], 0
-    for interruption in interruptions:
-        tokens.append(int(model(torch.tensor([context]))[0, -1].argmax()))
-        for token in (tokens[-1], interruption):
-            if len(context) == model.max_context:
-                context, slides = context[-(model.max_context // 2) :], slides + 1
-            context.append(token)
-    return tokens, slides
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_streaming_is_greedy_decoding(name):
-    """Token by token through the cache, over three block sizes, as by full uncached passes; only
-    models with a limited context ever slide, and never hold more than they may."""
-    model = lively(name)
-    prompt, interruptions = ids(6)[0].tolist(), ids(3 * BLOCK // 2)[0].tolist()
-    stream = TokenStream(model)
-    stream.feed(prompt)
-    found, lengths = [], []
-    for interruption in interruptions:
-        found += stream.generate(1, temperature=0)
-        lengths.append(stream.cache.length)
-        stream.feed([interruption])
-        lengths.append(stream.cache.length)
-    expected, slides = greedy(model, prompt, interruptions)
-    assert found == expected
-    assert len(set(found)) > 4
-    assert stream.slides == slides
-    if name in NEWTON:
-        assert slides == 0 and lengths[-1] == 6 + 3 * BLOCK
-    else:
-        assert slides > 2 and max(lengths) == BLOCK
-
-
-def test_generate_goes_on_from_its_own_tokens():
-    """Many tokens from one call are those of as many calls, each fed back."""
-    model = lively("newton soft")
-    stream = TokenStream(model)
-    stream.feed([3, 1, 4])
-    generator = torch.Generator().manual_seed(0)
-    tokens = list(stream.generate(40, temperature=1.5, generator=generator))
-    assert len(tokens) == 40 and stream.cache.length == 43
-    with torch.no_grad():
-        expected = model(torch.tensor([[3, 1, 4, *tokens]]))[0, -1]
-    torch.testing.assert_close(stream.logits, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_prompts_longer_than_the_context():
-    """vanilla reads a long prompt in slides and ends with the logits of what it still holds;
-    newton reads it in one go."""
-    prompt = ids(2 * BLOCK + 5)[0].tolist()
-    vanilla = TokenStream(lively("vanilla learned"))
-    vanilla.feed(prompt)
-    assert vanilla.slides == 3 and vanilla.cache.length <= BLOCK  # 16, 8 + 8, 8 + 8, 8 + 5
-    newest = torch.tensor([prompt[-vanilla.cache.length :]])
-    with torch.no_grad():
-        torch.testing.assert_close(vanilla.logits, vanilla.model(newest)[0, -1])
-    newton = TokenStream(lively("newton soft"))
-    newton.feed(prompt)
-    with torch.no_grad():
-        torch.testing.assert_close(newton.logits, newton.model(torch.tensor([prompt]))[0, -1])
-    assert newton.slides == 0
-    newton.reset()
-    with pytest.raises(ValueError, match="feed"):
-        next(newton.generate(1))
 
 
 @pytest.mark.parametrize("name", ["newton soft", "published soft", "vanilla alibi"])

@@ -1,0 +1,111 @@
+"""The first release's law against the formula, written out with a difference tensor."""
+
+import pytest
+import torch
+from test_gravity import CUTOFFS, assert_close, double, leaves
+
+from gravity import published_gravity_attention
+
+
+def published_by_hand(data, radius, cutoff, mass_in_value):
+    """Design 1.2 from a difference tensor and a softmax written out, in float64."""
+    x, mass = data["x"], data["mass"]
+    r2 = ((x[:, :, :, None, :] - x[:, :, None, :, :]) ** 2).sum(-1)
+    score = -data["gamma"][:, None, None] / (r2 + 1e-6) + data["bias"][:, None, None]
+    v = data["v"]
+    if mass_in_value:
+        v = v * mass[:, None, :, None]
+    else:
+        score = score * mass[:, None, :, None] * mass[:, None, None, :]
+    allowed = torch.ones(x.shape[2], x.shape[2], dtype=torch.bool).tril().expand_as(r2)
+    if cutoff == "soft":
+        score = score * (1 - r2 / radius**2).clamp(min=0)
+    if cutoff == "hard":
+        allowed = allowed & (r2 <= radius**2)
+    score = score.masked_fill(~allowed, -1e300)
+    weight = (score - score.amax(-1, keepdim=True)).exp()
+    return (weight / weight.sum(-1, keepdim=True)) @ v
+
+
+def published_particles(tokens=17, heads=3):
+    real = torch.float64
+    return {
+        "x": torch.randn(2, heads, tokens, 4, dtype=real),
+        "v": torch.randn(2, heads, tokens, 5, dtype=real),
+        "mass": torch.rand(2, tokens, dtype=real) + 0.5,
+        "gamma": torch.rand(heads, dtype=real) + 0.2,
+        "bias": torch.randn(heads, dtype=real),
+    }
+
+
+def published(data, radius, **settings):
+    return published_gravity_attention(
+        data["x"],
+        data["x"],
+        data["v"],
+        data["mass"],
+        data["mass"],
+        gamma=data["gamma"],
+        bias=data["bias"],
+        radius=radius,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("use_rsqrt", [False, True])
+@pytest.mark.parametrize("mass_in_value", [False, True])
+@pytest.mark.parametrize("cutoff", CUTOFFS)
+def test_published_law(cutoff, mass_in_value, use_rsqrt):
+    """The first release's law equals design 1.2 written out, forward and gradients."""
+    data = published_particles()
+    radius = None if cutoff == "none" else torch.tensor(2.503, dtype=torch.float64)
+    upstream = torch.randn_like(data["v"])
+    names = [*data, *([] if cutoff != "soft" else ["radius"])]
+
+    def run(function, **settings):
+        inputs = leaves(data)
+        own_radius = None if radius is None else radius.clone().requires_grad_()
+        out = function(inputs, own_radius, cutoff=cutoff, mass_in_value=mass_in_value, **settings)
+        tensors = [*inputs.values(), *([] if cutoff != "soft" else [own_radius])]
+        grads = torch.autograd.grad((out * upstream).sum(), tensors)
+        return {"out": out.detach(), **dict(zip(names, grads, strict=True))}
+
+    truth = run(published_by_hand)
+    assert_close(run(published, use_rsqrt=use_rsqrt), truth, 1e-9, 1e-11)
+
+
+@pytest.mark.parametrize("cutoff", CUTOFFS)
+def test_published_law_is_causal_and_decodes(cutoff):
+    """The future changes nothing; the newest queries alone give the same rows."""
+    data = published_particles()
+    settings = dict(cutoff=cutoff, radius=None if cutoff == "none" else 2.503)
+    first = published(data, **settings)
+    changed = {n: x.clone() for n, x in data.items()}
+    changed["x"][:, :, 9:] += 1.5
+    changed["v"][:, :, 9:] = 7
+    changed["mass"][:, 9:] *= 3
+    second = published(changed, **settings)
+    assert (first - second)[:, :, :9].abs().max() < 1e-11
+    assert (first - second)[:, :, 9:].abs().max() > 0.1
+    rows = published_gravity_attention(
+        data["x"][:, :, -4:],
+        data["x"],
+        data["v"],
+        data["mass"][:, -4:],
+        data["mass"],
+        gamma=data["gamma"],
+        bias=data["bias"],
+        query_positions=torch.arange(13, 17),
+        key_positions=torch.arange(17),
+        **settings,
+    )
+    torch.testing.assert_close(rows, first[:, :, -4:], rtol=1e-11, atol=1e-12)
+
+
+def test_published_law_in_fp32_with_all_its_digits():
+    """Distances by norms and products must not lose what the difference tensor kept."""
+    data = published_particles(tokens=64)
+    data["x"] = data["x"] + 40
+    single = {n: x.float() for n, x in data.items()}
+    truth = published_by_hand(double(single), None, "none", False)
+    assert (published(single, None).double() - truth).abs().max() < 2e-4
