@@ -17,6 +17,7 @@ import trainer as trainer_module
 from checkpoint import load_model, read_checkpoint
 from data import eval_batches, open_token_data
 from errors import run_script
+from metrics import RunLog
 
 SMALL = (
     *("--hidden-dim", 32, "--coord-dim", 8, "--head-coord-dim", 4, "--num-layers", 2),
@@ -267,6 +268,40 @@ def test_several_processes_are_refused(in_tmp, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, error = refuse(capsys)
     assert code == 2 and "torchrun" in error
+
+
+def test_no_checkpoint_is_written_while_steps_are_skipped(in_tmp, small_text, monkeypatch, capsys):
+    flags = ("--data-path", small_text, "--checkpoint-path", "c/x", "--max-steps", 5)
+    train(*flags, cwd=in_tmp)
+    good = (in_tmp / "c" / "x_last.pt").read_bytes()
+    loss = trainer_module.Trainer.loss
+    nan = float("nan")
+    monkeypatch.setattr(
+        trainer_module.Trainer, "loss", lambda *args: tuple(x * nan for x in loss(*args))
+    )
+    flags = ("--resume", "--checkpoint-path", "c/x", "--max-steps", 50)
+    code, error = refuse(capsys, *flags, "--checkpoint-interval", 1, "--max-skipped-steps", 5)
+    assert code == 1 and "--max-skipped-steps" in error
+    assert (in_tmp / "c" / "x_last.pt").read_bytes() == good
+
+
+def test_evaluation_is_without_dropout_and_counts_bytes(trainer):
+    for module in trainer.raw_model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    trainer.data.meta["splits"]["valid"]["bytes"] *= 3
+    rows = [train_shakespeare.evaluation_row(trainer, 0.0, 1, 1.0) for _ in range(2)]
+    assert rows[0]["val_loss"] == rows[1]["val_loss"] and trainer.raw_model.training
+    bits = rows[0]["val_loss"] / math.log(2) / 3
+    assert rows[0]["bits_per_byte"] == pytest.approx(bits)
+
+
+def test_rows_past_the_resumed_step_are_cut(in_tmp):
+    lines = [json.dumps({"step": step}) for step in (1, 2, 3, 4)]
+    (in_tmp / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 5, "val']))
+    RunLog(in_tmp, {}, start_step=2).close()
+    kept = (in_tmp / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in kept] == [1, 2]
 
 
 def test_resume_with_nothing_there_starts_and_says_so(in_tmp, small_text):

@@ -132,6 +132,7 @@ def test_a_real_browser_draws_it_and_runs_no_token(in_tmp):
     labels = [hostile.label(i) for i in (0, 1, 2, 3, 2, 1)]
     title = "<script>document.title='pwned'</script>"
     figure = visualize_coords.figure(z, mass, labels, title)
+    assert all("<" not in row[0] for row in figure.data[0].customdata)
     probe = """<script>window.addEventListener('load', () => setTimeout(() => {
         const plot = document.querySelector('.js-plotly-plot');
         document.body.dataset.points = plot._fullData[0]._length;
