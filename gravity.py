@@ -19,6 +19,7 @@ import math
 import torch
 
 from gravity_blocked import TINY, blocked_attention
+from gravity_cpu import can_attend, cpu_attention
 
 CUTOFFS = ("none", "hard", "soft")
 
@@ -150,7 +151,8 @@ def gravity_attention(
     if mass_in_value:
         v = v * mass[:, None, :, None].to(v.dtype)
         mass = torch.ones_like(mass)
-    return _attention_path(
+    path = _compiled_path if can_attend(q, v) else _attention_path
+    return path(
         q,
         k,
         v,
@@ -166,7 +168,7 @@ def gravity_attention(
     )
 
 
-_attention_path = blocked_attention
+_attention_path, _compiled_path = blocked_attention, cpu_attention
 
 
 def step_around_when_compiling():

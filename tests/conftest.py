@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import gravity
 import gravity_blocked
+import gravity_cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -53,26 +55,37 @@ def tiny_shakespeare():
 def small_blocks(monkeypatch):
     """Blocks so small that a few dozen tokens make many, ragged at the end."""
 
-    def set_blocks(query_block=5, key_block=7):
-        monkeypatch.setattr(gravity_blocked, "QUERY_BLOCK", query_block)
-        monkeypatch.setattr(gravity_blocked, "KEY_BLOCK", key_block)
+    def set_blocks(rows=5, pairs=70, chunk=7):
+        monkeypatch.setattr(gravity_blocked, "tile_rows", lambda matrices: rows)
+        monkeypatch.setattr(gravity_blocked, "TILE_PAIRS", pairs)
+        monkeypatch.setattr(gravity_blocked, "CHUNK_STEP", chunk)
+        monkeypatch.setattr(gravity_blocked, "LONGEST_CHUNK", chunk)
 
     set_blocks()
     return set_blocks
 
 
+@pytest.fixture(params=["compiled", "pytorch"])
+def either_path(request, monkeypatch):
+    """With the compiled kernels, and with the blocked path alone, for fp32 and bf16."""
+    if request.param == "pytorch":
+        monkeypatch.setattr(gravity, "can_attend", lambda q, v: False)
+    elif gravity_cpu.library() is None:
+        pytest.skip("no C++ compiler")
+
+
 @pytest.fixture
 def visited(monkeypatch):
-    """A list that grows by the number of heads each time that a tile of the field is computed."""
-    counts = []
-    tile = gravity_blocked._Tiles.tile
+    """A list that grows by the number of pairs each time that a tile of the field is computed."""
+    pairs = []
+    inverse = gravity_blocked._Tiles.inverse
 
-    def counting(self, rows, columns, heads, **settings):
-        counts.append(len(heads.index))
-        return tile(self, rows, columns, heads, **settings)
+    def counting(self, heads, rows, columns):
+        pairs.append((heads[1] - heads[0]) * (rows[1] - rows[0]) * (columns[1] - columns[0]))
+        return inverse(self, heads, rows, columns)
 
-    monkeypatch.setattr(gravity_blocked._Tiles, "tile", counting)
-    return counts
+    monkeypatch.setattr(gravity_blocked._Tiles, "inverse", counting)
+    return pairs
 
 
 SENTENCES = (

@@ -1,0 +1,492 @@
+// Gravity attention on a CPU, forward and backward: the kernels of gravity_cpu.py, which compiles
+// this file and holds the door. gravity.py holds the formula, gravity_blocked.py the same path in
+// plain PyTorch.
+//
+// One thread works on one (batch, head) at a time. A block of ROWS queries meets blocks of keys
+// from the newest to the oldest and stops where what is left provably cannot matter; the blocks of
+// a pair of matrices stay in the L1 and L2 caches. All sums are in fp32.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, COLUMN_VECTORS = 4;
+#elif defined(__AVX__)
+constexpr int LANES = 8, COLUMN_VECTORS = 2;
+#else
+constexpr int LANES = 4, COLUMN_VECTORS = 4;
+#endif
+constexpr int ROWS = 48, KEYS = 192;
+constexpr float TINY = 1e-30f;
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef float loose_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+inline vec load(const float *p) { return *(const loose_vec *)p; }
+inline void store(float *p, vec v) { *(loose_vec *)p = v; }
+inline vec zero() { return vec{}; }
+// a NaN stays one
+inline vec at_least(vec a, vec low) { return a < low ? low : a; }
+
+inline float sum(vec v) {
+    float s = 0;
+    for (int n = 0; n < LANES; ++n) s += v[n];
+    return s;
+}
+
+inline long round_up(long n, long step) { return (n + step - 1) / step * step; }
+
+// fields below 1e-38 are 0: with denormals a CPU is a hundred times slower
+struct FlushDenormals {
+#if defined(__x86_64__)
+    unsigned before = _mm_getcsr();
+    FlushDenormals() { _mm_setcsr(before | 0x8040); }
+    ~FlushDenormals() { _mm_setcsr(before); }
+#endif
+};
+
+// C (M x N, rows crs apart) += or = A B, with A[m][k] = a[m * ars + k * aks] and B[k][n] =
+// b[k * brs + n]; N is a multiple of LANES.
+template <int M, int N>
+inline void tile_product(const float *a, long ars, long aks, const float *b, long brs, float *c,
+                         long crs, long depth, bool add) {
+    vec acc[M][N];
+    for (int m = 0; m < M; ++m)
+        for (int n = 0; n < N; ++n) acc[m][n] = add ? load(c + m * crs + n * LANES) : zero();
+    for (long k = 0; k < depth; ++k) {
+        vec row[N];
+        for (int n = 0; n < N; ++n) row[n] = load(b + k * brs + n * LANES);
+        for (int m = 0; m < M; ++m) {
+            float x = a[m * ars + k * aks];
+            for (int n = 0; n < N; ++n) acc[m][n] += x * row[n];
+        }
+    }
+    for (int m = 0; m < M; ++m)
+        for (int n = 0; n < N; ++n) store(c + m * crs + n * LANES, acc[m][n]);
+}
+
+template <int N>
+inline void strip_product(const float *a, long ars, long aks, const float *b, long brs, float *c,
+                          long crs, long rows, long depth, bool add) {
+    constexpr int M = N == 1 ? 12 : 6;
+    long m = 0;
+    for (; m + M <= rows; m += M)
+        tile_product<M, N>(a + m * ars, ars, aks, b, brs, c + m * crs, crs, depth, add);
+    for (; m + 2 <= rows; m += 2)
+        tile_product<2, N>(a + m * ars, ars, aks, b, brs, c + m * crs, crs, depth, add);
+    for (; m < rows; ++m)
+        tile_product<1, N>(a + m * ars, ars, aks, b, brs, c + m * crs, crs, depth, add);
+}
+
+void product(const float *a, long ars, long aks, const float *b, long brs, float *c, long crs,
+             long rows, long columns, long depth, bool add) {
+    long n = 0;
+    for (; n + COLUMN_VECTORS * LANES <= columns; n += COLUMN_VECTORS * LANES)
+        strip_product<COLUMN_VECTORS>(a, ars, aks, b + n, brs, c + n, crs, rows, depth, add);
+    for (; n + 2 * LANES <= columns; n += 2 * LANES)
+        strip_product<2>(a, ars, aks, b + n, brs, c + n, crs, rows, depth, add);
+    for (; n < columns; n += LANES)
+        strip_product<1>(a, ars, aks, b + n, brs, c + n, crs, rows, depth, add);
+}
+
+template <int EXPONENT> inline vec power_of(vec base, int exponent) {
+    if (EXPONENT == 4) {
+        vec square = base * base;
+        return square * square;
+    }
+    vec power = base;
+    int bit = 1;
+    while (bit * 2 <= exponent) bit *= 2;
+    while (bit >>= 1) {
+        power *= power;
+        if (exponent & bit) power *= base;
+    }
+    return power;
+}
+
+}  // namespace
+
+extern "C" {
+
+// A (B, H, T, C) tensor of fp32 or bf16 with contiguous last dimension; strides in elements.
+struct Tensor {
+    const void *data;
+    int64_t batch_stride, head_stride, token_stride;
+    int64_t is_bf16;
+};
+
+struct Problem {
+    int64_t batch, heads, queries, keys, coords, width;
+    int64_t exponent, cutoff;  // 0 none, 1 hard, 2 soft
+    int64_t threads;
+    double tolerance, max_mass;
+    Tensor q, k, v, out, grad_out;
+    const float *mass;                              // (B, Tk)
+    const double *time_scale, *time_offset, *radius;  // (H,)
+    const int64_t *query_positions, *key_positions;
+    float *result;   // forward: out (B, Tq, H, D)
+    float *total;    // (B, H, Tq), sums of fields
+    int32_t *first;  // (B, H, row blocks), the oldest key that a block of queries met
+    // backward
+    float *d_q, *d_k, *d_v;  // (B, T, H, C or D)
+    float *d_mass;           // (B, H, Tk)
+    double *d_law;           // (B, H, 3): time_scale, time_offset, radius
+};
+}
+
+namespace {
+
+void read_row(const Tensor &t, long b, long h, long token, long width, float *row) {
+    long at = b * t.batch_stride + h * t.head_stride + token * t.token_stride;
+    if (!t.is_bf16) {
+        memcpy(row, (const float *)t.data + at, width * sizeof(float));
+        return;
+    }
+    const uint16_t *low = (const uint16_t *)t.data + at;
+    for (long c = 0; c < width; ++c) {
+        uint32_t bits = (uint32_t)low[c] << 16;
+        memcpy(row + c, &bits, 4);
+    }
+}
+
+// All that one thread knows of the (batch, head) it works on. Keys are packed when first met.
+struct Head {
+    const Problem &p;
+    const bool backward;
+    const long stride, coords, width;  // padded: tokens of a transposed row, columns of a row
+    long b = 0, h = 0, packed_from = 0;
+    float scale = 0, offset = 0, radius2 = 0;
+    std::vector<float> centre, k, k_across, k2, v, v_across, time, mass;
+    std::vector<float> q, q2, field, slope, sums;
+
+    Head(const Problem &p, bool backward)
+        : p(p), backward(backward), stride(round_up(p.keys, LANES) + KEYS),
+          coords(round_up(p.coords, LANES)), width(round_up(p.width, LANES)), centre(p.coords),
+          k(backward ? stride * coords : 0), k_across(stride * p.coords), k2(stride),
+          v(stride * width), v_across(backward ? stride * p.width : 0), time(stride),
+          mass(stride), q(ROWS * coords), q2(ROWS), field(ROWS * KEYS),
+          slope(backward ? ROWS * KEYS : 0), sums(ROWS * width) {}
+
+    void begin(long batch, long head) {
+        b = batch, h = head, packed_from = p.keys;
+        scale = p.time_scale[h], offset = p.time_offset[h];
+        radius2 = p.cutoff ? p.radius[h] * p.radius[h] : 0;
+        // r2 does not change, but |q|^2 + |k|^2 - 2 q.k loses fewer digits near the origin
+        std::vector<double> mean(p.coords, 0.0);
+        std::vector<float> row(p.coords);
+        long step = std::max<long>(1, p.keys / 64), count = 0;
+        for (long j = p.keys - 1; j >= 0; j -= step, ++count) {
+            read_row(p.k, b, h, j, p.coords, row.data());
+            for (long c = 0; c < p.coords; ++c) mean[c] += row[c];
+        }
+        for (long c = 0; c < p.coords; ++c) centre[c] = mean[c] / count;
+        // what lies between the last key and the end of its vector never pulls
+        for (long j = p.keys; j < stride; ++j) time[j] = 1e30f, mass[j] = k2[j] = 0;
+    }
+
+    // Tokens since the oldest key: exact in fp32 up to 2^24.
+    float since_origin(int64_t position) const { return (float)(position - p.key_positions[0]); }
+
+    void pack_keys(long from) {
+        std::vector<float> row(p.coords);
+        for (long j = from; j < packed_from; ++j) {
+            read_row(p.k, b, h, j, p.coords, row.data());
+            float norm = 0;
+            for (long c = 0; c < p.coords; ++c) {
+                float x = row[c] - centre[c];
+                k_across[c * stride + j] = x;
+                if (backward) k[j * coords + c] = x;
+                norm += x * x;
+            }
+            k2[j] = norm;
+            time[j] = since_origin(p.key_positions[j]);
+            mass[j] = p.mass[b * p.keys + j];
+            read_row(p.v, b, h, j, p.width, &v[j * width]);
+        }
+        if (backward)
+            for (long c = 0; c < p.width; ++c)
+                for (long j = from; j < packed_from; ++j)
+                    v_across[c * stride + j] = v[j * width + c];
+        packed_from = std::min(packed_from, from);
+    }
+
+    void read_queries(long row, long rows) {
+        for (long r = 0; r < rows; ++r) {
+            float *x = &q[r * coords];
+            read_row(p.q, b, h, row + r, p.coords, x);
+            q2[r] = 0;
+            for (long c = 0; c < p.coords; ++c) x[c] -= centre[c], q2[r] += x[c] * x[c];
+        }
+    }
+
+    // q.k of a block of queries with keys [from, from + keys).
+    void dots(long rows, long from, long keys) {
+        product(q.data(), coords, 1, &k_across[from], stride, field.data(), KEYS, rows,
+                round_up(keys, LANES), p.coords, false);
+    }
+
+    // lag - time_offset and 1 / (1 + r2) of one query with LANES keys; 0 for keys yet to come and
+    // beyond a hard cutoff.
+    vec inverse_distance(vec dot, long r, float position, long j, vec &lag) const {
+        vec ago = position - load(&time[j]);
+        lag = ago - offset;
+        vec along = scale * lag;
+        vec r2 = at_least(q2[r] + load(&k2[j]) - 2 * dot, zero()) + along * along;
+        vec inverse = 1.0f / (1 + r2);
+        if (p.cutoff == 1) inverse = r2 > radius2 ? zero() : inverse;
+        return ago >= zero() ? inverse : zero();
+    }
+
+    // relu(1 - r2 / radius^2) of the soft cutoff
+    vec fading(vec inverse) const {
+        return at_least(1 + (1 - 1 / at_least(inverse, zero() + TINY)) / radius2, zero());
+    }
+
+    // Whether all keys before `oldest` together provably weigh at most tolerance * smallest_sum,
+    // or are beyond the radius, for queries from `position` on. gravity_blocked.py has the proof.
+    bool nothing_left(long oldest, int64_t position, float smallest_sum) const {
+        double kept = (double)(position - p.key_positions[oldest]);
+        if (p.cutoff) {
+            double felt = p.time_offset[h] + p.radius[h] / p.time_scale[h] + 1;
+            if (position - p.key_positions[oldest - 1] > felt) return true;
+        }
+        if (!(p.tolerance > 0) || !(smallest_sum > 0)) return false;
+        double log_degree = 2 * p.exponent - 1;
+        double log_window = std::log(p.max_mass / log_degree) - std::log(p.tolerance) -
+                            std::log((double)smallest_sum) -
+                            (log_degree + 1) * std::log(p.time_scale[h]);
+        return p.time_offset[h] + std::exp(log_window / log_degree) * (1 + 1e-6) <= kept;
+    }
+};
+
+template <int EXPONENT> void pull(Head &head, long row, long rows, int32_t *first) {
+    const Problem &p = head.p;
+    head.read_queries(row, rows);
+    std::fill(head.sums.begin(), head.sums.end(), 0.0f);
+    float total[ROWS] = {};
+    const int64_t oldest_query = p.query_positions[row];
+    long end = std::upper_bound(p.key_positions, p.key_positions + p.keys,
+                                p.query_positions[row + rows - 1]) - p.key_positions;
+    long width = std::min<long>(KEYS, round_up(rows + 48, LANES));
+    *first = end;
+    while (end > 0) {
+        long from = std::max<long>(0, end - width), keys = end - from;
+        if (from < head.packed_from) head.pack_keys(from);
+        head.dots(rows, from, keys);
+        float smallest = INFINITY;
+        for (long r = 0; r < rows; ++r) {
+            float position = head.since_origin(p.query_positions[row + r]);
+            float *fields = &head.field[r * KEYS];
+            vec added = zero();
+            for (long j = 0; j < keys; j += LANES) {
+                vec lag, x = head.inverse_distance(load(fields + j), r, position, from + j, lag);
+                vec field = power_of<EXPONENT>(x, p.exponent) * load(&head.mass[from + j]);
+                if (p.cutoff == 2) {
+                    vec rho = head.fading(x);
+                    field *= rho * rho;
+                }
+                if (j + LANES > keys)  // the last vector may hold keys of the newer block
+                    for (long n = keys - j; n < LANES; ++n) field[n] = 0;
+                store(fields + j, field);
+                added += field;
+            }
+            total[r] += sum(added);
+            smallest = std::min(smallest, total[r]);
+            if (std::isnan(total[r])) smallest = 0;
+        }
+        product(head.field.data(), KEYS, 1, &head.v[from * head.width], head.width,
+                head.sums.data(), head.width, rows, head.width, keys, true);
+        end = *first = from;
+        width = KEYS;
+        if (end > 0 && head.nothing_left(end, oldest_query, smallest)) break;
+    }
+    for (long r = 0; r < rows; ++r) {
+        p.total[(head.b * p.heads + head.h) * p.queries + row + r] = total[r];
+        float inverse = 1 / (total[r] + TINY);
+        float *out = p.result + ((head.b * p.queries + row + r) * p.heads + head.h) * p.width;
+        for (long c = 0; c < p.width; ++c) out[c] = head.sums[r * head.width + c] * inverse;
+    }
+}
+
+// Sums that the gradients of one (batch, head) are made of.
+struct Gradients {
+    std::vector<float> d_k, d_v, slope_of_key, d_mass, d_q, g, delta, inverse_total;
+    double d_scale = 0, d_offset = 0, d_radius = 0;
+
+    explicit Gradients(const Head &head)
+        : d_k(head.stride * head.coords), d_v(head.stride * head.width),
+          slope_of_key(head.stride), d_mass(head.stride), d_q(ROWS * head.coords),
+          g(ROWS * head.width), delta(ROWS), inverse_total(ROWS) {}
+
+    void clear() {
+        for (auto *x : {&d_k, &d_v, &slope_of_key, &d_mass}) std::fill(x->begin(), x->end(), 0.f);
+        d_scale = d_offset = d_radius = 0;
+    }
+};
+
+// dL/dr2 of a tile up to the factor -exponent (soft cutoff: -1), and the normalised field.
+template <int EXPONENT>
+void slopes(Head &head, Gradients &sums, long row, long rows, long from, long keys,
+            float *slope_of_query) {
+    const Problem &p = head.p;
+    for (long r = 0; r < rows; ++r) {
+        float position = head.since_origin(p.query_positions[row + r]);
+        float *fields = &head.field[r * KEYS], *gains = &head.slope[r * KEYS];
+        float inverse_total = sums.inverse_total[r], delta = sums.delta[r];
+        vec all = zero(), moment1 = zero(), moment2 = zero(), in_radius = zero();
+        for (long j = 0; j < keys; j += LANES) {
+            vec lag, inverse = head.inverse_distance(load(fields + j), r, position, from + j, lag);
+            vec power = power_of<EXPONENT>(inverse, p.exponent) * inverse_total;
+            if (j + LANES > keys)
+                for (long n = keys - j; n < LANES; ++n) power[n] = 0;
+            vec mass = load(&head.mass[from + j]);
+            vec gain = (load(gains + j) - delta) * power;  // of a unit mass
+            vec slope;
+            if (p.cutoff == 2) {
+                vec rho = head.fading(inverse);
+                vec edge = gain * rho * mass;
+                slope = edge * ((float)p.exponent * rho * inverse + 2 / head.radius2);
+                in_radius += edge * (1 - rho);
+                gain *= rho * rho;
+                power *= rho * rho;
+            } else {
+                slope = gain * mass * inverse;
+            }
+            store(fields + j, power * mass);
+            store(gains + j, slope);
+            float *d_mass = &sums.d_mass[from + j], *of_key = &sums.slope_of_key[from + j];
+            store(d_mass, load(d_mass) + gain);
+            store(of_key, load(of_key) + slope);
+            all += slope;
+            moment1 += slope * lag;
+            moment2 += slope * lag * lag;
+        }
+        slope_of_query[r] += sum(all);
+        sums.d_offset += sum(moment1);
+        sums.d_scale += sum(moment2);
+        sums.d_radius += sum(in_radius);
+    }
+}
+
+template <int EXPONENT>
+void push(Head &head, Gradients &sums, long row, long rows, long first) {
+    const Problem &p = head.p;
+    head.read_queries(row, rows);
+    float slope_of_query[ROWS] = {};
+    std::vector<float> out(p.width);
+    std::fill(sums.d_q.begin(), sums.d_q.end(), 0.0f);
+    for (long r = 0; r < rows; ++r) {
+        float *g = &sums.g[r * head.width];
+        read_row(p.grad_out, head.b, head.h, row + r, p.width, g);
+        read_row(p.out, head.b, head.h, row + r, p.width, out.data());
+        float delta = 0;
+        for (long c = 0; c < p.width; ++c) delta += g[c] * out[c];
+        sums.delta[r] = delta;
+        float total = p.total[(head.b * p.heads + head.h) * p.queries + row + r];
+        sums.inverse_total[r] = 1 / (total + TINY);
+    }
+    long end = std::upper_bound(p.key_positions, p.key_positions + p.keys,
+                                p.query_positions[row + rows - 1]) - p.key_positions;
+    while (end > first) {
+        long from = std::max<long>(first, end - KEYS), keys = end - from;
+        if (from < head.packed_from) head.pack_keys(from);
+        head.dots(rows, from, keys);
+        product(sums.g.data(), head.width, 1, &head.v_across[from], head.stride,
+                head.slope.data(), KEYS, rows, round_up(keys, LANES), p.width, false);
+        slopes<EXPONENT>(head, sums, row, rows, from, keys, slope_of_query);
+        product(head.field.data(), 1, KEYS, sums.g.data(), head.width,
+                &sums.d_v[from * head.width], head.width, keys, head.width, rows, true);
+        product(head.slope.data(), KEYS, 1, &head.k[from * head.coords], head.coords,
+                sums.d_q.data(), head.coords, rows, head.coords, keys, true);
+        product(head.slope.data(), 1, KEYS, head.q.data(), head.coords,
+                &sums.d_k[from * head.coords], head.coords, keys, head.coords, rows, true);
+        end = from;
+    }
+    float factor = p.cutoff == 2 ? -2.0f : -2.0f * p.exponent;
+    for (long r = 0; r < rows; ++r) {
+        float *d_q = p.d_q + ((head.b * p.queries + row + r) * p.heads + head.h) * p.coords;
+        for (long c = 0; c < p.coords; ++c)
+            d_q[c] = factor * (head.q[r * head.coords + c] * slope_of_query[r] -
+                               sums.d_q[r * head.coords + c]);
+    }
+}
+
+void write_gradients(const Head &head, const Gradients &sums) {
+    const Problem &p = head.p;
+    float factor = p.cutoff == 2 ? -2.0f : -2.0f * p.exponent;
+    for (long j = 0; j < p.keys; ++j) {
+        long at = (head.b * p.keys + j) * p.heads + head.h;
+        bool met = j >= head.packed_from;
+        float slope = sums.slope_of_key[j];
+        for (long c = 0; c < p.coords; ++c)
+            p.d_k[at * p.coords + c] =
+                met ? factor * (head.k[j * head.coords + c] * slope - sums.d_k[j * head.coords + c])
+                    : 0.0f;
+        memcpy(p.d_v + at * p.width, &sums.d_v[j * head.width], p.width * sizeof(float));
+        p.d_mass[(head.b * p.heads + head.h) * p.keys + j] = sums.d_mass[j];
+    }
+    double *law = p.d_law + (head.b * p.heads + head.h) * 3;
+    law[0] = factor * p.time_scale[head.h] * sums.d_scale;
+    law[1] = -factor * p.time_scale[head.h] * p.time_scale[head.h] * sums.d_offset;
+    law[2] = p.cutoff == 2 ? 4 / p.radius[head.h] * sums.d_radius : 0;
+}
+
+template <int EXPONENT> void run_forward(const Problem &p) {
+    const long blocks = (p.queries + ROWS - 1) / ROWS;
+    // every part packs the keys anew: split queries only where threads outnumber heads
+    const long parts = std::min(blocks, std::max<long>(1, p.threads / (p.batch * p.heads)));
+#pragma omp parallel num_threads(p.threads)
+    {
+        FlushDenormals flush;
+        Head head(p, false);
+#pragma omp for schedule(dynamic, 1)
+        for (long task = 0; task < p.batch * p.heads * parts; ++task) {
+            long matrix = task / parts, part = task % parts;
+            head.begin(matrix / p.heads, matrix % p.heads);
+            for (long n = part; n < blocks; n += parts) {
+                long row = n * ROWS, rows = std::min<long>(ROWS, p.queries - row);
+                pull<EXPONENT>(head, row, rows, p.first + matrix * blocks + n);
+            }
+        }
+    }
+}
+
+template <int EXPONENT> void run_backward(const Problem &p) {
+    const long blocks = (p.queries + ROWS - 1) / ROWS;
+#pragma omp parallel num_threads(p.threads)
+    {
+        FlushDenormals flush;
+        Head head(p, true);
+        Gradients sums(head);
+#pragma omp for schedule(dynamic, 1)
+        for (long matrix = 0; matrix < p.batch * p.heads; ++matrix) {
+            head.begin(matrix / p.heads, matrix % p.heads);
+            sums.clear();
+            for (long n = blocks - 1; n >= 0; --n) {
+                long row = n * ROWS, rows = std::min<long>(ROWS, p.queries - row);
+                push<EXPONENT>(head, sums, row, rows, p.first[matrix * blocks + n]);
+            }
+            write_gradients(head, sums);
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+void gravity_forward(const Problem *p) {
+    p->exponent == 4 ? run_forward<4>(*p) : run_forward<0>(*p);
+}
+void gravity_backward(const Problem *p) {
+    p->exponent == 4 ? run_backward<4>(*p) : run_backward<0>(*p);
+}
+int64_t rows_of_a_block() { return ROWS; }
+}

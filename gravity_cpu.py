@@ -1,0 +1,229 @@
+"""The CPU's fast path of gravity attention: compiles `gravity_cpu.cpp` once and calls it.
+
+Needs a C++ compiler (`CXX`, else g++). The library is kept under the user's cache directory, named
+after everything that it was made from.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from errors import warn
+
+SOURCE = Path(__file__).with_name("gravity_cpu.cpp")
+# what -ffast-math would allow, but for infinities, NaN and the process-wide rounding mode
+FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fassociative-math", "-fno-signed-zeros"),
+)
+CUTOFFS = {"none": 0, "hard": 1, "soft": 2}
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("batch_stride", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64),
+        ("token_stride", ctypes.c_int64),
+        ("is_bf16", ctypes.c_int64),
+    ]
+
+
+_SIZES = ("batch", "heads", "queries", "keys", "coords", "width", "exponent", "cutoff", "threads")
+_LAW = ("time_scale", "time_offset", "radius", "query_positions", "key_positions")
+_RESULTS = ("result", "total", "first", "d_q", "d_k", "d_v", "d_mass", "d_law")
+
+
+class _Problem(ctypes.Structure):
+    """`struct Problem` of gravity_cpu.cpp, in its order."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _SIZES),
+        ("tolerance", ctypes.c_double),
+        ("max_mass", ctypes.c_double),
+        *((name, _Tensor) for name in ("q", "k", "v", "out", "grad_out")),
+        ("mass", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in (*_LAW, *_RESULTS)),
+    ]
+
+
+def compiler():
+    """The C++ compiler's path, or None."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def cache_directory():
+    """Where compiled libraries are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "newton-gravity"
+
+
+@functools.cache
+def library():
+    """The compiled kernels, or None with one warning where they cannot be had."""
+    if compiler() is None:
+        warn(
+            "no C++ compiler (g++): gravity runs in plain PyTorch, several times slower; "
+            "install one, or name it in CXX"
+        )
+        return None
+    try:
+        loaded = ctypes.CDLL(str(_compiled()))
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines() or ["no message"]
+        warn(f"{SOURCE.name} does not compile here, plain PyTorch is used: {lines[0]}")
+        return None
+    except OSError as error:
+        warn(f"{SOURCE.name} cannot be used here, plain PyTorch is: {error}")
+        return None
+    loaded.rows_of_a_block.restype = ctypes.c_int64
+    return loaded
+
+
+def _compiled():
+    """Path of the library for this source, compiler and processor, made where it is missing."""
+    command = [compiler(), *FLAGS]
+    # -dM names the compiler's version and all that -march=native found
+    macros = subprocess.run(
+        [*command, "-E", "-dM", "-x", "c++", os.devnull], check=True, capture_output=True, text=True
+    ).stdout
+    made_from = "\n".join([shlex.join(command), macros, SOURCE.read_text(encoding="utf-8")])
+    name = f"gravity_cpu_{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
+    folder = cache_directory()
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="newton-gravity-"))
+    path = folder / name
+    if not path.exists():
+        print(f"compiling {SOURCE.name}, once and for some seconds", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory(dir=folder) as workshop:
+            made = Path(workshop) / name
+            subprocess.run(
+                [*command, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True
+            )
+            made.replace(path)
+    return path
+
+
+def can_attend(q, v):
+    """Whether these tensors are for this path."""
+    fits = q.device.type == "cpu" and q.dtype in DTYPES and v.dtype in DTYPES
+    return fits and library() is not None
+
+
+def cpu_attention(q, *args):
+    """`gravity.gravity_attention` with checked arguments, in the order of `_CompiledGravity`."""
+    return _CompiledGravity.apply(q, *args)
+
+
+class _CompiledGravity(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, q, k, v, mass, time_scale, time_offset, radius, exponent, cutoff, tolerance, tq, tk
+    ):
+        batch, heads, queries, _ = q.shape
+        rows = library().rows_of_a_block()
+        result = torch.empty(batch, queries, heads, v.shape[-1])
+        total = torch.empty(batch, heads, queries)
+        first = torch.empty(batch, heads, -(-queries // rows), dtype=torch.int32)
+        law = (time_scale, time_offset, radius, exponent, cutoff, tolerance, tq, tk)
+        call = _Call(q, k, v, mass, *law)
+        call.run("gravity_forward", result=result, total=total, first=first)
+        # heads of a token side by side, as the next layer reads them
+        out = result.transpose(1, 2).to(v.dtype)
+        ctx.law = exponent, cutoff, tolerance, tq, tk
+        tensors = (q, k, v, mass, time_scale, time_offset, radius)
+        ctx.save_for_backward(*tensors, out, total, first)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out):
+        *inputs, out, total, first = ctx.saved_tensors
+        q, k, v = inputs[:3]
+        batch, heads = q.shape[:2]
+        gradient = [
+            torch.empty(batch, x.shape[2], heads, x.shape[3]).transpose(1, 2) for x in (q, k, v)
+        ]
+        d_mass = torch.empty(batch, heads, k.shape[2])
+        d_law = torch.empty(batch, heads, 3, dtype=torch.float64)
+        call = _Call(*inputs, *ctx.law)
+        call.tensor("out", out)
+        call.tensor("grad_out", grad_out)
+        d_q, d_k, d_v = gradient
+        call.run(
+            "gravity_backward",
+            total=total,
+            first=first,
+            d_q=d_q,
+            d_k=d_k,
+            d_v=d_v,
+            d_mass=d_mass,
+            d_law=d_law,
+        )
+        grads = (*gradient, d_mass.sum(1), *d_law.sum(0).unbind(-1))
+        if ctx.law[1] != "soft":
+            grads = (*grads[:-1], None)
+        given = (None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
+        return (*given, None, None, None, None, None)
+
+
+class _Call:
+    """The arguments of a kernel, and the tensors that must live as long."""
+
+    def __init__(
+        self, q, k, v, mass, time_scale, time_offset, radius, exponent, cutoff, tolerance, tq, tk
+    ):
+        self.alive = []
+        batch, heads, queries, coords = q.shape
+        self.problem = _Problem(
+            batch=batch,
+            heads=heads,
+            queries=queries,
+            keys=k.shape[2],
+            coords=coords,
+            width=v.shape[3],
+            exponent=exponent,
+            cutoff=CUTOFFS[cutoff],
+            threads=torch.get_num_threads(),
+            tolerance=tolerance,
+            max_mass=float(mass.max()),
+        )
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            self.tensor(name, tensor)
+        self.pointers(mass=mass.float(), query_positions=tq.long(), key_positions=tk.long())
+        self.pointers(time_scale=time_scale.double(), time_offset=time_offset.double())
+        if radius is not None:
+            self.pointers(radius=radius.double())
+
+    def tensor(self, name, tensor):
+        """Set a (B, H, T, C) argument; only its last dimension must be contiguous."""
+        if tensor.stride(-1) != 1:
+            tensor = tensor.contiguous()
+        self.alive.append(tensor)
+        is_bf16 = tensor.dtype == torch.bfloat16
+        setattr(self.problem, name, _Tensor(tensor.data_ptr(), *tensor.stride()[:3], int(is_bf16)))
+
+    def pointers(self, **tensors):
+        """Set arguments that lie in memory as the kernel walks through them."""
+        for name, tensor in tensors.items():
+            tensor = tensor.contiguous()
+            self.alive.append(tensor)
+            setattr(self.problem, name, tensor.data_ptr())
+
+    def run(self, kernel, **results):
+        """Call a kernel that writes into (or reads from) these tensors."""
+        for name, tensor in results.items():
+            setattr(self.problem, name, tensor.data_ptr())
+        getattr(library(), kernel)(ctypes.byref(self.problem))
