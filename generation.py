@@ -3,12 +3,15 @@
 import torch
 
 PREFILL_CHUNK = 512
+MIN_CAPACITY = 256  # tokens
 
 
 class KVCache:
     """What attention still needs of the tokens seen so far.
 
-    `length` counts all tokens ever seen; a layer may have forgotten the oldest of them.
+    `length` counts all tokens ever seen; a layer may have forgotten the oldest of them. Every
+    layer writes into memory that doubles when it is full, so a new token copies no old ones, and
+    that stays as it is once what is forgotten makes room for what is new.
     """
 
     def __init__(self):
@@ -23,27 +26,64 @@ class KVCache:
             entries: tensors of the new tokens, (B, H, T, C) or (B, T).
 
         Returns:
-            `(positions, *entries)` over all remembered tokens.
+            `(positions, *entries)` over all remembered tokens; views, good until the next call.
         """
         new = (positions, *entries)
-        old = self._layers.get(layer)
-        if old is not None:
-            new = tuple(torch.cat([a, b], _token_dim(b)) for a, b in zip(old, new, strict=True))
-        self._layers[layer] = new
-        return new
+        memory = self._layers.get(layer)
+        if memory is None:
+            memory = self._layers[layer] = _Memory(new)
+        return memory.append(new)
 
     def keep_newest(self, layer, count):
         """Forget all but the newest `count` tokens of a layer."""
-        entries = self._layers[layer]
-        extra = len(entries[0]) - count
-        if extra > 0:
-            self._layers[layer] = tuple(
-                e.narrow(_token_dim(e), extra, count).clone() for e in entries
-            )
+        memory = self._layers[layer]
+        memory.start = max(memory.start, memory.stop - count)
+
+    def num_remembered(self, layer):
+        """Tokens that a layer still remembers."""
+        return self._layers[layer].stop - self._layers[layer].start
 
     def num_bytes(self):
-        """Memory of all layers' tensors in bytes."""
-        return sum(e.numel() * e.element_size() for layer in self._layers.values() for e in layer)
+        """Memory that the layers hold, in bytes."""
+        return sum(
+            entry.numel() * entry.element_size()
+            for memory in self._layers.values()
+            for entry in memory.entries
+        )
+
+
+class _Memory:
+    """Tensors with room for more tokens; those from `start` to `stop` are remembered."""
+
+    def __init__(self, like):
+        self.start = self.stop = self.capacity = 0
+        self.entries = [entry.narrow(_token_dim(entry), 0, 0) for entry in like]
+
+    def append(self, new):
+        count = len(new[0])
+        if self.stop + count > self.capacity:
+            self._make_room(count)
+        for entry, tokens in zip(self.entries, new, strict=True):
+            entry.narrow(_token_dim(entry), self.stop, count).copy_(tokens)
+        self.stop += count
+        return self._remembered()
+
+    def _make_room(self, count):
+        """Move what is remembered to the front of new memory, larger where half is not free."""
+        kept = self.stop - self.start
+        if 2 * (kept + count) > self.capacity:
+            self.capacity = max(MIN_CAPACITY, 2 * (kept + count))
+        moved = []
+        for entry, old in zip(self.entries, self._remembered(), strict=True):
+            shape = list(entry.shape)
+            shape[_token_dim(entry)] = self.capacity
+            moved.append(entry.new_empty(shape))
+            moved[-1].narrow(_token_dim(entry), 0, kept).copy_(old)
+        self.entries, self.start, self.stop = moved, 0, kept
+
+    def _remembered(self):
+        length = self.stop - self.start
+        return tuple(e.narrow(_token_dim(e), self.start, length) for e in self.entries)
 
 
 def _token_dim(entry):

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -127,7 +128,7 @@ struct Problem {
     int64_t batch, heads, queries, keys, coords, width;
     int64_t exponent, cutoff;  // 0 none, 1 hard, 2 soft
     int64_t threads;
-    double tolerance, max_mass;
+    double tolerance;
     Tensor q, k, v, out, grad_out;
     const float *mass;                              // (B, Tk)
     const double *time_scale, *time_offset, *radius;  // (H,)
@@ -157,22 +158,34 @@ void read_row(const Tensor &t, long b, long h, long token, long width, float *ro
     }
 }
 
+// Memory that is not set to zero: a decoding step touches little of it.
+struct Room {
+    std::unique_ptr<float[]> data;
+    explicit Room(long size) : data(new float[size]) {}
+    float &operator[](long n) const { return data[n]; }
+};
+
 // All that one thread knows of the (batch, head) it works on. Keys are packed when first met.
 struct Head {
     const Problem &p;
     const bool backward;
     const long stride, coords, width;  // padded: tokens of a transposed row, columns of a row
-    long b = 0, h = 0, packed_from = 0;
+    const bool v_in_place;
+    const Room k, k_across, k2, v, v_across, time, mass;
+    long b = 0, h = 0, packed_from = 0, v_stride = 0;
+    const float *v_rows = nullptr;
+    double max_mass = 0;
     float scale = 0, offset = 0, radius2 = 0;
-    std::vector<float> centre, k, k_across, k2, v, v_across, time, mass;
-    std::vector<float> q, q2, field, slope, sums;
+    std::vector<float> centre, q, q2, field, slope, sums;
 
     Head(const Problem &p, bool backward)
-        : p(p), backward(backward), stride(round_up(p.keys, LANES) + KEYS),
-          coords(round_up(p.coords, LANES)), width(round_up(p.width, LANES)), centre(p.coords),
-          k(backward ? stride * coords : 0), k_across(stride * p.coords), k2(stride),
-          v(stride * width), v_across(backward ? stride * p.width : 0), time(stride),
-          mass(stride), q(ROWS * coords), q2(ROWS), field(ROWS * KEYS),
+        : p(p), backward(backward), stride(round_up(p.keys, LANES) + LANES),
+          coords(round_up(p.coords, LANES)), width(round_up(p.width, LANES)),
+          v_in_place(!p.v.is_bf16 && width == p.width), k(backward ? stride * coords : 0),
+          k_across(stride * p.coords), k2(stride),
+          v(backward || v_in_place ? 0 : stride * width),
+          v_across(backward ? stride * p.width : 0), time(stride), mass(stride),
+          centre(p.coords), q(ROWS * coords), q2(ROWS), field(ROWS * KEYS),
           slope(backward ? ROWS * KEYS : 0), sums(ROWS * width) {}
 
     void begin(long batch, long head) {
@@ -188,15 +201,28 @@ struct Head {
             for (long c = 0; c < p.coords; ++c) mean[c] += row[c];
         }
         for (long c = 0; c < p.coords; ++c) centre[c] = mean[c] / count;
+        const float *masses = p.mass + b * p.keys;
+        max_mass = *std::max_element(masses, masses + p.keys);
+        if (v_in_place) {
+            v_stride = p.v.token_stride;
+            v_rows = (const float *)p.v.data + b * p.v.batch_stride + h * p.v.head_stride;
+        } else {
+            v_stride = width;
+            v_rows = v.data.get();
+        }
         // what lies between the last key and the end of its vector never pulls
-        for (long j = p.keys; j < stride; ++j) time[j] = 1e30f, mass[j] = k2[j] = 0;
+        for (long j = p.keys; j < stride; ++j) {
+            time[j] = 1e30f, mass[j] = k2[j] = 0;
+            for (long c = 0; c < p.coords; ++c) k_across[c * stride + j] = 0;
+            for (long c = 0; backward && c < p.width; ++c) v_across[c * stride + j] = 0;
+        }
     }
 
     // Tokens since the oldest key: exact in fp32 up to 2^24.
     float since_origin(int64_t position) const { return (float)(position - p.key_positions[0]); }
 
     void pack_keys(long from) {
-        std::vector<float> row(p.coords);
+        std::vector<float> row(std::max(coords, width));
         for (long j = from; j < packed_from; ++j) {
             read_row(p.k, b, h, j, p.coords, row.data());
             float norm = 0;
@@ -206,15 +232,18 @@ struct Head {
                 if (backward) k[j * coords + c] = x;
                 norm += x * x;
             }
+            for (long c = p.coords; backward && c < coords; ++c) k[j * coords + c] = 0;
             k2[j] = norm;
             time[j] = since_origin(p.key_positions[j]);
             mass[j] = p.mass[b * p.keys + j];
-            read_row(p.v, b, h, j, p.width, &v[j * width]);
+            if (backward) {
+                read_row(p.v, b, h, j, p.width, row.data());
+                for (long c = 0; c < p.width; ++c) v_across[c * stride + j] = row[c];
+            } else if (!v_in_place) {
+                read_row(p.v, b, h, j, p.width, &v[j * width]);
+                for (long c = p.width; c < width; ++c) v[j * width + c] = 0;
+            }
         }
-        if (backward)
-            for (long c = 0; c < p.width; ++c)
-                for (long j = from; j < packed_from; ++j)
-                    v_across[c * stride + j] = v[j * width + c];
         packed_from = std::min(packed_from, from);
     }
 
@@ -260,7 +289,7 @@ struct Head {
         }
         if (!(p.tolerance > 0) || !(smallest_sum > 0)) return false;
         double log_degree = 2 * p.exponent - 1;
-        double log_window = std::log(p.max_mass / log_degree) - std::log(p.tolerance) -
+        double log_window = std::log(max_mass / log_degree) - std::log(p.tolerance) -
                             std::log((double)smallest_sum) -
                             (log_degree + 1) * std::log(p.time_scale[h]);
         return p.time_offset[h] + std::exp(log_window / log_degree) * (1 + 1e-6) <= kept;
@@ -302,7 +331,7 @@ template <int EXPONENT> void pull(Head &head, long row, long rows, int32_t *firs
             smallest = std::min(smallest, total[r]);
             if (std::isnan(total[r])) smallest = 0;
         }
-        product(head.field.data(), KEYS, 1, &head.v[from * head.width], head.width,
+        product(head.field.data(), KEYS, 1, head.v_rows + from * head.v_stride, head.v_stride,
                 head.sums.data(), head.width, rows, head.width, keys, true);
         end = *first = from;
         width = KEYS;

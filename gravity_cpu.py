@@ -51,7 +51,6 @@ class _Problem(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in _SIZES),
         ("tolerance", ctypes.c_double),
-        ("max_mass", ctypes.c_double),
         *((name, _Tensor) for name in ("q", "k", "v", "out", "grad_out")),
         ("mass", ctypes.c_void_p),
         *((name, ctypes.c_void_p) for name in (*_LAW, *_RESULTS)),
@@ -198,7 +197,6 @@ class _Call:
             cutoff=CUTOFFS[cutoff],
             threads=torch.get_num_threads(),
             tolerance=tolerance,
-            max_mass=float(mass.max()),
         )
         for name, tensor in (("q", q), ("k", k), ("v", v)):
             self.tensor(name, tensor)

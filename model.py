@@ -212,7 +212,7 @@ class GravityAttention(nn.Module):
         tolerance = self.config.field_tolerance
         if tolerance is None:
             tolerance = 1e-4 if v.dtype in (torch.bfloat16, torch.float16) else 1e-6
-        key_positions = positions
+        key_positions, law = positions, self.law()
         if kv_cache is not None:
             key_positions, k, v, mass = kv_cache.append(self.layer, positions, k, v, mass)
         pull = gravity_attention(
@@ -223,12 +223,11 @@ class GravityAttention(nn.Module):
             field_tolerance=tolerance,
             query_positions=positions,
             key_positions=key_positions,
-            **self.law(),
+            **law,
         )
-        if kv_cache is not None:
-            window = float(self.window.detach().max())
-            if math.isfinite(window):
-                kv_cache.keep_newest(self.layer, math.ceil(window))
+        if kv_cache is not None and law["radius"] is not None:
+            window = reach(law["time_scale"], law["time_offset"], law["radius"])
+            kv_cache.keep_newest(self.layer, max(1, math.ceil(float(window.detach().max()))))
         return self.dropout(self.out_proj(merge_heads(pull)))
 
 

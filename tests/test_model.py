@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import generation
 from checkpoint import build_model
 from errors import UsageError
 from generation import KVCache
@@ -99,21 +100,24 @@ def test_cached_equals_uncached(name):
 
 @pytest.mark.parametrize("name", [n for n in NEWTON if n != "newton none"])
 @torch.no_grad()
-def test_newton_with_a_radius_forgets(name):
+def test_newton_with_a_radius_forgets(name, monkeypatch):
     """The cache stops growing, and the output stays that of a pass that forgets nothing."""
+    monkeypatch.setattr(generation, "MIN_CAPACITY", 2)
     model = lively(name)
     tokens = ids(5 * BLOCK)
     full = model(tokens)
-    cache, sizes, logits = KVCache(), [], []
+    cache, sizes, memory, logits = KVCache(), [], [], []
     for t in range(tokens.shape[1]):
         logits.append(model(tokens[:, t : t + 1], kv_cache=cache))
-        sizes.append(cache.num_bytes())
-    assert sizes[0] < sizes[5] < sizes[-1]
-    assert len(set(sizes[20:])) == 1
+        sizes.append(cache.num_remembered(0))
+        memory.append(cache.num_bytes())
+    assert sizes[0] < sizes[5] < sizes[-1] and memory[0] < memory[5] < memory[-1]
+    assert len(set(sizes[20:])) == 1 and len(set(memory[50:])) == 1
+    # what is held is at most twice what is remembered, and the new token
+    assert memory[-1] <= memory[0] / 2 * 2 * (sizes[-1] + 1)
     assert (torch.cat(logits, 1) - full).abs().max() < 1e-4
     # radius / time_scale + offset + slack of the farthest head, in tokens of q, k, v and mass
-    tokens_kept = sizes[-1] / sizes[0]
-    assert 1 + RADIUS / 0.25 <= tokens_kept <= 1 + RADIUS / 0.25 + 3
+    assert 1 + RADIUS / 0.25 <= sizes[-1] <= 1 + RADIUS / 0.25 + 3
     # what is kept matters: with half of it gone, the last logits are others
     for layer in range(2):
         cache.keep_newest(layer, 4)
@@ -124,12 +128,12 @@ def test_newton_with_a_radius_forgets(name):
 
 @torch.no_grad()
 def test_cache_without_a_radius_keeps_everything():
-    """Without a cutoff each token costs the same number of bytes, for ever."""
+    """Without a cutoff every token is remembered, for ever."""
     model, cache, sizes = lively("newton none"), KVCache(), []
     for _ in range(40):
         model(ids(1), kv_cache=cache)
-        sizes.append(cache.num_bytes())
-    assert sizes == [sizes[0] * (t + 1) for t in range(40)]
+        sizes.append(cache.num_remembered(1))
+    assert sizes == list(range(1, 41))
 
 
 @pytest.mark.parametrize("name", ALL)
