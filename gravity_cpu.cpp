@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <numeric>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -158,10 +160,19 @@ void read_row(const Tensor &t, long b, long h, long token, long width, float *ro
     }
 }
 
-// Memory that is not set to zero: a decoding step touches little of it.
+// A thread's memory, kept from call to call: fresh pages would cost more than the arithmetic of a
+// decoding step. Not set to zero.
 struct Room {
-    std::unique_ptr<float[]> data;
-    explicit Room(long size) : data(new float[size]) {}
+    float *data;
+    Room(int slot, long size) {
+        static thread_local std::vector<std::pair<std::unique_ptr<float[]>, long>> kept(16);
+        auto &[memory, capacity] = kept[slot];
+        if (capacity < size) {
+            memory.reset(new float[size]);
+            capacity = size;
+        }
+        data = memory.get();
+    }
     float &operator[](long n) const { return data[n]; }
 };
 
@@ -181,10 +192,10 @@ struct Head {
     Head(const Problem &p, bool backward)
         : p(p), backward(backward), stride(round_up(p.keys, LANES) + LANES),
           coords(round_up(p.coords, LANES)), width(round_up(p.width, LANES)),
-          v_in_place(!p.v.is_bf16 && width == p.width), k(backward ? stride * coords : 0),
-          k_across(stride * p.coords), k2(stride),
-          v(backward || v_in_place ? 0 : stride * width),
-          v_across(backward ? stride * p.width : 0), time(stride), mass(stride),
+          v_in_place(!p.v.is_bf16 && width == p.width), k(0, backward ? stride * coords : 0),
+          k_across(1, stride * p.coords), k2(2, stride),
+          v(3, backward || v_in_place ? 0 : stride * width),
+          v_across(4, backward ? stride * p.width : 0), time(5, stride), mass(6, stride),
           centre(p.coords), q(ROWS * coords), q2(ROWS), field(ROWS * KEYS),
           slope(backward ? ROWS * KEYS : 0), sums(ROWS * width) {}
 
@@ -208,7 +219,7 @@ struct Head {
             v_rows = (const float *)p.v.data + b * p.v.batch_stride + h * p.v.head_stride;
         } else {
             v_stride = width;
-            v_rows = v.data.get();
+            v_rows = v.data;
         }
         // what lies between the last key and the end of its vector never pulls
         for (long j = p.keys; j < stride; ++j) {
@@ -347,16 +358,21 @@ template <int EXPONENT> void pull(Head &head, long row, long rows, int32_t *firs
 
 // Sums that the gradients of one (batch, head) are made of.
 struct Gradients {
-    std::vector<float> d_k, d_v, slope_of_key, d_mass, d_q, g, delta, inverse_total;
+    const long keys, coords, width;
+    const Room d_k, d_v, slope_of_key, d_mass;
+    std::vector<float> d_q, g, delta, inverse_total;
     double d_scale = 0, d_offset = 0, d_radius = 0;
 
     explicit Gradients(const Head &head)
-        : d_k(head.stride * head.coords), d_v(head.stride * head.width),
-          slope_of_key(head.stride), d_mass(head.stride), d_q(ROWS * head.coords),
-          g(ROWS * head.width), delta(ROWS), inverse_total(ROWS) {}
+        : keys(head.stride), coords(head.coords), width(head.width), d_k(7, keys * coords),
+          d_v(8, keys * width), slope_of_key(9, keys), d_mass(10, keys), d_q(ROWS * coords),
+          g(ROWS * width), delta(ROWS), inverse_total(ROWS) {}
 
     void clear() {
-        for (auto *x : {&d_k, &d_v, &slope_of_key, &d_mass}) std::fill(x->begin(), x->end(), 0.f);
+        std::fill_n(d_k.data, keys * coords, 0.0f);
+        std::fill_n(d_v.data, keys * width, 0.0f);
+        std::fill_n(slope_of_key.data, keys, 0.0f);
+        std::fill_n(d_mass.data, keys, 0.0f);
         d_scale = d_offset = d_radius = 0;
     }
 };
@@ -468,7 +484,20 @@ void write_gradients(const Head &head, const Gradients &sums) {
     law[2] = p.cutoff == 2 ? 4 / p.radius[head.h] * sums.d_radius : 0;
 }
 
+// Matrices, those of the heads that look farthest first: a long one started last leaves the other
+// threads waiting.
+std::vector<long> long_ones_first(const Problem &p) {
+    std::vector<long> heads(p.heads), matrices;
+    std::iota(heads.begin(), heads.end(), 0);
+    std::stable_sort(heads.begin(), heads.end(),
+                     [&](long a, long b) { return p.time_scale[a] < p.time_scale[b]; });
+    for (long head : heads)
+        for (long b = 0; b < p.batch; ++b) matrices.push_back(b * p.heads + head);
+    return matrices;
+}
+
 template <int EXPONENT> void run_forward(const Problem &p) {
+    const std::vector<long> matrices = long_ones_first(p);
     const long blocks = (p.queries + ROWS - 1) / ROWS;
     // every part packs the keys anew: split queries only where threads outnumber heads
     const long parts = std::min(blocks, std::max<long>(1, p.threads / (p.batch * p.heads)));
@@ -478,7 +507,7 @@ template <int EXPONENT> void run_forward(const Problem &p) {
         Head head(p, false);
 #pragma omp for schedule(dynamic, 1)
         for (long task = 0; task < p.batch * p.heads * parts; ++task) {
-            long matrix = task / parts, part = task % parts;
+            long matrix = matrices[task / parts], part = task % parts;
             head.begin(matrix / p.heads, matrix % p.heads);
             for (long n = part; n < blocks; n += parts) {
                 long row = n * ROWS, rows = std::min<long>(ROWS, p.queries - row);
@@ -489,6 +518,7 @@ template <int EXPONENT> void run_forward(const Problem &p) {
 }
 
 template <int EXPONENT> void run_backward(const Problem &p) {
+    const std::vector<long> matrices = long_ones_first(p);
     const long blocks = (p.queries + ROWS - 1) / ROWS;
 #pragma omp parallel num_threads(p.threads)
     {
@@ -496,7 +526,8 @@ template <int EXPONENT> void run_backward(const Problem &p) {
         Head head(p, true);
         Gradients sums(head);
 #pragma omp for schedule(dynamic, 1)
-        for (long matrix = 0; matrix < p.batch * p.heads; ++matrix) {
+        for (long task = 0; task < p.batch * p.heads; ++task) {
+            long matrix = matrices[task];
             head.begin(matrix / p.heads, matrix % p.heads);
             sums.clear();
             for (long n = blocks - 1; n >= 0; --n) {
