@@ -8,6 +8,7 @@ import sys
 import pytest
 from conftest import ROOT, SHARED, run
 
+import benchmark
 import chat
 import prepare_data
 import report
@@ -15,7 +16,7 @@ import train_shakespeare
 import visualize_coords
 from options import train_parser
 
-SCRIPTS = (train_shakespeare, prepare_data, chat, visualize_coords, report)
+SCRIPTS = (train_shakespeare, prepare_data, chat, visualize_coords, report, benchmark)
 FIRST_RELEASE = """\
 python train_shakespeare.py
 python train_shakespeare.py --resume

@@ -1,0 +1,199 @@
+"""benchmark.py: what it times is the real thing, its numbers are complete, bad input is one line.
+
+No speed is asserted.
+"""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, error_line, run
+from torch.utils.flop_counter import FlopCounterMode
+
+import benchmark
+from benchmark import first_release_attention, make_parser, make_trainer, step_floor
+from gravity import published_gravity_attention
+
+TINY = ("--preset", "shakespeare", "--batch-size", "2", "--block-size", "16", "--steps", "2")
+
+
+def arguments(*words):
+    return make_parser().parse_args(words)
+
+
+def all_positive(value):
+    """Whether every number in here is finite and above 0."""
+    if isinstance(value, dict):
+        return all(all_positive(x) for name, x in value.items() if name != "settings")
+    if isinstance(value, list):
+        return all(all_positive(x) for x in value)
+    return not isinstance(value, (int, float)) or (math.isfinite(value) and value > 0)
+
+
+def numbers_of(in_tmp, *words):
+    run("benchmark.py", *words, "--json", "out.json", cwd=in_tmp, check=0)
+    numbers = json.loads((in_tmp / "out.json").read_text())
+    assert all_positive(numbers) and "PyTorch" in numbers["machine"]
+    return numbers
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_train_writes_what_was_promised(in_tmp, dtype):
+    numbers = numbers_of(in_tmp, "train", *TINY, "--dtype", dtype)
+    promised = "ngt_tokens_per_s vanilla_tokens_per_s ratio ngt_peak_bytes vanilla_peak_bytes"
+    assert set(promised.split()) <= numbers.keys()
+    assert len(numbers["ratio_rounds"]) == 2 and 0 < numbers["ngt_mfu"] < 1
+    # weights, gradients and two moments are 16 bytes a parameter, a Python with PyTorch 100 MB
+    for name in ("ngt", "vanilla"):
+        assert 13e6 + 1e8 < numbers[f"{name}_peak_bytes"] < 4e9
+
+
+def test_train_of_one_model_and_of_the_published_law(in_tmp):
+    numbers = numbers_of(in_tmp, "train", *TINY, "--model", "vanilla")
+    assert "vanilla_tokens_per_s" in numbers and "ratio" not in numbers
+    numbers = numbers_of(in_tmp, "train", *TINY, "--law", "published", "--against", "first-release")
+    assert {"ratio", "first_release_tokens_per_s", "first_release_peak_bytes"} <= numbers.keys()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_attention_rows(in_tmp, dtype):
+    numbers = numbers_of(
+        *(in_tmp, "attention", "--block-sizes", "7,64", "--steps", "2", "--dtype", dtype)
+    )
+    assert [row["block_size"] for row in numbers["rows"]] == [7, 64]
+    for row in numbers["rows"]:
+        assert {"ngt_tokens_per_s", "vanilla_tokens_per_s", "ratio"} <= row.keys()
+
+
+def test_attention_with_a_checkpoint_and_decode(in_tmp, small_text):
+    """The points, masses and values timed are those of the checkpoint on its text."""
+    run(
+        *("train_shakespeare.py", "--dataset", "text", "--data-path", small_text),
+        *("--tokenizer", "char", "--max-steps", "2", "--hidden-dim", "16", "--num-heads", "2"),
+        *("--num-layers", "2", "--block-size", "16", "--checkpoint-path", "checkpoints/a.pt"),
+        cwd=in_tmp,
+        check=0,
+    )
+    checkpoint = "checkpoints/a.pt_best.pt"
+    numbers = numbers_of(
+        *(in_tmp, "attention", "--checkpoint", checkpoint, "--block-sizes", "40", "--steps", "1")
+    )
+    assert numbers["rows"][0]["heads"] == 2
+    network, tokenizer, config = benchmark.load_newton(checkpoint, "cpu")
+    args = SimpleNamespace(checkpoint=checkpoint, text=str(small_text))
+    tokens = benchmark.some_tokens(args, network, tokenizer, config, 40)
+    assert tokenizer.decode(tokens.tolist()) == small_text.read_text()[:40]
+    calls = benchmark.operator_inputs(network, tokens[None])
+    assert len(calls) == 2 and torch.equal(calls[0]["mass"], network.mass(tokens[None]))
+
+    numbers = numbers_of(
+        *(in_tmp, "decode", "--checkpoint", checkpoint, "--contexts", "8,33"),
+        *("--preset", "shakespeare", "--steps", "2", "--chat-tokens", "30"),
+    )
+    assert [row["context"] for row in numbers["rows"]] == [8, 33]
+    assert numbers["rows"][0]["ngt_speed_of_shortest_context"] == 1
+    assert numbers["chat"][-1]["tokens"] == 31 and len(numbers["chat"]) == 10
+
+    result = run("benchmark.py", "attention", "--checkpoint", checkpoint, cwd=in_tmp)
+    assert result.returncode == 1 and "longer" in error_line(result)  # valid has 1,200 tokens
+
+
+def test_data(in_tmp, small_text):
+    numbers = numbers_of(in_tmp, "data", "--data-path", small_text, "--steps", "1")
+    assert numbers["megabytes"] == pytest.approx(0.024)
+    assert {"char_mb_per_s", "bpe_mb_per_s", "batches_mb_per_s"} <= numbers.keys()
+
+
+def test_models_take_turns():
+    """Every second round runs in reverse order, and the warm-up is not counted."""
+    order = []
+    functions = {name: lambda name=name: order.append(name) for name in "ab"}
+    seconds = benchmark.interleaved(functions, 3, torch.device("cpu"), "turns", warm_up=1)
+    assert "".join(order) in ("abbaabba", "baabbaab")
+    assert [len(x) for x in seconds.values()] == [3, 3]
+
+
+@pytest.mark.parametrize("cutoff", ["none", "hard", "soft"])
+@pytest.mark.parametrize("mass_in_value", [False, True])
+def test_first_release_is_the_published_law(cutoff, mass_in_value):
+    q, v = torch.randn(2, 3, 30, 16), torch.randn(2, 3, 30, 8)
+    mass = torch.rand(2, 30) + 0.5
+    law = dict(gamma=torch.rand(3), bias=torch.randn(3), radius=torch.tensor(5.3), cutoff=cutoff)
+    if cutoff == "none":
+        law["radius"] = None
+    both = [
+        function(q, q, v, mass, mass, mass_in_value=mass_in_value, **law)
+        for function in (first_release_attention, published_gravity_attention)
+    ]
+    assert (both[0] - both[1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["ngt", "vanilla"])
+def test_floor_counts_what_pytorch_counts(name):
+    """Flops of all linear layers in forward and backward, against PyTorch's own counter."""
+    args = arguments("train", *TINY)
+    trainer = make_trainer(args, name, torch.device("cpu"))
+    with FlopCounterMode(display=False) as counter:
+        trainer.step()
+    linear = sum(
+        flops
+        for operation, flops in counter.get_flop_counts()["Global"].items()
+        if str(operation) in ("aten.mm", "aten.addmm")
+    )
+    c = trainer.raw_model.config
+    width = c.hidden_dim // c.num_heads
+    distance = c.head_coord_dim if name == "ngt" else width
+    pairs = 2 * 4 * 4 * sum(range(1, 17))  # batch, heads, layers, causal pairs
+    flops, floor_bytes = step_floor(trainer)
+    assert flops == pytest.approx(linear + 3 * 2 * (distance + width) * pairs, rel=0.01)
+    assert floor_bytes == 40 * sum(p.numel() for p in trainer.raw_model.parameters())
+
+
+BAD = [
+    (("train", "--batch-size", "0"), "at least 1"),
+    (("train", "--block-size", "-4"), "at least 1"),
+    (("train", "--steps", "x"), "no whole number"),
+    (("train", "--device", "cuda"), "--device"),
+    (("train", "--against", "first-release"), "--law published"),
+    (("train", "--json", "no/such/folder.json"), "--json"),
+    (("attention", "--block-sizes", "0,64"), "at least 1"),
+    (("attention", "--block-sizes", "64,"), "no whole number"),
+    (("attention", "--checkpoint", "missing.pt"), "does not exist"),
+    (("decode", "--contexts", "many"), "no whole number"),
+    (("data", "--data-path", "missing.txt"), "--data-path"),
+    ((), "required"),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), BAD, ids=lambda x: " ".join(x) if x else "none")
+def test_bad_input_is_one_line(flags, words, in_tmp):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    result = run("benchmark.py", *flags, cwd=in_tmp)
+    assert result.returncode in (1, 2) and words in error_line(result)
+
+
+def test_a_checkpoint_of_the_other_model_is_refused(in_tmp, small_text):
+    run(
+        *("train_shakespeare.py", "--dataset", "text", "--data-path", small_text),
+        *("--model", "vanilla", "--tokenizer", "char", "--max-steps", "1", "--hidden-dim", "16"),
+        *("--num-layers", "1", "--block-size", "16", "--checkpoint-path", "checkpoints/v.pt"),
+        cwd=in_tmp,
+        check=0,
+    )
+    for command in ("attention", "decode"):
+        result = run(
+            "benchmark.py", command, "--checkpoint", "checkpoints/v.pt_best.pt", cwd=in_tmp
+        )
+        assert result.returncode == 1 and "newton" in error_line(result)
+
+
+@pytest.mark.parametrize("command", ["train", "attention", "decode", "data"])
+def test_help_shows_an_example_and_every_default(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main([command, "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and f"python benchmark.py {command}" in text
+    assert (ROOT / "benchmark.py").exists()
