@@ -6,20 +6,24 @@
     field   = mass_j / (1 + r2) ** exponent
     out_i   = sum_{j<=i} field * v_j / (sum_{j<=i} field + TINY)
 
-`gravity_attention_reference` is that formula and defines the truth; the blocked path behind the
-door gives the same numbers without ever keeping a T x T matrix, and skips what is provably too far
-to matter. `published_gravity_attention` is the law of NGT's first release.
+`gravity_attention_reference` is that formula and defines the truth; the paths behind the door
+(compiled for the CPU, Triton for CUDA, plain PyTorch everywhere else) give the same numbers without
+ever keeping a T x T matrix, and skip what is provably too far to matter.
+`published_gravity_attention` is the law of NGT's first release.
 
 The letters in shapes: B batch, H heads, T tokens (Tq queries, Tk keys), C coordinates a head,
 D width of a value.
 """
 
+import functools
 import math
 
 import torch
 
+from errors import warn
 from gravity_blocked import TINY, blocked_attention
 from gravity_cpu import can_attend, cpu_attention
+from gravity_triton import triton_attention, triton_handles, triton_is_available
 
 CUTOFFS = ("none", "hard", "soft")
 
@@ -151,8 +155,7 @@ def gravity_attention(
     if mass_in_value:
         v = v * mass[:, None, :, None].to(v.dtype)
         mass = torch.ones_like(mass)
-    path = _compiled_path if can_attend(q, v) else _attention_path
-    return path(
+    return _attend(
         q,
         k,
         v,
@@ -168,16 +171,29 @@ def gravity_attention(
     )
 
 
-_attention_path, _compiled_path = blocked_attention, cpu_attention
+def _attend(q, k, v, *settings):
+    """The fastest path that takes these tensors."""
+    if can_attend(q, v):
+        return cpu_attention(q, k, v, *settings)
+    if q.is_cuda and triton_handles(q, k, v):
+        return triton_attention(q, k, v, *settings)
+    if q.is_cuda and not triton_is_available():
+        _warn_of_no_triton()
+    return blocked_attention(q, k, v, *settings)
+
+
+@functools.cache
+def _warn_of_no_triton():
+    warn("Triton is not installed: gravity runs in plain PyTorch, slower (pip install triton)")
 
 
 def step_around_when_compiling():
-    """Let torch.compile leave the blocked path alone, whose loops depend on data.
+    """Let torch.compile leave the operator alone, whose loops depend on data.
 
     Called when something is to be compiled: the decorator alone takes two seconds to import.
     """
-    global _attention_path
-    _attention_path = torch.compiler.disable(_attention_path)
+    global _attend
+    _attend = torch.compiler.disable(_attend)
 
 
 def published_gravity_attention(

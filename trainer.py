@@ -13,6 +13,7 @@ from checkpoint import FORMAT_VERSION, build_model
 from data import get_batch
 from errors import UserError, warn
 from gravity import step_around_when_compiling
+from gravity_blocked import cpu_multiplies_bf16
 from model import NGT, repulsion_loss
 
 
@@ -21,7 +22,7 @@ def choose_precision(use_amp, device):
     dtype = None
     if use_amp and device.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    elif use_amp and device.type == "cpu" and cpu_has_fast_bf16():
+    elif use_amp and device.type == "cpu" and cpu_multiplies_bf16():
         dtype = torch.bfloat16
     elif use_amp:
         warn(f"--use-amp: this {device.type} has no fast bf16, so training runs in fp32")
@@ -29,11 +30,6 @@ def choose_precision(use_amp, device):
     if dtype is None:
         return contextlib.nullcontext, scaler
     return lambda: torch.autocast(device.type, dtype=dtype), scaler
-
-
-def cpu_has_fast_bf16():
-    """Whether this CPU multiplies bf16 in hardware; else bf16 is far slower than fp32."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def maybe_compile(model, config, device):

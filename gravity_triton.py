@@ -1,0 +1,307 @@
+"""The CUDA path of gravity attention: fused kernels, forward and backward.
+
+`triton_attention` takes what `gravity_blocked.blocked_attention` takes and gives the same numbers;
+`gravity.py` holds the formula and chooses the path. The kernels are in `gravity_kernels.py`; here
+are the tables they read, the sizes of their blocks, and the autograd function around them. Nothing
+here waits for the device.
+
+The letters in shapes: B batch, H heads, Tq queries, Tk keys, C coordinates a head, D width of a
+value.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from gravity_blocked import TINY, reach
+
+try:
+    import gravity_kernels as kernels
+except ImportError:  # PyTorch for the CPU comes without Triton
+    kernels = None
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_WIDTH = 256  # of coordinates and of values: a tile of them has to fit on the chip
+NORM_BLOCK = 128
+
+
+def triton_is_available():
+    """Whether Triton can be imported; the kernels need a CUDA device besides."""
+    return kernels is not None
+
+
+def triton_handles(q, k, v):
+    """Whether `triton_attention` can take these tensors: on a CUDA device, no float64, not huge."""
+    return (
+        triton_is_available()
+        and q.is_cuda
+        and all(tensor.dtype in DTYPES for tensor in (q, k, v))
+        and max(q.shape[-1], v.shape[-1]) <= MAX_WIDTH
+    )
+
+
+class Launch(NamedTuple):
+    """How a kernel is cut up: rows of a query block and of a key block, warps, stages."""
+
+    query: int
+    key: int
+    warps: int
+    stages: int
+
+    def options(self):
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+
+def launches(dtype, width, num_queries):
+    """Launches of the forward, the query-gradient and the key-gradient kernel.
+
+    The backward blocks divide the forward ones, so that all three meet the same pairs.
+
+    Args:
+        dtype: the wider of those of coordinates and values.
+        width: the larger of C and D, padded.
+    """
+    few = num_queries <= 16  # decoding
+    if dtype == torch.float32:  # products without tensor cores
+        query, half = (16, 16) if few else (64, 32)
+        if width > 64:
+            return Launch(query, 32, 4, 2), Launch(half, 32, 4, 1), Launch(half, 32, 4, 1)
+        return Launch(query, 32, 4, 2), Launch(half, 32, 4, 2), Launch(half, 32, 4, 2)
+    if width > 128:
+        query, half = (16, 16) if few else (64, 32)
+        return Launch(query, 64, 4, 2), Launch(query, 64, 4, 1), Launch(half, 64, 8, 1)
+    query, half, warps = (16, 16, 4) if few else (128, 64, 8)
+    return Launch(query, 64, warps, 3), Launch(query, 64, warps, 2), Launch(half, 64, 4, 2)
+
+
+def triton_attention(
+    q, k, v, mass, time_scale, time_offset, radius, exponent, cutoff, tolerance, tq, tk
+):
+    """`gravity.gravity_attention` with checked arguments on a CUDA device.
+
+    Args:
+        q, k: (B, H, Tq, C), (B, H, Tk, C), any strides; fp32, bf16 or fp16.
+        v: (B, H, Tk, D), any strides.
+        mass: (B, Tk), ones where the mass is in the values.
+        time_scale, time_offset, radius: (H,); radius None without a cutoff.
+        tolerance: share of the sum that may be left out; 0 leaves nothing out.
+        tq, tk: (Tq,), (Tk,) integers that increase.
+
+    Returns:
+        (B, H, Tq, D) in the dtype of v, laid out so that joining the heads costs nothing.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        return _TritonGravity.apply(
+            *(q, k, v, mass, time_scale, time_offset, radius, exponent, cutoff, tolerance, tq, tk)
+        )
+
+
+class _Times(NamedTuple):
+    """Where queries and keys stand in time, as the kernels read it."""
+
+    tq: torch.Tensor  # (Tq,) fp32, counted from the newest key
+    tk: torch.Tensor  # (Tk,) fp32
+    visible: torch.Tensor  # (Tq,) int32, how many keys are not later than a query
+    first_seen: torch.Tensor  # (Tk,) int32, the first query that is not earlier than a key
+
+
+def _times(tq, tk):
+    tq, tk = tq.contiguous(), tk.contiguous()
+    return _Times(
+        (tq - tk[-1]).float(),
+        (tk - tk[-1]).float(),
+        torch.searchsorted(tk, tq, right=True, out_int32=True),
+        torch.searchsorted(tq, tk, out_int32=True),
+    )
+
+
+def _squared_norm(x):
+    """|x|^2 over the last dimension in fp32, (B, H, T), without an fp32 copy of x."""
+    batch, heads, length, width = x.shape
+    norm = torch.empty(batch, heads, length, dtype=torch.float32, device=x.device)
+    kernels.norm_kernel[(_blocks(length, NORM_BLOCK) * batch * heads,)](
+        *(x, norm, *x.stride(), heads, length),
+        WIDTH=width,
+        C=_padded(width),
+        BLOCK=NORM_BLOCK,
+    )
+    return norm
+
+
+def _padded(width):
+    """The power of two that a matrix product takes in place of a width."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def _blocks(length, block):
+    return -(-length // block)
+
+
+class _TritonGravity(torch.autograd.Function):
+    """The kernels with their gradients; tiles are recomputed in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx, q, k, v, mass, time_scale, time_offset, radius, exponent, cutoff, tolerance, tq, tk
+    ):
+        ctx.dtypes = [None if t is None else t.dtype for t in (time_scale, time_offset, radius)]
+        ctx.law = exponent, cutoff
+        # gradients are laid out as their inputs
+        ctx.like_q, ctx.like_k, ctx.like_v = (torch.empty_like(t, device="meta") for t in (q, k, v))
+        with torch.cuda.device_of(q):
+            saved, first_kept = attend(
+                *(q, k, v, mass, time_scale, time_offset, radius),
+                *(exponent, cutoff, tolerance, tq, tk),
+            )
+        ctx.save_for_backward(mass, *saved, first_kept)
+        return saved.out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out):
+        mass, *saved, first_kept = ctx.saved_tensors
+        with torch.autocast(grad_out.device.type, enabled=False), torch.cuda.device_of(grad_out):
+            return _backward(ctx, grad_out, mass, _Saved(*saved), first_kept)
+
+
+class _Saved(NamedTuple):
+    """What the backward pass recomputes tiles from."""
+
+    q: torch.Tensor  # (B, H, Tq, C), less the mean key in fp32
+    q_norm: torch.Tensor  # (B, H, Tq) fp32
+    k: torch.Tensor  # (B, H, Tk, C), less the mean key in fp32
+    k_norm: torch.Tensor  # (B, H, Tk) fp32
+    v: torch.Tensor  # (B, H, Tk, D)
+    mass: torch.Tensor  # (B, Tk) fp32
+    tq: torch.Tensor
+    tk: torch.Tensor
+    time_scale: torch.Tensor  # (H,) fp32
+    time_offset: torch.Tensor
+    radius: torch.Tensor  # time_scale where there is none
+    visible: torch.Tensor
+    first_seen: torch.Tensor
+    out: torch.Tensor  # (B, H, Tq, D)
+    inverse_total: torch.Tensor  # (B, H, Tq) fp32, 1 / (sum of fields + TINY)
+
+
+def attend(q, k, v, mass, time_scale, time_offset, radius, exponent, cutoff, tolerance, tq, tk):
+    """The forward pass, arguments as `triton_attention`.
+
+    Returns:
+        `_Saved`, and the key at which the sum of each query block ended,
+        (B, H, query blocks) int32: the pairs of the block with older keys are left out.
+    """
+    batch, heads, num_queries, _ = q.shape
+    num_keys, width = v.shape[2:]
+    coordinates = torch.promote_types(q.dtype, k.dtype)
+    q, k = q.to(coordinates), k.to(coordinates)
+    if coordinates == torch.float32:
+        # r2 does not change, but |q|^2 + |k|^2 - 2 q.k loses fewer digits near the origin; in 16
+        # bits rounding the difference would lose more than fp32 sums of the given numbers do
+        centre = k.mean(2, keepdim=True)
+        q, k = q - centre, k - centre
+    q_norm, k_norm = _squared_norm(q), _squared_norm(k)
+    mass, time_scale, time_offset = (
+        t.float().contiguous() for t in (mass, time_scale, time_offset)
+    )
+    times = _times(tq, tk)
+    launch = launches(
+        torch.promote_types(coordinates, v.dtype), _padded(max(q.shape[-1], width)), num_queries
+    )[0]
+    heads_reach = time_scale  # any tensor where there is no cutoff
+    if cutoff == "none":
+        radius = time_scale
+    else:
+        radius = radius.float().contiguous()
+        heads_reach = reach(time_scale, time_offset, radius)
+    bounded = tolerance > 0 and num_keys > launch.key
+    log_share = math.log2(tolerance * (2 * exponent - 1)) if bounded else 0.0
+    # heads beside each other: joining them is a view
+    out = torch.empty(batch, num_queries, heads, width, dtype=v.dtype, device=v.device)
+    out = out.transpose(1, 2)
+    inverse_total = torch.empty_like(q_norm)
+    blocks = _blocks(num_queries, launch.query)
+    first_kept = torch.empty(batch, heads, blocks, dtype=torch.int32, device=q.device)
+    kernels.forward_kernel[(blocks * batch * heads,)](
+        *(q, q_norm, k, k_norm, v, mass, times.tq, times.tk, time_scale, time_offset, radius),
+        *(heads_reach, mass.max() if bounded else mass, times.visible),
+        *(out, inverse_total, first_kept),
+        *(*q.stride(), *k.stride(), *v.stride(), *out.stride()[:3]),
+        *(batch * heads, heads, num_queries, num_keys, log_share),
+        TINY=TINY,
+        BOUNDED=bounded,
+        **_law(exponent, cutoff, width, q.shape[-1]),
+        M=launch.query,
+        N=launch.key,
+        **launch.options(),
+    )
+    saved = _Saved(
+        *(q, q_norm, k, k_norm, v, mass, times.tq, times.tk, time_scale, time_offset, radius),
+        *(times.visible, times.first_seen, out, inverse_total),
+    )
+    return saved, first_kept
+
+
+def _law(exponent, cutoff, width, coordinates):
+    """The compile-time constants that all kernels share."""
+    return {
+        "EXPONENT": exponent,
+        "BITS": exponent.bit_length(),
+        "CUTOFF": cutoff,
+        "WIDTH": width,
+        "COORDS": coordinates,
+        "C": _padded(coordinates),
+        "D": _padded(width),
+    }
+
+
+def _backward(ctx, grad_out, mass, saved, first_kept):
+    exponent, cutoff = ctx.law
+    batch, heads, num_queries, width = grad_out.shape
+    num_keys = saved.k.shape[2]
+    device = grad_out.device
+    grad_out = grad_out.to(saved.v.dtype)
+    forward, for_query, for_key = launches(
+        torch.promote_types(saved.q.dtype, saved.v.dtype),
+        _padded(max(saved.q.shape[-1], width)),
+        num_queries,
+    )
+    dq, dk, dv = (torch.empty_like(t, device=device) for t in (ctx.like_q, ctx.like_k, ctx.like_v))
+    delta = torch.empty_like(saved.inverse_total)
+    dmass = torch.empty_like(saved.k_norm)
+    blocks = _blocks(num_queries, for_query.query)
+    per_head = torch.empty(
+        3 if cutoff == "soft" else 2, blocks, batch, heads, dtype=torch.float32, device=device
+    )
+    rows_and_columns = (saved.q, saved.q_norm, saved.k, saved.k_norm, saved.v, saved.mass)
+    scalars = (saved.tq, saved.tk, saved.time_scale, saved.time_offset, saved.radius)
+    strides = (*saved.q.stride(), *saved.k.stride(), *saved.v.stride())
+    sizes = (batch * heads, heads, num_queries, num_keys)
+    law = _law(exponent, cutoff, width, saved.q.shape[-1]) | {
+        "FORWARD_M": forward.query,
+    }
+    kernels.query_gradient_kernel[(blocks * batch * heads,)](
+        *(*rows_and_columns, *scalars, saved.visible, saved.out, saved.inverse_total, first_kept),
+        *(grad_out, delta, dq, per_head),
+        *(*strides, *saved.out.stride()[:3], *grad_out.stride(), *dq.stride(), *sizes),
+        **law,
+        M=for_query.query,
+        N=for_query.key,
+        **for_query.options(),
+    )
+    blocks = _blocks(num_keys, for_key.key)
+    kernels.key_gradient_kernel[(blocks * batch * heads,)](
+        *(*rows_and_columns, *scalars, saved.first_seen, saved.inverse_total, first_kept),
+        *(grad_out, delta, dk, dv, dmass),
+        *(*strides, *grad_out.stride(), *dk.stride(), *dv.stride(), *sizes),
+        **law,
+        M=for_key.query,
+        N=for_key.key,
+        **for_key.options(),
+    )
+    per_head = per_head.sum((1, 2))  # (2 or 3, H)
+    per_head = [grad.to(dtype) for grad, dtype in zip(per_head, ctx.dtypes, strict=False)]
+    if cutoff != "soft":
+        per_head.append(None)
+    return (dq, dk, dv, dmass.sum(1).to(mass.dtype), *per_head, None, None, None, None, None)

@@ -1,0 +1,564 @@
+"""The CUDA kernels: run by Triton's interpreter on the CPU, compiled for a GPU, and on a real one.
+
+Whether kernels are interpreted is settled when Triton is imported. So both the interpreter and the
+compiler work in processes of their own, and nothing of them reaches the tests beside these.
+"""
+
+import contextlib
+import importlib.util
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import gravity
+from gravity import gravity_attention_reference, gravity_field
+from gravity_blocked import TINY
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+CUTOFFS = ("none", "hard", "soft")
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@contextlib.contextmanager
+def process(interpreted):
+    """An executor with one worker, in which Triton interprets its kernels or compiles them."""
+    before = os.environ.pop("TRITON_INTERPRET", None)
+    if interpreted:
+        os.environ["TRITON_INTERPRET"] = "1"
+    executor = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    try:
+        executor.submit(torch.set_num_threads, 1).result()  # the worker starts here
+    finally:
+        os.environ.pop("TRITON_INTERPRET", None)
+        if before is not None:
+            os.environ["TRITON_INTERPRET"] = before
+    with executor:
+        yield executor
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """Call a function of this file where Triton interprets its kernels."""
+    with process(interpreted=True) as executor:
+        yield lambda function, *args, **settings: executor.submit(
+            function, *args, **settings
+        ).result(timeout=300)
+
+
+def particles(length, heads=2, batch=1, coords=5, width=6, queries=None, seed=0):
+    """Tensors of the operator in float64, holding numbers that float32 can hold."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).double()
+
+    queries = length if queries is None else queries
+    return {
+        "q": 0.5 * normal(batch, heads, queries, coords),
+        "k": 0.5 * normal(batch, heads, length, coords) + 0.25,
+        "v": normal(batch, heads, length, width),
+        "mass": torch.rand(batch, length, generator=generator).double() + 0.5,
+        "time_scale": torch.tensor([0.3, 0.05, 0.5][:heads]).double(),
+        "time_offset": torch.tensor([0.3, 1.25, -2.0][:heads]).double(),
+        "radius": torch.tensor([3.3, 4.1, 2.9][:heads]).double(),
+    }
+
+
+def set_blocks(forward, query_gradient, key_gradient):
+    """Small blocks, given as (rows of a query block, of a key block): few tokens make many."""
+    import gravity_triton
+
+    cut = [
+        gravity_triton.Launch(*blocks, 4, 1) for blocks in (forward, query_gradient, key_gradient)
+    ]
+    gravity_triton.launches = lambda *_: cut
+    gravity_triton.NORM_BLOCK = 32
+
+
+def arguments(data, law, mass_in_value, tolerance, positions):
+    """What `gravity_attention` hands on to a path."""
+    v, mass = data["v"], data["mass"]
+    if mass_in_value:
+        v = v * mass[:, None, :, None].to(v.dtype)
+        mass = torch.ones_like(mass)
+    return (
+        *(data["q"], data["k"], v, mass, data["time_scale"], data["time_offset"]),
+        *(data.get("radius"), law["exponent"], law["cutoff"], tolerance, *positions),
+    )
+
+
+def kept_pairs(*args):
+    """The pairs that the forward pass kept, (B, H, Tq, Tk) bool; takes what `arguments` does."""
+    import gravity_triton
+
+    query_block = gravity_triton.launches()[0].query
+    saved, first = gravity_triton.attend(*arguments(*args))
+    first = first.repeat_interleave(query_block, -1)[:, :, : saved.q.shape[2]]
+    return torch.arange(saved.k.shape[2]) >= first[..., None]
+
+
+def reference(data, law, mass_in_value, positions, kept=None):
+    """The formula in float64, over all pairs or those kept."""
+    law = law | {"query_positions": positions[0], "key_positions": positions[1]}
+    law |= {name: data.get(name) for name in ("time_scale", "time_offset", "radius")}
+    q, k, v, mass = (data[name] for name in ("q", "k", "v", "mass"))
+    if kept is None:
+        return gravity_attention_reference(q, k, v, mass, mass_in_value=mass_in_value, **law)
+    field = gravity_field(q, k, mass, mass_in_value=mass_in_value, **law) * kept
+    if mass_in_value:
+        v = v * mass[:, None, :, None]
+    return field @ v / (field.sum(-1, keepdim=True) + TINY)
+
+
+def absolute_terms(data, law, mass_in_value, positions, upstream, output):
+    """Sums of the absolute terms that make up the gradients of the per-head scalars, (H,) each."""
+    scale, offset = (data[n].detach()[:, None, None] for n in ("time_scale", "time_offset"))
+    mass = torch.ones_like(data["mass"]) if mass_in_value else data["mass"].detach()
+    v = data["v"].detach()
+    if mass_in_value:
+        v = v * data["mass"].detach()[:, None, :, None]
+    distance = (positions[0][:, None] - positions[1]).double()
+    r2 = (data["q"].detach()[:, :, :, None] - data["k"].detach()[:, :, None]).square().sum(-1)
+    r2 = r2 + (scale * (distance - offset)).square()
+    power = (1 + r2) ** -law["exponent"] * mass[:, None, None] * (distance >= 0)
+    rho, squeeze = torch.ones_like(r2), 0.0
+    if law["cutoff"] != "none":
+        radius = data["radius"].detach()[:, None, None]
+        rho = (r2 <= radius.square()).double()
+        if law["cutoff"] == "soft":
+            rho, squeeze = torch.relu(1 - r2 / radius.square()), 2 / radius.square()
+    brought = upstream @ v.transpose(-1, -2) - (upstream * output.detach()).sum(-1, keepdim=True)
+    share = power * brought.abs() / ((power * rho**2).sum(-1, keepdim=True) + TINY)
+    slope = share * rho * (rho * law["exponent"] / (1 + r2) + squeeze)
+    terms = {
+        "time_scale": 2 * scale * slope * (distance - offset).square(),
+        "time_offset": 2 * scale.square() * slope * (distance - offset).abs(),
+    }
+    if law["cutoff"] == "soft":
+        terms["radius"] = share * rho * 4 * r2 / radius**3
+    return {name: term.sum((0, 2, 3)) for name, term in terms.items()}
+
+
+def errors(
+    data,
+    cutoff="none",
+    exponent=4,
+    mass_in_value=False,
+    tolerance=0.0,
+    positions=None,
+    dtype=torch.float32,
+    blocks=((64, 32), (32, 32), (32, 16)),
+    arrange=lambda tensor: tensor,
+    upstream=None,
+):
+    """How far the kernels are from float64 over the same pairs, by the name of what was computed.
+
+    Args:
+        dtype: of q, k, v; the reference gets the numbers that it can hold.
+        blocks: see `set_blocks`.
+        arrange: gives q, k, v their strides.
+
+    Returns:
+        Relative norms, those of per-head scalars relative to their absolute terms; besides
+        "skipped", the share of causal pairs left out, "weight", the largest sum of fields left
+        out relative to the sum kept, and "beyond", the largest error against the sum over all
+        pairs, over max|v|.
+    """
+    from gravity_triton import triton_attention
+
+    if blocks is not None:
+        set_blocks(*blocks)
+    if cutoff == "none":
+        data = {name: tensor for name, tensor in data.items() if name != "radius"}
+    settings = law = {"cutoff": cutoff, "exponent": exponent}
+    queries, keys = data["q"].shape[2], data["k"].shape[2]
+    device = data["q"].device
+    if positions is None:
+        positions = (torch.arange(queries, device=device), torch.arange(keys, device=device))
+    computed = {n: t.to(dtype if n in "qkv" else torch.float32) for n, t in data.items()}
+    computed = {n: (arrange(t) if n in "qkv" else t) for n, t in computed.items()}
+    data = {name: tensor.double() for name, tensor in computed.items()}
+    given = (computed, law, mass_in_value, tolerance, positions)
+    kept = kept_pairs(*given) if tolerance else None
+    for tensor in (*data.values(), *computed.values()):
+        tensor.requires_grad_()
+    truth = reference(data, law, mass_in_value, positions, kept)
+    found = triton_attention(*arguments(*given))
+    if upstream is None:
+        generator = torch.Generator().manual_seed(1)
+        upstream = torch.randn(truth.shape, generator=generator).to(device)
+    upstream = upstream.to(dtype)
+    wide = upstream.double()
+    names = [n for n in data if n != "radius" or cutoff == "soft"]
+    true_grads = torch.autograd.grad(truth, [data[n] for n in names], wide)
+    grads = torch.autograd.grad(found, [computed[n] for n in names], upstream, allow_unused=True)
+    assert found.dtype == dtype and found.shape == truth.shape
+    result = {"output": float((found.double() - truth).detach().norm() / truth.detach().norm())}
+    terms = absolute_terms(data, law, mass_in_value, positions, wide, truth)
+    for name, grad, true_grad in zip(names, grads, true_grads, strict=True):
+        assert grad.dtype == computed[name].dtype and torch.isfinite(grad).all(), name
+        error = grad.double() - true_grad
+        if name in terms:
+            result[name] = float((error.abs() / (terms[name] + 1e-2 * float(wide.norm()))).max())
+        else:  # one token alone has no gradients of the geometry
+            result[name] = float(error.norm() / (true_grad.norm() + 0.1 * wide.norm()))
+    if kept is not None:
+        causal = (positions[0][:, None] >= positions[1]).expand_as(kept)
+        result["skipped"] = 1 - float((kept & causal).sum() / causal.sum())
+        law = settings | {n: data.get(n) for n in ("time_scale", "time_offset", "radius")}
+        law |= {"query_positions": positions[0], "key_positions": positions[1]}
+        field = gravity_field(
+            *(data[n] for n in ("q", "k", "mass")), mass_in_value=mass_in_value, **law
+        )
+        result["weight"] = float(((field * ~kept).sum(-1) / (field * kept).sum(-1)).max().detach())
+        everything = reference(data, settings, mass_in_value, positions)
+        biggest = data["v"].abs().max() * (data["mass"].max() if mass_in_value else 1)
+        result["beyond"] = float((found.double() - everything).abs().max() / biggest)
+    return result
+
+
+def assert_small(found, limit=1e-5, scalars=1e-5):
+    """All that `errors` measured over the same pairs lies below a limit."""
+    for name, error in found.items():
+        if name not in ("skipped", "weight", "beyond"):
+            small = scalars if name in ("time_scale", "time_offset", "radius") else limit
+            assert error < small, found
+
+
+EXPONENTS = (1, 3, 4, 8)
+
+
+@pytest.mark.parametrize("length", [1, 2, 17, 63, 130])
+@pytest.mark.parametrize("cutoff", CUTOFFS)
+def test_output_and_gradients(interpreted, cutoff, length):
+    """Every cutoff at odd lengths, every exponent, mass in the weight and in the value."""
+    turn = CUTOFFS.index(cutoff) + (1, 2, 17, 63, 130).index(length)
+    found = interpreted(
+        errors,
+        particles(length),
+        cutoff=cutoff,
+        exponent=EXPONENTS[turn % 4],
+        mass_in_value=turn % 2 == 1,
+    )
+    assert_small(found)
+
+
+@pytest.mark.parametrize("mass_in_value", [False, True])
+@pytest.mark.parametrize("exponent", EXPONENTS)
+def test_exponents(interpreted, exponent, mass_in_value):
+    """Every exponent with both places of the mass."""
+    data = particles(19, seed=3)
+    blocks = ((32, 16), (32, 16), (16, 16))
+    found = interpreted(
+        errors, data, "soft", exponent=exponent, mass_in_value=mass_in_value, blocks=blocks
+    )
+    assert_small(found)
+
+
+def split_from_a_projection(tensor):
+    """The same numbers with the strides of heads that were split from one wide projection."""
+    batch, heads, length, width = tensor.shape
+    wide = torch.zeros(batch, length, heads, 3 * width + 1, dtype=tensor.dtype)
+    wide[..., width : 2 * width] = tensor.transpose(1, 2)
+    return wide[..., width : 2 * width].transpose(1, 2)
+
+
+def test_strided_inputs(interpreted):
+    """Heads split from a projection, and the upstream gradient of a plain sum, without strides."""
+    ones = torch.ones(()).expand(2, 2, 19, 6)
+    data = particles(19, batch=2)
+    for upstream in (None, ones):
+        found = interpreted(
+            errors, data, "hard", arrange=split_from_a_projection, upstream=upstream
+        )
+        assert_small(found)
+
+
+@pytest.mark.parametrize("coords, width", [(16, 32), (1, 1), (17, 20)])
+def test_widths(interpreted, coords, width):
+    """Widths that fill a tile, that pad it, and that need two of the smallest ones."""
+    found = interpreted(errors, particles(21, coords=coords, width=width, seed=4), "soft")
+    assert_small(found)
+
+
+def test_far_from_the_origin(interpreted):
+    """Offsets of all coordinates and of all times change nothing."""
+    data = particles(40)
+    data["q"], data["k"] = data["q"] + 30, data["k"] + 30
+    positions = (torch.arange(40) + 10**6, torch.arange(40) + 10**6)
+    assert_small(interpreted(errors, data, positions=positions), limit=5e-5, scalars=5e-5)
+
+
+@pytest.mark.parametrize("cutoff", CUTOFFS)
+def test_decoding(interpreted, cutoff):
+    """A few new queries against cached keys, positions with gaps, queries between the keys."""
+    data = particles(50, queries=3, seed=5)
+    tk = torch.cumsum(torch.randint(1, 4, (50,), generator=torch.Generator().manual_seed(2)), 0)
+    tq = torch.stack([tk[20] + 1, tk[47], tk[49] + 2])
+    blocks = ((16, 16), (16, 16), (16, 16))
+    found = interpreted(errors, data, cutoff, positions=(tq, tk), blocks=blocks)
+    assert_small(found)
+
+
+def windowed(length, kind="plain"):
+    """Data whose fields fall off fast in time."""
+    data = particles(length, heads=3, seed=6)
+    data["time_scale"] = torch.tensor([4.0, 1.5, 0.6]).double()
+    if kind == "positive offset":
+        data["time_offset"] = torch.tensor([30.5, 17.0, 3.25]).double()
+    elif kind == "old against new":  # what is old agrees with the query and differs in its value
+        data["q"], data["k"] = torch.zeros_like(data["q"]), torch.zeros_like(data["k"])
+        data["v"] = torch.ones_like(data["v"])
+        data["v"][:, :, : length // 2] = -1
+    return data
+
+
+@pytest.mark.parametrize(
+    "kind, tolerance",
+    [("plain", 1e-2), ("plain", 1e-4), ("positive offset", 1e-2), ("old against new", 1e-3)],
+)
+def test_what_is_left_out(interpreted, kind, tolerance):
+    """Within the proven bound, and the backward pass keeps the same pairs."""
+    blocks = ((32, 16), (32, 16), (16, 16))
+    found = interpreted(errors, windowed(70, kind), tolerance=tolerance, blocks=blocks)
+    assert_small(found, limit=3e-5, scalars=3e-5)
+    assert found["skipped"] > 0.1, found
+    assert found["weight"] <= tolerance, found
+    assert found["beyond"] <= 2 * tolerance + 1e-6, found
+
+
+def test_what_is_left_out_between_gaps(interpreted):
+    """Positions with gaps: the bound may not count on one source for each age."""
+    data = windowed(60)
+    tk = torch.cumsum(torch.randint(1, 5, (60,), generator=torch.Generator().manual_seed(3)), 0)
+    blocks = ((16, 16), (16, 16), (16, 16))
+    found = interpreted(
+        errors, data, tolerance=1e-3, positions=(tk, tk), blocks=blocks, mass_in_value=True
+    )
+    assert_small(found, limit=3e-5, scalars=3e-5)
+    assert found["skipped"] > 0.15, found
+    assert found["weight"] <= 1e-3, found
+    assert found["beyond"] <= 2e-3 + 1e-6, found
+
+
+@pytest.mark.parametrize("cutoff", ["hard", "soft"])
+def test_beyond_the_radius(interpreted, cutoff):
+    """What lies beyond the radius's reach is left out exactly."""
+    data = windowed(70)
+    data["time_offset"] = torch.tensor([0.5, 1.0, -3.0]).double()
+    blocks = ((32, 16), (32, 16), (16, 16))
+    found = interpreted(errors, data, cutoff, tolerance=1e-12, blocks=blocks)
+    assert_small(found, limit=3e-5, scalars=3e-5)
+    assert found["skipped"] > 0.3, found
+    assert found["beyond"] <= 5e-6, found
+
+
+def in_empty_space(cutoff):
+    """Output and gradients of tokens that nothing reaches, as the largest absolute number."""
+    from gravity_triton import triton_attention
+
+    set_blocks((16, 16), (16, 16), (16, 16))
+    data = {name: tensor.float().requires_grad_() for name, tensor in particles(37).items()}
+    data["time_offset"] = torch.tensor([-60.0, 90.0], requires_grad=True)
+    data["radius"] = torch.tensor([0.5, 0.125], requires_grad=True)
+    law = {"cutoff": cutoff, "exponent": 4}
+    positions = (torch.arange(37), torch.arange(37))
+    out = triton_attention(*arguments(data, law, False, 1e-3, positions))
+    grads = torch.autograd.grad(out.sum(), list(data.values()), allow_unused=True)
+    return max(float(t.abs().max().nan_to_num(torch.inf)) for t in (out, *grads) if t is not None)
+
+
+@pytest.mark.parametrize("cutoff", ["hard", "soft"])
+def test_nothing_in_reach(interpreted, cutoff):
+    """No force: 0 and no gradient, never NaN."""
+    assert interpreted(in_empty_space, cutoff) == 0
+
+
+def kept_after_underflow():
+    """First kept keys where all fields are too small for fp32, and where they are not."""
+    set_blocks((16, 16), (16, 16), (16, 16))
+    data = {name: tensor.float() for name, tensor in windowed(60).items() if name != "radius"}
+    data["time_scale"], data["time_offset"] = torch.full((3,), 2000.0), torch.zeros(3)
+    law = {"cutoff": "none", "exponent": 8}
+    positions = (torch.arange(60), torch.arange(60))
+    near = kept_pairs(data, law, False, 1e-3, positions)
+    far = kept_pairs(data | {"q": data["q"] + 1e6}, law, False, 1e-3, positions)
+    return bool(near.all()), bool(far.all())
+
+
+def test_stops_only_where_something_was_summed(interpreted):
+    """Nothing is left out beside a sum of 0: two underflows prove nothing."""
+    assert interpreted(kept_after_underflow) == (False, True)
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 2e-2), (torch.float16, 5e-3)])
+def test_16_bits(interpreted, dtype, limit):
+    """Loosely: the interpreter multiplies 16-bit numbers as fp32 and rounds towards 0."""
+    data = particles(33, coords=16, width=16)
+    found = interpreted(errors, data, "soft", dtype=dtype, tolerance=1e-4)
+    assert_small(found, limit=limit, scalars=limit)
+
+
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def compiled(dtype, cutoff, coords, width, launches=None):
+    """Compile the three kernels for Hopper without a GPU.
+
+    Returns:
+        Bytes of shared memory and the GPU's assembler, for each kernel.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    import gravity_kernels
+    import gravity_triton
+
+    padded = [gravity_triton._padded(size) for size in (coords, width)]
+    if launches is None:
+        launches = gravity_triton.launches(dtype, max(padded), 512)
+    else:
+        launches = [gravity_triton.Launch(*launch) for launch in launches]
+    law = gravity_triton._law(4, cutoff, width, coords)
+    law |= {"TINY": TINY, "BOUNDED": True, "FORWARD_M": launches[0].query}
+    inputs = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "grad_ptr", "dq_ptr", "dk_ptr", "dv_ptr")
+    tables = ("visible_ptr", "first_seen_ptr", "first_kept_ptr")
+    results = []
+    names = ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")
+    for name, launch in zip(names, launches, strict=True):
+        kernel = getattr(gravity_kernels, name)
+        constants = law | {"M": launch.query, "N": launch.key}
+        signature, values, hints = {}, {}, {}
+        for place, argument in enumerate(kernel.arg_names):
+            if argument in constants or argument in ("stride_qc", "stride_kc", "stride_vd"):
+                signature[argument] = "constexpr"
+                values[place,] = constants.get(argument, 1)
+            elif argument.endswith("_ptr"):
+                kind = TYPES[dtype] if argument in inputs else "fp32"
+                signature[argument] = "*i32" if argument in tables else f"*{kind}"
+                hints[place,] = [["tt.divisibility", 16]]
+            else:
+                signature[argument] = "fp32" if argument == "log_share" else "i32"
+        binary = triton.compile(
+            ASTSource(kernel, signature, values, hints),
+            target=GPUTarget("cuda", 90, 32),
+            options=launch.options(),
+        )
+        assert len(binary.asm["cubin"]) > 1000
+        results.append((binary.metadata.shared, binary.asm["ptx"]))
+    return results
+
+
+def check_compiled(cases):
+    with process(interpreted=False) as executor:
+        for dtype, cutoff, coords, width, launches in cases:
+            kernels = executor.submit(compiled, dtype, cutoff, coords, width, launches).result()
+            for shared, ptx in kernels:
+                assert shared <= 99 * 1024  # what the smallest of the last generations has
+                assert ptx.count("rcp.approx.ftz") > ptx.count("div.full")  # rows may be divided
+                if dtype != torch.float32:
+                    assert "wgmma.mma_async" in ptx
+                if dtype == torch.bfloat16:
+                    assert "tf32" not in ptx
+
+
+SMALL = ((16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2))
+
+
+def test_compiles_for_a_gpu():
+    """The kernels as they are launched in 16 bits; fp32 with tiles that compile fast."""
+    check_compiled([(torch.bfloat16, "soft", 16, 64, None), (torch.float32, "hard", 16, 16, SMALL)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cutoff", CUTOFFS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_compiles_every_kernel_for_a_gpu(dtype, cutoff):
+    check_compiled([(dtype, cutoff, 16, 64, None), (dtype, cutoff, 24, 80, None)])
+
+
+def on_gpu(data):
+    return {name: tensor.cuda() for name, tensor in data.items()}
+
+
+@ON_GPU
+@pytest.mark.parametrize("cutoff", CUTOFFS)
+@pytest.mark.parametrize("length", [1, 17, 130, 500])
+def test_gpu_fp32(cutoff, length):
+    found = errors(on_gpu(particles(length, coords=16, width=20)), cutoff, blocks=None)
+    assert_small(found, limit=2e-5, scalars=2e-5)
+
+
+@ON_GPU
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cutoff", CUTOFFS)
+@pytest.mark.parametrize("width", [20, 64, 128, 256])
+def test_gpu_16_bits(dtype, cutoff, width):
+    data = on_gpu(particles(500, batch=2, coords=16, width=width))
+    found = errors(data, cutoff, dtype=dtype, blocks=None)
+    assert found.pop("output") < 5e-3, found
+    assert_small(found, limit=1e-2, scalars=1e-2)
+
+
+@ON_GPU
+def test_gpu_at_16384_tokens():
+    """Against rows and columns that the formula can afford: the last queries, all their keys."""
+    from gravity_triton import triton_attention, triton_handles
+
+    length, rows = 16384, 256
+    data = {n: t.float() for n, t in on_gpu(particles(length, coords=16, width=64)).items()}
+    data = {n: (t.bfloat16() if n in "qkv" else t) for n, t in data.items() if n != "radius"}
+    positions = (torch.arange(length, device="cuda"), torch.arange(length, device="cuda"))
+    law = {"cutoff": "none", "exponent": 4}
+    last = {n: t.double() for n, t in data.items()}
+    last["q"] = last["q"][:, :, -rows:]
+    for tensor in (*data.values(), *last.values()):
+        tensor.requires_grad_()
+    upstream = torch.zeros(1, 2, length, 64, device="cuda", dtype=torch.bfloat16)
+    upstream[:, :, -rows:].normal_()
+    for tolerance in (0.0, 1e-4):
+        out = triton_attention(*arguments(data, law, False, tolerance, positions))
+        truth = reference(last, law, False, (positions[0][-rows:], positions[1]))
+        assert (out[:, :, -rows:] - truth).norm() < 5e-3 * truth.norm()
+        grads = torch.autograd.grad(out, [data[n] for n in "kv"], upstream)
+        true_grads = torch.autograd.grad(
+            truth, [last[n] for n in "kv"], upstream[:, :, -rows:].double()
+        )
+        for grad, true_grad in zip(grads, true_grads, strict=True):
+            assert (grad - true_grad).norm() < 1e-2 * true_grad.norm()
+    assert triton_handles(data["q"], data["k"], data["v"])
+
+
+@ON_GPU
+def test_gpu_never_waits_for_the_device():
+    from gravity_triton import triton_attention
+
+    data = {n: t.float().requires_grad_() for n, t in on_gpu(particles(300)).items()}
+    positions = (torch.arange(300, device="cuda"), torch.arange(300, device="cuda"))
+    law = {"cutoff": "soft", "exponent": 4}
+    for mode in ("default", "error"):  # compiling may wait
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            triton_attention(*arguments(data, law, False, 1e-4, positions)).sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_without_triton_one_warning(monkeypatch, capsys):
+    """On a GPU without Triton the plain path takes over, and says so once."""
+    on_gpu = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.float32)
+    monkeypatch.setattr(gravity, "triton_handles", lambda *_: False)
+    monkeypatch.setattr(gravity, "triton_is_available", lambda: False)
+    monkeypatch.setattr(gravity, "blocked_attention", lambda *_: "plain")
+    gravity._warn_of_no_triton.cache_clear()
+    assert [gravity._attend(on_gpu, on_gpu, on_gpu) for _ in range(2)] == ["plain"] * 2
+    warning = capsys.readouterr().err
+    assert warning.count("warning: ") == 1 and "pip install triton" in warning
+    gravity._warn_of_no_triton.cache_clear()
