@@ -40,9 +40,11 @@ inline vec zero() { return vec{}; }
 inline vec at_least(vec a, vec low) { return a < low ? low : a; }
 
 inline float sum(vec v) {
-    float s = 0;
-    for (int n = 0; n < LANES; ++n) s += v[n];
-    return s;
+    float x[LANES];
+    store(x, v);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int n = 0; n < half; ++n) x[n] += x[n + half];
+    return x[0];
 }
 
 inline long round_up(long n, long step) { return (n + step - 1) / step * step; }
@@ -181,7 +183,7 @@ struct Head {
     const Problem &p;
     const bool backward;
     const long stride, coords, width;  // padded: tokens of a transposed row, columns of a row
-    const bool v_in_place;
+    const bool v_in_place, single;  // single: one query, whose distances are computed directly
     const Room k, k_across, k2, v, v_across, time, mass;
     long b = 0, h = 0, packed_from = 0, v_stride = 0;
     const float *v_rows = nullptr;
@@ -192,7 +194,8 @@ struct Head {
     Head(const Problem &p, bool backward)
         : p(p), backward(backward), stride(round_up(p.keys, LANES) + LANES),
           coords(round_up(p.coords, LANES)), width(round_up(p.width, LANES)),
-          v_in_place(!p.v.is_bf16 && width == p.width), k(0, backward ? stride * coords : 0),
+          v_in_place(!p.v.is_bf16 && width == p.width),
+          single(!backward && p.queries == 1), k(0, backward ? stride * coords : 0),
           k_across(1, stride * p.coords), k2(2, stride),
           v(3, backward || v_in_place ? 0 : stride * width),
           v_across(4, backward ? stride * p.width : 0), time(5, stride), mass(6, stride),
@@ -235,16 +238,23 @@ struct Head {
     void pack_keys(long from) {
         std::vector<float> row(std::max(coords, width));
         for (long j = from; j < packed_from; ++j) {
-            read_row(p.k, b, h, j, p.coords, row.data());
-            float norm = 0;
-            for (long c = 0; c < p.coords; ++c) {
-                float x = row[c] - centre[c];
-                k_across[c * stride + j] = x;
-                if (backward) k[j * coords + c] = x;
-                norm += x * x;
+            const float *point = row.data();
+            if (p.k.is_bf16 || coords != p.coords)
+                read_row(p.k, b, h, j, p.coords, row.data());
+            else
+                point = (const float *)p.k.data + b * p.k.batch_stride + h * p.k.head_stride +
+                        j * p.k.token_stride;
+            if (single) {
+                vec distance2 = zero();
+                for (long c = 0; c < coords; c += LANES) {
+                    vec d = load(point + c) - load(&q[c]);
+                    distance2 += d * d;
+                }
+                k_across[j] = -0.5f * sum(distance2);  // as if q and k had no norm
+                k2[j] = 0;
+            } else {
+                pack_point(j, point);
             }
-            for (long c = p.coords; backward && c < coords; ++c) k[j * coords + c] = 0;
-            k2[j] = norm;
             time[j] = since_origin(p.key_positions[j]);
             mass[j] = p.mass[b * p.keys + j];
             if (backward) {
@@ -258,17 +268,34 @@ struct Head {
         packed_from = std::min(packed_from, from);
     }
 
+    void pack_point(long j, const float *row) {
+        float norm = 0;
+        for (long c = 0; c < p.coords; ++c) {
+            float x = row[c] - centre[c];
+            k_across[c * stride + j] = x;
+            if (backward) k[j * coords + c] = x;
+            norm += x * x;
+        }
+        for (long c = p.coords; backward && c < coords; ++c) k[j * coords + c] = 0;
+        k2[j] = norm;
+    }
+
     void read_queries(long row, long rows) {
         for (long r = 0; r < rows; ++r) {
             float *x = &q[r * coords];
             read_row(p.q, b, h, row + r, p.coords, x);
             q2[r] = 0;
-            for (long c = 0; c < p.coords; ++c) x[c] -= centre[c], q2[r] += x[c] * x[c];
+            for (long c = 0; c < p.coords && !single; ++c)
+                x[c] -= centre[c], q2[r] += x[c] * x[c];
         }
     }
 
     // q.k of a block of queries with keys [from, from + keys).
     void dots(long rows, long from, long keys) {
+        if (single) {
+            memcpy(field.data(), &k_across[from], round_up(keys, LANES) * sizeof(float));
+            return;
+        }
         product(q.data(), coords, 1, &k_across[from], stride, field.data(), KEYS, rows,
                 round_up(keys, LANES), p.coords, false);
     }
@@ -292,15 +319,15 @@ struct Head {
 
     // Whether all keys before `oldest` together provably weigh at most tolerance * smallest_sum,
     // or are beyond the radius, for queries from `position` on. gravity_blocked.py has the proof.
-    bool nothing_left(long oldest, int64_t position, float smallest_sum) const {
+    bool nothing_left(long oldest, int64_t position, float smallest_sum, double tolerance) const {
         double kept = (double)(position - p.key_positions[oldest]);
         if (p.cutoff) {
             double felt = p.time_offset[h] + p.radius[h] / p.time_scale[h] + 1;
             if (position - p.key_positions[oldest - 1] > felt) return true;
         }
-        if (!(p.tolerance > 0) || !(smallest_sum > 0)) return false;
+        if (!(tolerance > 0) || !(smallest_sum > 0)) return false;  // nor where it is NaN
         double log_degree = 2 * p.exponent - 1;
-        double log_window = std::log(max_mass / log_degree) - std::log(p.tolerance) -
+        double log_window = std::log(max_mass / log_degree) - std::log(tolerance) -
                             std::log((double)smallest_sum) -
                             (log_degree + 1) * std::log(p.time_scale[h]);
         return p.time_offset[h] + std::exp(log_window / log_degree) * (1 + 1e-6) <= kept;
@@ -311,17 +338,20 @@ template <int EXPONENT> void pull(Head &head, long row, long rows, int32_t *firs
     const Problem &p = head.p;
     head.read_queries(row, rows);
     std::fill(head.sums.begin(), head.sums.end(), 0.0f);
-    float total[ROWS] = {};
+    float total[ROWS] = {}, met[ROWS], unread = 0;
+    // a decoding step is bound by memory: half of the tolerance is for values that it need not read
+    const double tolerance = head.single ? p.tolerance / 2 : p.tolerance;
     const int64_t oldest_query = p.query_positions[row];
     long end = std::upper_bound(p.key_positions, p.key_positions + p.keys,
                                 p.query_positions[row + rows - 1]) - p.key_positions;
-    long width = std::min<long>(KEYS, round_up(rows + 48, LANES));
+    const long step = head.single ? 64 : KEYS;  // keys that are met at once
+    long width = std::min(step, round_up(rows + 48, LANES));
     *first = end;
-    while (end > 0) {
+    float smallest = 0;
+    while (end > 0 && !(end < p.keys && head.nothing_left(end, oldest_query, smallest, tolerance))) {
         long from = std::max<long>(0, end - width), keys = end - from;
         if (from < head.packed_from) head.pack_keys(from);
         head.dots(rows, from, keys);
-        float smallest = INFINITY;
         for (long r = 0; r < rows; ++r) {
             float position = head.since_origin(p.query_positions[row + r]);
             float *fields = &head.field[r * KEYS];
@@ -338,15 +368,18 @@ template <int EXPONENT> void pull(Head &head, long row, long rows, int32_t *firs
                 store(fields + j, field);
                 added += field;
             }
-            total[r] += sum(added);
-            smallest = std::min(smallest, total[r]);
-            if (std::isnan(total[r])) smallest = 0;
+            met[r] = sum(added);
         }
+        end = *first = from;
+        width = step;
+        if (head.single && unread + met[0] <= tolerance * total[0]) {
+            unread += met[0];
+            continue;
+        }
+        for (long r = 0; r < rows; ++r) total[r] += met[r];
+        smallest = *std::min_element(total, total + rows);
         product(head.field.data(), KEYS, 1, head.v_rows + from * head.v_stride, head.v_stride,
                 head.sums.data(), head.width, rows, head.width, keys, true);
-        end = *first = from;
-        width = KEYS;
-        if (end > 0 && head.nothing_left(end, oldest_query, smallest)) break;
     }
     for (long r = 0; r < rows; ++r) {
         p.total[(head.b * p.heads + head.h) * p.queries + row + r] = total[r];
