@@ -4,6 +4,7 @@ Needs a C++ compiler (`CXX`, else g++). The library is kept under the user's cac
 after everything that it was made from.
 """
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -98,21 +99,30 @@ def _compiled():
     ).stdout
     made_from = "\n".join([shlex.join(command), macros, SOURCE.read_text(encoding="utf-8")])
     name = f"gravity_cpu_{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
-    folder = cache_directory()
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError:
-        folder = Path(tempfile.mkdtemp(prefix="newton-gravity-"))
-    path = folder / name
+    path = _folder_for(name) / name
     if not path.exists():
         print(f"compiling {SOURCE.name}, once and for some seconds", file=sys.stderr, flush=True)
-        with tempfile.TemporaryDirectory(dir=folder) as workshop:
+        with tempfile.TemporaryDirectory(dir=path.parent) as workshop:
             made = Path(workshop) / name
             subprocess.run(
                 [*command, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True
             )
             made.replace(path)
     return path
+
+
+def _folder_for(name):
+    """The cache directory, or one for this process alone where nothing can be kept."""
+    try:
+        folder = cache_directory()
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if (folder / name).exists() or os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):  # a home that cannot be written, or none at all
+        pass
+    folder = tempfile.mkdtemp(prefix="newton-gravity-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def can_attend(q, v):
