@@ -143,8 +143,8 @@ class _CompiledGravity(torch.autograd.Function):
     ):
         batch, heads, queries, _ = q.shape
         rows = library().rows_of_a_block()
-        result = torch.empty(batch, queries, heads, v.shape[-1])
-        total = torch.empty(batch, heads, queries)
+        result = torch.empty(batch, queries, heads, v.shape[-1], dtype=torch.float32)
+        total = torch.empty(batch, heads, queries, dtype=torch.float32)
         first = torch.empty(batch, heads, -(-queries // rows), dtype=torch.int32)
         law = (time_scale, time_offset, radius, exponent, cutoff, tolerance, tq, tk)
         call = _Call(q, k, v, mass, *law)
@@ -163,9 +163,10 @@ class _CompiledGravity(torch.autograd.Function):
         q, k, v = inputs[:3]
         batch, heads = q.shape[:2]
         gradient = [
-            torch.empty(batch, x.shape[2], heads, x.shape[3]).transpose(1, 2) for x in (q, k, v)
+            torch.empty(batch, x.shape[2], heads, x.shape[3], dtype=torch.float32).transpose(1, 2)
+            for x in (q, k, v)
         ]
-        d_mass = torch.empty(batch, heads, k.shape[2])
+        d_mass = torch.empty(batch, heads, k.shape[2], dtype=torch.float32)
         d_law = torch.empty(batch, heads, 3, dtype=torch.float64)
         call = _Call(*inputs, *ctx.law)
         call.tensor("out", out)

@@ -103,7 +103,7 @@ def test_decoding_with_gaps_in_the_positions(newest, low):
 
 @pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-4])
 def test_a_decoding_step_leaves_out_within_its_bound(tolerance):
-    """One query may also leave values unread that weigh too little; both together keep the bound."""
+    """One query may also leave values unread that weigh too little: both together keep to it."""
     data = long_particles(900, heads=3, spread=0.3)
     data["time_scale"] = torch.tensor([0.9, 0.3, 0.001])
     data["v"][:, :, :-30] *= -1  # so that what is left out is missed
