@@ -1,8 +1,5 @@
 """What the tests share: the repository's place, small corpora, and running a script for real."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,7 @@ import torch
 import gravity
 import gravity_blocked
 import gravity_cpu
+from script_runner import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -114,15 +112,7 @@ def run(*command, cwd, stdin="", check=None, env=None):
     Returns:
         The `CompletedProcess` with text output.
     """
-    result = subprocess.run(
-        [sys.executable, str(ROOT / command[0]), *map(str, command[1:])],
-        cwd=cwd,
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-    )
+    result = run_script(command[0], command[1:], cwd, stdin, env)
     if check is not None:
         assert result.returncode == check, result.stdout + result.stderr
     return result

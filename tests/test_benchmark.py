@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, error_line, run
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
 from benchmark import first_release_attention, make_parser, make_trainer, step_floor
+from conftest import ROOT, error_line, run
 from gravity import published_gravity_attention
 
 TINY = ("--preset", "shakespeare", "--batch-size", "2", "--block-size", "16", "--steps", "2")

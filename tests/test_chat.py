@@ -9,10 +9,10 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, error_line, run
 
 import chat
 from checkpoint import FORMAT_VERSION, build_model, save_checkpoint
+from conftest import ROOT, error_line, run
 from tokenizer import BPETokenizer, CharTokenizer
 
 LETTERS = CharTokenizer.train("abcdefghijklmnopqrstuvwxyz :\n\x1b")

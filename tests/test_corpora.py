@@ -15,12 +15,12 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import SHARED
-from test_data import TINY_SHA256, listing, prepare, read_text, read_tokens
 
 import corpora
+from conftest import SHARED
 from corpora import find_corpus
 from errors import UserError
+from test_data import TINY_SHA256, listing, prepare, read_text, read_tokens
 
 INPUT = Path("data/shakespeare/input.txt")
 PLAYS = """

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from conftest import error_line, run
 
 import corpora
 import data
+from conftest import error_line, run
 from data import check_long_enough, eval_batches, eval_windows, get_batch, open_token_data
 from errors import UserError
 from tokenizer import BPETokenizer, CharTokenizer, TiktokenTokenizer

@@ -9,13 +9,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SENTENCES
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from checkpoint import is_first_release, load_model
+from conftest import SENTENCES
 from errors import UserError
 from generation import TokenStream
 

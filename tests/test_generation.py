@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_model import ALL, BLOCK, NEWTON, ids, lively
 
 from generation import TokenStream, sample
+from test_model import ALL, BLOCK, NEWTON, ids, lively
 
 PROBABILITIES = torch.tensor([0.1, 0.4, 0.02, 0.3, 0.05, 0.13])
 LOGITS = PROBABILITIES.log() + 2.5

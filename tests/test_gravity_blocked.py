@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from test_gravity import CUTOFFS, assert_close, double, output_and_gradients, particles
 
 from gravity import gravity_attention, gravity_attention_reference, gravity_field
 from gravity_blocked import proven_window, reach
+from test_gravity import CUTOFFS, assert_close, double, output_and_gradients, particles
 
 LAW_TENSORS = ("time_scale", "time_offset", "radius")
 

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
-from test_gravity import CUTOFFS, assert_close, double, output_and_gradients, particles
 
 import gravity_cpu
+from conftest import ROOT
 from gravity import gravity_attention, gravity_attention_reference
+from test_gravity import CUTOFFS, assert_close, double, output_and_gradients, particles
 
 pytestmark = pytest.mark.skipif(gravity_cpu.compiler() is None, reason="no C++ compiler")
 

@@ -6,7 +6,6 @@ import shutil
 import sys
 
 import pytest
-from conftest import ROOT, SHARED, run
 
 import benchmark
 import chat
@@ -14,6 +13,7 @@ import prepare_data
 import report
 import train_shakespeare
 import visualize_coords
+from conftest import ROOT, SHARED, run
 from options import train_parser
 
 SCRIPTS = (train_shakespeare, prepare_data, chat, visualize_coords, report, benchmark)

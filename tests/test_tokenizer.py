@@ -13,9 +13,9 @@ import requests
 import tiktoken
 import tiktoken.load
 import torch
-from conftest import ROOT
 from tokenizers import Tokenizer
 
+from conftest import ROOT
 from errors import UserError
 from tokenizer import (
     BPETokenizer,

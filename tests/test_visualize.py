@@ -8,11 +8,11 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import error_line, run
-from test_chat import LETTERS, make_checkpoint
 
 import visualize_coords
+from conftest import error_line, run
 from errors import UserError
+from test_chat import LETTERS, make_checkpoint
 from tokenizer import CharTokenizer
 
 TEXT = "the quick brown fox jumps over the lazy dog"
