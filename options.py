@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from checkpoint import MODELS, model_fields
+from checkpoint import MODELS, build_model, model_fields
 from errors import UsageError, warn
 from model import LAWS
 from vanilla_model import POSITIONS
@@ -169,20 +169,22 @@ def _number(kind, text):
         raise argparse.ArgumentTypeError(f"{text!r} is no {what}") from None
 
 
-def add_corpus_flags(parser):
-    """Flags that say which text and which tokenizer; shared with prepare_data.py."""
+def add_corpus_flags(parser, dataset=DEFAULTS["dataset"]):
+    """Flags that say which text and which tokenizer; `dataset` is what a script takes unasked."""
     group = _Group(parser, "text")
-    group.add(
+    group._group.add_argument(
         "--dataset",
-        "shakespeare: tiny Shakespeare, or the complete plays where it cannot be reached; "
-        "wikitext103: from the Hugging Face Hub or local files; text: any UTF-8 text",
+        help="shakespeare: tiny Shakespeare, or the complete plays where it cannot be reached; "
+        "wikitext103: from the Hugging Face Hub or local files; text: any UTF-8 text "
+        f"(default: {dataset})",
         choices=list(PRESETS),
     )
     group.add(
         "--data-path",
         "shakespeare: a text file to use instead; wikitext103: directory with "
-        "wiki.{train,valid,test}.{raw,tokens,txt} (default: data); text: a file (split 90/5/5) or "
-        "a directory with train.*, valid.*, test.*; each plain, .xz or .gz",
+        "wiki.{train,valid,test}.{raw,tokens,txt} or the Hub's parquet files (default: data); "
+        "text: a file (split 90/5/5) or a directory with train.*, valid.*, test.*; each plain, "
+        ".xz or .gz",
     )
     group.add("--tokenizer", "how text becomes tokens", choices=("char", "bpe", "tiktoken"))
     group.add("--bpe-vocab-size", "tokens of a BPE vocabulary to train", type=whole)
@@ -220,7 +222,8 @@ def train_parser(description, examples):
     group.add(
         "--mlp-dim",
         "width of the feed-forward (default: the preset's, which gives compared models equal "
-        "parameters; 4 x hidden-dim where sizes are given)",
+        "parameters; where sizes are given 4 x hidden-dim for newton, and for the others what "
+        "gives them as many parameters as that)",
         type=whole,
     )
     group.add("--block-size", "tokens of a training window", type=whole)
@@ -297,6 +300,11 @@ def train_parser(description, examples):
     )
     run.add_argument("--resume-from", metavar="FILE", help="go on from this checkpoint instead")
     run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="prepare the text, say what would be trained, and stop",
+    )
+    run.add_argument(
         "--overwrite", action="store_true", help="start anew over an existing run of that name"
     )
     return parser
@@ -332,9 +340,23 @@ def resolve(args, resumed=None):
 
 
 def _mlp_dim(config, given, matched):
-    if {"hidden_dim", "coord_dim", "head_coord_dim", "num_heads"} & given.keys():
-        return 4 * config["hidden_dim"]
-    return matched["vanilla" if config["model"] == "vanilla" else config["law"]]
+    kind = "vanilla" if config["model"] == "vanilla" else config["law"]
+    if not {"hidden_dim", "coord_dim", "head_coord_dim", "num_heads"} & given.keys():
+        return matched[kind]
+    width = 4 * config["hidden_dim"]
+    if kind == "newton":
+        return width
+
+    def parameters(**changes):
+        vocab_size = config["bpe_vocab_size"] if config["tokenizer"] == "bpe" else 256
+        shape = config | {"model_type": config["model"], "vocab_size": vocab_size} | changes
+        with torch.device("meta"):
+            return sum(p.numel() for p in build_model(shape).parameters())
+
+    aim = parameters(model_type="ngt", law="newton", mlp_dim=width)
+    without = parameters(mlp_dim=8)
+    a_channel = (parameters(mlp_dim=16) - without) / 8
+    return 8 + max(0, round((aim - without) / a_channel / 4) * 4)
 
 
 def _check_against(given, resumed):

@@ -1,22 +1,26 @@
 """Fetch a corpus, train its tokenizer and write token files, ahead of training."""
 
-from data import prepare_data
+from data import check_tokenizer_file, prepare_data
 from errors import run_script
 from options import DEFAULTS, PRESETS, add_corpus_flags, script_parser
 
 EXAMPLES = """examples:
+  python prepare_data.py                                    WikiText-103, BPE of 8192 tokens
+  python prepare_data.py --dataset wikitext103 --tokenizer bpe --bpe-vocab-size 8192
   python prepare_data.py --dataset shakespeare
-  python prepare_data.py --dataset wikitext103
   python prepare_data.py --dataset text --data-path books/ --tokenizer bpe --bpe-vocab-size 4096
 """
+
+DATASET = "wikitext103"
 
 
 def main(argv=None):
     """Prepare; returns the exit code."""
     parser = script_parser(__doc__, EXAMPLES)
-    add_corpus_flags(parser)
+    add_corpus_flags(parser, dataset=DATASET)
     args = parser.parse_args(argv)
-    dataset = args.dataset or DEFAULTS["dataset"]
+    check_tokenizer_file(args.tokenizer_path, args.bpe_vocab_size)
+    dataset = args.dataset or DATASET
     preset = DEFAULTS | PRESETS[dataset]
 
     def chosen(name):

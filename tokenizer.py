@@ -6,6 +6,7 @@ to read, `to_vocab()` (plain types, as a checkpoint keeps them) and `fingerprint
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +37,6 @@ class _Tokenizer:
         text = json.dumps(self.to_vocab(), sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def encode_many(self, texts):
-        """Encode several texts at once, a list of lists of ids."""
-        return [self.encode(text) for text in texts]
-
     def label(self, token):
         """A token as people read it: spaces and line ends visible, broken bytes in hex."""
         text = self.decode([token])
@@ -64,18 +61,21 @@ class CharTokenizer(_Tokenizer):
         self.vocab_size = len(self.itos)
 
     @classmethod
-    def train(cls, text):
-        """Every character of `text`, in order, and the unknown."""
-        return cls([*sorted(set(text) - {UNKNOWN}), UNKNOWN])
+    def train(cls, texts):
+        """Every character of an iterable of texts, in order, and the unknown."""
+        characters = set()
+        for text in texts:
+            characters.update(text)
+        return cls([*sorted(characters - {UNKNOWN}), UNKNOWN])
 
     def encode(self, text):
         # a first-release vocabulary has no unknown: what it cannot say is left out
         ids = (self.stoi.get(character, self.unknown) for character in text)
         return [i for i in ids if i is not None]
 
-    def encode_array(self, text):
-        """As `encode`, a numpy array, at the speed that a whole corpus needs."""
-        codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    def encode_array(self, texts):
+        """As `encode`, several texts into one int64 array, at the speed a whole corpus needs."""
+        codes = np.frombuffer("".join(texts).encode("utf-32-le"), dtype=np.uint32)
         fallback = -1 if self.unknown is None else self.unknown
         table = np.full(0x110000, fallback, dtype=np.int64)
         for character, i in self.stoi.items():
@@ -110,6 +110,9 @@ class BPETokenizer(_Tokenizer):
         byte_level = isinstance(self._tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel)
         if self._tokenizer.decoder is None and byte_level:  # the first release wrote none
             self._tokenizer.decoder = decoders.ByteLevel()
+        if not isinstance(self._tokenizer.model, models.BPE):
+            kind = type(self._tokenizer.model).__name__
+            raise UserError(f"its model is {kind}, not BPE")
         self._json = tokenizer_json
         self.vocab_size = self._tokenizer.get_vocab_size()
 
@@ -131,8 +134,10 @@ class BPETokenizer(_Tokenizer):
     def encode(self, text):
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_many(self, texts):
-        return [e.ids for e in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+    def encode_array(self, texts):
+        """As `encode`, several texts into one int64 array, on all cores."""
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return np.concatenate([np.array(e.ids, dtype=np.int64) for e in encodings])
 
     def decode(self, ids):
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
@@ -176,8 +181,10 @@ class TiktokenTokenizer(_Tokenizer):
     def encode(self, text):
         return self._encoding.encode_ordinary(text)
 
-    def encode_many(self, texts):
-        return self._encoding.encode_ordinary_batch(texts)
+    def encode_array(self, texts):
+        """As `encode`, several texts into one int64 array, on all cores."""
+        batch = self._encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+        return np.concatenate([np.array(ids, dtype=np.int64) for ids in batch])
 
     def decode(self, ids):
         return b"".join(map(self._bytes, ids)).decode("utf-8", errors="replace")
@@ -254,8 +261,9 @@ def load_bpe(path):
         return BPETokenizer(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--tokenizer-path {path} cannot be read: {error}") from None
-    except (UnicodeDecodeError, UserError):
+    except (UnicodeDecodeError, UserError) as error:
+        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else error
         raise UserError(
-            f"--tokenizer-path {path} is not a tokenizer file of the tokenizers library: "
+            f"--tokenizer-path {path} cannot be used ({reason}): "
             "name another, or one that does not exist yet to have it trained"
         ) from None

@@ -20,7 +20,7 @@ from checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from data import check_long_enough, prepare_data
+from data import check_long_enough, check_tokenizer_file, prepare_data
 from errors import UsageError, UserError, run_script, warn
 from metrics import HEADER, RunLog, code_version, evaluate, machine, peak_memory_bytes, table_row
 from model import NGT
@@ -33,6 +33,9 @@ EXAMPLES = """examples:
   python train_shakespeare.py --resume                      go on where it stopped
   python train_shakespeare.py --dataset text --data-path book.txt --checkpoint-path checkpoints/b.pt
 """
+
+
+STEPS_TO_ESTIMATE = 20
 
 
 class StopRequest:
@@ -123,6 +126,7 @@ def main(argv=None):
     args = train_parser(__doc__, EXAMPLES).parse_args(argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("training over several processes is not built yet: start without torchrun")
+    check_tokenizer_file(args.tokenizer_path, args.bpe_vocab_size)
     config = resolve(args)
     path = checkpoint_path(args, config)
     run_directory = Path("runs") / (args.run_name or Path(path).name.removesuffix(".pt"))
@@ -140,7 +144,10 @@ def main(argv=None):
     if not args.overwrite:
         check_nothing_is_lost(path, run_directory, source)
     warn_of_no_effect(args, config)
-    return train(config, checkpoint, path, run_directory, argv)
+    trainer = set_up(config, checkpoint, path)
+    if args.dry_run:
+        return 0
+    return train(trainer, checkpoint, path, run_directory, argv)
 
 
 def set_up_torch(config):
@@ -152,8 +159,8 @@ def set_up_torch(config):
         torch.use_deterministic_algorithms(True)
 
 
-def train(config, checkpoint, path, run_directory, argv=None):
-    """The run itself: set up, loop, and leave everything on disk."""
+def set_up(config, checkpoint, path):
+    """The trainer of a run, at the step where it starts or goes on; says what it will train."""
     # sizes that cannot be are refused before any text is fetched
     model_config({**config, "model_type": config["model"], "vocab_size": 1})
     device = choose_device(config["device"])
@@ -172,12 +179,18 @@ def train(config, checkpoint, path, run_directory, argv=None):
     check_writable(path)
     if checkpoint is not None:
         trainer.restore(checkpoint, path)
-    parameters = sum(p.numel() for p in trainer.raw_model.parameters())
     print(f"text: {data.meta['source']}")
+    kind = config["pos"] if config["model"] == "vanilla" else config["law"]
     print(
-        f"{config['model']}: {parameters:,} parameters; {trainer.tokens_per_step:,} tokens a step, "
-        f"{config['max_steps']:,} steps; {device}"
+        f"{config['model']} ({kind}): {trainer.parameters:,} parameters; "
+        f"{trainer.tokens_per_step:,} tokens a step, {config['max_steps']:,} steps; {device}"
     )
+    return trainer
+
+
+def train(trainer, checkpoint, path, run_directory, argv=None):
+    """The run itself: loop, and leave everything on disk."""
+    config = trainer.config
     if trainer.iter >= config["max_steps"]:
         print(f"finished already at step {trainer.iter}; a larger --max-steps goes on")
         return 0
@@ -187,8 +200,8 @@ def train(config, checkpoint, path, run_directory, argv=None):
         run_directory,
         {
             **trainer.saved_config(),
-            "parameters": parameters,
-            "source": data.meta["source"],
+            "parameters": trainer.parameters,
+            "source": trainer.data.meta["source"],
             "command": ["train_shakespeare.py", *(sys.argv[1:] if argv is None else argv)],
             "code_version": code_version(),
             "torch_version": torch.__version__,
@@ -211,6 +224,7 @@ def loop(trainer, log, path):
     c = trainer.config
     print(HEADER)
     trained, seconds = 0, 0.0
+    first_step, first_second = trainer.iter, trainer.progress["wall_time"]
     bar = tqdm(
         total=c["max_steps"], initial=trainer.iter, desc="training", unit="step", disable=None
     )
@@ -221,6 +235,8 @@ def loop(trainer, log, path):
             elapsed = time.perf_counter() - started
             trainer.progress["wall_time"] += elapsed
             trained, seconds = trained + 1, seconds + elapsed
+            if trainer.iter == first_step + STEPS_TO_ESTIMATE:
+                say_expected_time(trainer, first_step, first_second)
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             check_skipped(trainer, path)
@@ -251,6 +267,19 @@ def loop(trainer, log, path):
         print(f"best validation loss {trainer.best_val:.4f} in {best_path(path)}")
         print(f"chat with it: python chat.py --checkpoint-path {best_path(path)}")
     return 0
+
+
+def say_expected_time(trainer, first_step, first_second):
+    """How long the rest will take, by the time of the steps since `first_step`."""
+    left = trainer.config["max_steps"] - trainer.iter
+    seconds = trainer.progress["wall_time"] - first_second
+    minutes = round(left * seconds / (trainer.iter - first_step) / 60)
+    if minutes:
+        hours, minutes = divmod(minutes, 60)
+        time_left = f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
+        line = f"expected: {time_left} for the {left:,} steps that are left, besides evaluations"
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
 
 
 def check_skipped(trainer, path):

@@ -91,6 +91,10 @@ class Trainer:
         }
 
     @property
+    def parameters(self):
+        return sum(p.numel() for p in self.raw_model.parameters())
+
+    @property
     def tokens_per_step(self):
         c = self.config
         return c["batch_size"] * c["gradient_accumulation_steps"] * c["block_size"]

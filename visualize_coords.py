@@ -9,9 +9,9 @@ import torch
 from sklearn.decomposition import PCA
 
 from checkpoint import load_model
-from data import open_token_data
 from errors import UsageError, UserError, run_script, write_whole
 from options import choose_device, script_parser, whole, whole_or_zero
+from token_files import open_token_data
 
 EXAMPLES = """examples:
   python visualize_coords.py --checkpoint-path checkpoints/shakespeare.pt_best.pt

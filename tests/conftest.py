@@ -118,6 +118,12 @@ def run(*command, cwd, stdin="", check=None, env=None):
     return result
 
 
+def left_behind():
+    """What lies in data/ besides empty lock files."""
+    files = [path for path in Path("data").rglob("*") if path.is_file()]
+    return [path for path in files if path.parent != Path("data/locks") or path.stat().st_size]
+
+
 def error_line(result):
     """The one line that a user sees of an error."""
     assert "Traceback" not in result.stderr, result.stderr

@@ -133,11 +133,15 @@ def terminal(cwd, *flags):
 
     seen = ""
 
-    def expect(text, seconds=90):
+    def expect(text, press=b"", seconds=90):
+        """Read until `text` shows, pressing a key every few seconds: prompts show, then listen."""
         nonlocal seen
-        deadline = time.monotonic() + seconds
+        deadline, next_press = time.monotonic() + seconds, time.monotonic() + 0.5
         while text not in seen:
             assert time.monotonic() < deadline, f"no {text!r} in {seen!r}"
+            if press and time.monotonic() > next_press:
+                os.write(master, press)
+                next_press = time.monotonic() + 5
             if select.select([master], [], [], 0.2)[0]:
                 seen += os.read(master, 65536).decode(errors="replace")
         seen = seen.split(text, 1)[1]  # what came after it is for the next call
@@ -160,9 +164,7 @@ def test_at_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(in_tmp):
     os.write(master, b"\x03")
     expect("you> ")
     assert process.poll() is None
-    time.sleep(0.5)  # until the prompt not only shows but listens
-    os.write(master, b"\x03")
-    expect("leaves")
+    expect("leaves", press=b"\x03")
     expect("you> ")
     os.write(master, b"\x04")
     assert process.wait(timeout=20) == 0

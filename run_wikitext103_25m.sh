@@ -1,0 +1,106 @@
+#!/usr/bin/env bash
+# The experiment that NGT is known by: WikiText-103, BPE of 8192 tokens, about 25M parameters,
+# vanilla beside NGT with the mass in the value. Call it again and it goes on where it stopped.
+#
+#   bash run_wikitext103_25m.sh                                  15,000 steps each: a GPU's job
+#   DATASET=text DATA_PATH=books/ bash run_wikitext103_25m.sh    the same on any corpus
+#   MAX_STEPS=50 BATCH_SIZE=2 bash run_wikitext103_25m.sh        as far as a laptop goes
+#   RUNS="vanilla ngt published" NPROC=4 bash run_wikitext103_25m.sh
+#
+# From the environment, with their defaults:
+#   RUNS="vanilla ngt"   also: rotary, ngt_mass_in_weight, published (the first release's law)
+#   NAME=w3_25m          of the folders below checkpoints/, logs/ and runs/, and of the report
+#   NPROC=1              processes, under torchrun
+#   DATASET=wikitext103 DATA_PATH TOKENIZER=bpe BPE_VOCAB_SIZE=8192 TOKENIZER_PATH
+#   HIDDEN_DIM=512 COORD_DIM=64 HEAD_COORD_DIM=16 NUM_LAYERS=8 NUM_HEADS=8 BLOCK_SIZE=512 DROPOUT=0
+#   MLP_DIM              of every model (default: 4 x HIDDEN_DIM for NGT, others as many parameters)
+#   BATCH_SIZE=16 GRADIENT_ACCUMULATION_STEPS=2 MAX_STEPS=15000 LEARNING_RATE=6e-4
+#   MIN_LEARNING_RATE=6e-5 WEIGHT_DECAY=0.1 SEED=1337 DEVICE=auto
+#   WARMUP_STEPS         2 of 15 steps;   EVAL_INTERVAL, CHECKPOINT_INTERVAL  30 times in all
+#   EVAL_ITERS=16        of 16 windows each
+#   EXTRA_FLAGS          go to every training
+set -euo pipefail
+cd "$(dirname "$0")"
+source ./setup_venv.sh
+
+NAME=${NAME:-w3_25m}
+RUNS=${RUNS:-vanilla ngt}
+NPROC=${NPROC:-1}
+MAX_STEPS=${MAX_STEPS:-15000}
+[[ $MAX_STEPS =~ ^[1-9][0-9]*$ ]] || fail "MAX_STEPS=$MAX_STEPS is no number of steps: give at least 1"
+[[ $NPROC =~ ^[1-9][0-9]*$ ]] || fail "NPROC=$NPROC is no number of processes: give at least 1"
+WARMUP_STEPS=${WARMUP_STEPS:-$((MAX_STEPS * 2 / 15))}
+EVAL_INTERVAL=${EVAL_INTERVAL:-$((MAX_STEPS < 300 ? 10 : MAX_STEPS / 30))}
+CHECKPOINT_INTERVAL=${CHECKPOINT_INTERVAL:-$EVAL_INTERVAL}
+: "${DATASET:=wikitext103}" "${TOKENIZER:=bpe}" "${BPE_VOCAB_SIZE:=8192}"
+: "${HIDDEN_DIM:=512}" "${COORD_DIM:=64}" "${HEAD_COORD_DIM:=16}" "${NUM_LAYERS:=8}"
+: "${NUM_HEADS:=8}" "${BLOCK_SIZE:=512}" "${DROPOUT:=0}" "${BATCH_SIZE:=16}"
+: "${GRADIENT_ACCUMULATION_STEPS:=2}" "${LEARNING_RATE:=6e-4}" "${MIN_LEARNING_RATE:=6e-5}"
+: "${WEIGHT_DECAY:=0.1}" "${SEED:=1337}" "${DEVICE:=auto}" "${EVAL_ITERS:=16}"
+
+# flags NAME...: the command line of those that have a value
+flags() {
+    local name
+    for name in "$@"; do
+        if [ -n "${!name:-}" ]; then
+            printf '%s\n' "--$(echo "$name" | tr 'A-Z_' 'a-z-')" "${!name}"
+        fi
+    done
+}
+mapfile -t corpus < <(flags DATASET DATA_PATH TOKENIZER BPE_VOCAB_SIZE TOKENIZER_PATH)
+mapfile -t sizes < <(flags HIDDEN_DIM COORD_DIM HEAD_COORD_DIM NUM_LAYERS NUM_HEADS MLP_DIM \
+    BLOCK_SIZE DROPOUT BATCH_SIZE GRADIENT_ACCUMULATION_STEPS MAX_STEPS LEARNING_RATE \
+    MIN_LEARNING_RATE WARMUP_STEPS WEIGHT_DECAY SEED DEVICE EVAL_INTERVAL EVAL_ITERS \
+    CHECKPOINT_INTERVAL)
+read -r -a extra <<<"${EXTRA_FLAGS:-}"
+
+# describe RUN: sets `file`, its name, and `model`, its flags
+describe() {
+    case "$1" in
+        vanilla) file=vanilla_25m model=(--model vanilla) ;;
+        rotary) file=vanilla_rotary_25m model=(--model vanilla --pos rotary) ;;
+        ngt) file=ngt_mass_in_value model=(--model ngt --mass-in-value) ;;
+        ngt_mass_in_weight) file=ngt_mass_in_weight model=(--model ngt) ;;
+        published) file=ngt_published model=(--model ngt --law published --mass-in-value) ;;
+        *) fail "RUNS has $1: name some of vanilla, rotary, ngt, ngt_mass_in_weight, published" ;;
+    esac
+}
+for run in $RUNS; do describe "$run"; done
+use_environment requirements.txt
+
+launch=(python)
+[ "$NPROC" = 1 ] || launch=(torchrun --standalone --nproc-per-node "$NPROC")
+
+# train LAUNCHER... -- RUN FLAGS...
+train() {
+    local launcher=()
+    while [ "$1" != -- ]; do launcher+=("$1") && shift; done
+    describe "$2"
+    shift 2
+    "${launcher[@]}" train_shakespeare.py "${model[@]}" "${corpus[@]}" "${sizes[@]}" --use-amp \
+        --use-cosine-schedule --checkpoint-path "checkpoints/$NAME/$file.pt" \
+        --run-name "$NAME/$file" --resume ${extra[@]+"${extra[@]}"} "$@"
+}
+
+echo "== the text"
+python prepare_data.py "${corpus[@]}"
+echo
+echo "== what will be trained"
+for run in $RUNS; do train python -- "$run" --dry-run; done
+mkdir -p "logs/$NAME"
+names=()
+for run in $RUNS; do
+    describe "$run"
+    names+=("$NAME/$file")
+    echo
+    echo "== training $run (logs/$NAME/$file.log)"
+    # tee outlives Ctrl-C, so that the last lines are kept
+    train "${launch[@]}" -- "$run" | tee -ia "logs/$NAME/$file.log"
+done
+echo
+echo "== the report"
+python report.py --runs "${names[@]}" --reference reports/first_release.json \
+    --output "reports/${NAME}_summary.md"
+echo "talk to it:      python chat.py --checkpoint-path checkpoints/$NAME/$file.pt_best.pt"
+echo "see the curves:  tensorboard --logdir runs/$NAME"
+case ":$PATH:" in *"$PWD/.venv/bin:"*) echo "(first: source .venv/bin/activate)" ;; esac

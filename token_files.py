@@ -1,0 +1,270 @@
+"""Token files: written piece by piece, gone on with after an interruption, read by memory map.
+
+A prepared corpus is a directory with `train.bin`, `valid.bin` (and `test.bin`): flat little-endian
+uint16 ids (uint32 above 65,535), beside `vocab.json`, the tokenizer, and `meta.json`, which names
+the tokenizer, the source and their hashes. Until all of it is on disk it has another name.
+"""
+
+import itertools
+import json
+import os
+import shutil
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from errors import UserError, write_whole
+from text_files import PIECE_CHARS, pieces
+from tokenizer import tokenizer_from_vocab
+
+FORMAT_VERSION = 1
+BATCH_PIECES = 32
+NOTE_SECONDS = 5.0  # between notes of how far the encoding is
+CHECKED_AT_ONCE = 1 << 22
+
+
+class TokenFilesError(UserError):
+    """Token files that cannot be used; `reason` says why, without the remedy."""
+
+    def __init__(self, reason, directory):
+        super().__init__(f"{reason}: delete {directory} and it is made anew")
+        self.reason = reason
+
+
+@dataclass
+class TokenData:
+    """A prepared corpus: `train` and `valid` (and `test`) are memory maps of token ids."""
+
+    directory: Path
+    meta: dict
+    tokenizer: object
+    splits: dict
+
+    @property
+    def train(self):
+        return self.splits["train"]
+
+    @property
+    def valid(self):
+        return self.splits["valid"]
+
+    @property
+    def bytes_per_token(self):
+        """UTF-8 bytes of the validation text a token, which turns nats into bits per byte."""
+        split = self.meta["splits"]["valid"]
+        return split["bytes"] / split["tokens"]
+
+
+def open_token_data(directory):
+    """Open a prepared corpus.
+
+    Raises:
+        TokenFilesError: where a file is missing, damaged, or holds ids above the vocabulary.
+    """
+    directory = Path(directory)
+    try:
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        vocab = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
+        tokenizer = tokenizer_from_vocab(vocab)
+        if meta["format_version"] != FORMAT_VERSION or not {"train", "valid"} <= {*meta["splits"]}:
+            raise TokenFilesError(f"{directory}/meta.json is of another program", directory)
+        if tokenizer.fingerprint != meta["tokenizer_sha256"]:
+            raise TokenFilesError(f"{directory}/vocab.json is not what encoded it", directory)
+        dtype = np.dtype(meta["dtype"])
+        splits = {}
+        for name, split in meta["splits"].items():
+            path = directory / f"{name}.bin"
+            count = path.stat().st_size / dtype.itemsize
+            if count != split["tokens"]:
+                raise TokenFilesError(
+                    f"{path} has {count:,} tokens, not {split['tokens']:,}", directory
+                )
+            if _largest_id(path, dtype) >= tokenizer.vocab_size:
+                raise TokenFilesError(f"{path} has ids above the vocabulary", directory)
+            splits[name] = np.memmap(path, dtype=dtype, mode="r")
+    except TokenFilesError:
+        raise
+    except UserError as error:
+        raise TokenFilesError(f"{directory}/vocab.json: {error}", directory) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TokenFilesError(f"{directory} is damaged ({error})", directory) from None
+    return TokenData(directory, meta, tokenizer, splits)
+
+
+def _largest_id(path, dtype):
+    """Read in parts: a memory map that was read through counts as memory used."""
+    largest = -1
+    with open(path, "rb") as file:
+        while len(ids := np.fromfile(file, dtype, CHECKED_AT_ONCE)):
+            largest = max(largest, int(ids.max()))
+    return largest
+
+
+def write_token_files(directory, corpus, make_tokenizer, say):
+    """Encode a corpus into `directory`, going on where an interrupted call stopped.
+
+    Args:
+        make_tokenizer: called with {split: UTF-8 bytes} where no interrupted call left one.
+        say: called with lines for the user.
+
+    Raises:
+        UserError: where the text or the disk does not allow it; nothing is left behind then.
+    """
+    partial = directory.with_name(f"{directory.name}.partial")
+    try:
+        progress = _Progress(partial, corpus)
+        if progress.tokenizer is None:
+            sizes = _sizes(corpus)
+            progress.begin(sizes, make_tokenizer(sizes))
+        elif progress.tokens():
+            say(f"going on with {partial}, which has {progress.tokens():,} tokens already")
+        for split, reader in corpus.readers.items():
+            _encode_split(progress, split, reader)
+        meta = {
+            "format_version": FORMAT_VERSION,
+            "dataset": corpus.name,
+            "source": corpus.description,
+            "source_sha256": corpus.sha256,
+            "source_bytes": corpus.source_bytes,
+            "tokenizer_sha256": progress.tokenizer.fingerprint,
+            "vocab_size": progress.tokenizer.vocab_size,
+            "dtype": progress.dtype.str,
+            "splits": {
+                name: {"tokens": split["tokens"], "bytes": split["bytes"]}
+                for name, split in progress.splits.items()
+            },
+        }
+        (partial / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+        if directory.exists():
+            shutil.rmtree(directory)
+        partial.rename(directory)
+        (directory / "progress.json").unlink()
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"token files cannot be written to {directory}: {error.strerror or error}; "
+            "free some space or start from a directory that you may write to"
+        ) from None
+    except UserError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    tokens = ", ".join(f"{name} {s['tokens']:,}" for name, s in meta["splits"].items())
+    say(f"wrote {directory}: {tokens} tokens, vocabulary {progress.tokenizer.vocab_size:,}")
+
+
+def _sizes(corpus):
+    """UTF-8 bytes of every split; every block is read, so damage shows before anything is made."""
+    sizes = {}
+    for split, reader in corpus.readers.items():
+        with byte_bar(f"reading {split}") as bar:
+            for block in reader():
+                bar.update(len(block.encode()))
+            sizes[split] = bar.n
+        if not sizes[split]:
+            raise UserError(f"{corpus.description} is too short to have a {split} split: give more")
+    return sizes
+
+
+def byte_bar(title, total=None, start=0):
+    """A progress bar that shows MB/s and, where the total is known, the time left."""
+    return tqdm(
+        total=total, initial=start, desc=title, unit="B", unit_scale=True, delay=1, leave=False
+    )
+
+
+class _Progress:
+    """How far the encoding in a `.partial` directory is, as far as it is safely on disk."""
+
+    def __init__(self, directory, corpus):
+        self.directory = directory
+        self.source = {
+            "format_version": FORMAT_VERSION,
+            "source_sha256": corpus.sha256,
+            "source_bytes": corpus.source_bytes,
+            "piece_chars": PIECE_CHARS,
+        }
+        self.tokenizer, self.splits = None, {}
+        try:
+            noted = json.loads((directory / "progress.json").read_text(encoding="utf-8"))
+            vocab = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
+            if noted["source"] == self.source and noted["splits"].keys() == corpus.readers.keys():
+                self.tokenizer, self.splits = tokenizer_from_vocab(vocab), noted["splits"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
+            pass  # nothing to go on with: it is begun anew
+
+    @property
+    def dtype(self):
+        return np.dtype("<u2" if self.tokenizer.vocab_size <= 1 << 16 else "<u4")
+
+    def begin(self, sizes, tokenizer):
+        """Empty the directory and keep the tokenizer, so that it is trained once."""
+        self.tokenizer = tokenizer
+        self.splits = {s: {"pieces": 0, "tokens": 0, "bytes": n} for s, n in sizes.items()}
+        for split in self.splits.values():
+            split["encoded_bytes"] = 0
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self.directory.mkdir(parents=True)
+        vocab = json.dumps(tokenizer.to_vocab(), ensure_ascii=False)
+        (self.directory / "vocab.json").write_text(vocab, encoding="utf-8")
+        self.note()
+
+    def tokens(self):
+        return sum(split["tokens"] for split in self.splits.values())
+
+    def note(self):
+        noted = {"source": self.source, "splits": self.splits}
+        write_whole(self.directory / "progress.json", json.dumps(noted).encode())
+
+
+def _encode_split(progress, split, reader):
+    done = progress.splits[split]
+    if done["encoded_bytes"] == done["bytes"]:
+        return
+    path = progress.directory / f"{split}.bin"
+    with open(path, "ab") as file:
+        if file.tell() < done["tokens"] * progress.dtype.itemsize:
+            done.update(pieces=0, tokens=0, encoded_bytes=0)
+        file.truncate(done["tokens"] * progress.dtype.itemsize)
+        todo = itertools.islice(pieces(reader()), done["pieces"], None)
+        noted = time.monotonic()
+        with byte_bar(f"encoding {split}", done["bytes"], done["encoded_bytes"]) as bar:
+            for batch, ids in _encoded(progress.tokenizer, todo):
+                ids.astype(progress.dtype).tofile(file)
+                size = sum(len(piece.encode()) for piece in batch)
+                bar.update(size)
+                done["pieces"] += len(batch)
+                done["tokens"] += len(ids)
+                done["encoded_bytes"] += size
+                if time.monotonic() - noted > NOTE_SECONDS:
+                    _to_disk(file)
+                    progress.note()
+                    noted = time.monotonic()
+        _to_disk(file)
+    if done["encoded_bytes"] != done["bytes"]:
+        raise UserError(f"the {split} text changed while it was encoded: call again")
+    progress.note()
+
+
+def _to_disk(file):
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _encoded(tokenizer, texts):
+    """Yield (batch of texts, ids); while one batch is unpacked and written another is encoded."""
+    workers, coming = ThreadPoolExecutor(2), deque()
+    try:
+        while batch := list(itertools.islice(texts, BATCH_PIECES)):
+            coming.append((batch, workers.submit(tokenizer.encode_array, batch)))
+            if len(coming) > 2:
+                batch, ids = coming.popleft()
+                yield batch, ids.result()
+        for batch, ids in coming:
+            yield batch, ids.result()
+    finally:
+        workers.shutdown(cancel_futures=True)
