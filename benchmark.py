@@ -8,7 +8,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -212,18 +211,7 @@ def spread(values, digits=2):
 
 def describe_machine(device):
     """One line: what this was measured on."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}"
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
-        name = lines[0].split(":", 1)[1].strip() if lines else name
-    bf16 = "multiplies" if cpu_multiplies_bf16() else "does not multiply"
-    capability = torch.backends.cpu.get_cpu_capability()
-    return (
-        f"{name} ({capability}, {bf16} bf16 in hardware), {machine()}, PyTorch {torch.__version__}"
-    )
+    return f"{machine(device)}, PyTorch {torch.__version__}"
 
 
 def peak_flops(device, dtype):

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from data import eval_batches, eval_windows
 from errors import UserError
+from gravity_blocked import cpu_multiplies_bf16
 from model import NGT, repulsion_loss
 
 PROJECTOR_LIMIT = 10_000  # labels beyond which TensorBoard's page becomes sluggish
@@ -232,8 +233,19 @@ def code_version():
         return None
 
 
-def machine():
+def machine(device):
     """What this runs on, in one line."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
+        name = lines[0].split(":", 1)[1].strip() if lines else name
+    bf16 = "multiplies" if cpu_multiplies_bf16() else "does not multiply"
+    capability = torch.backends.cpu.get_cpu_capability()
+    threads = torch.get_num_threads()
+    return (
+        f"{name} ({capability}, {bf16} bf16 in hardware), {platform.machine()} CPU, "
+        f"{threads} thread{'s' if threads > 1 else ''}"
+    )

@@ -205,7 +205,7 @@ def train(trainer, checkpoint, path, run_directory, argv=None):
             "command": ["train_shakespeare.py", *(sys.argv[1:] if argv is None else argv)],
             "code_version": code_version(),
             "torch_version": torch.__version__,
-            "machine": machine(),
+            "machine": machine(trainer.device),
             "checkpoint_path": path,
         },
         trainer.iter,

@@ -1,6 +1,5 @@
 """Batches and evaluation windows: what is drawn."""
 
-
 import numpy as np
 import pytest
 import torch
