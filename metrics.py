@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from data import eval_batches, eval_windows
-from errors import UserError
+from errors import UserError, warn
 from gravity_blocked import cpu_multiplies_bf16
 from model import NGT, repulsion_loss
 
@@ -215,6 +215,7 @@ def read_metrics(path):
         except ValueError:
             if number < len(lines):
                 raise UserError(f"{path} line {number} is damaged: remove that line") from None
+            warn(f"{path}: the last line is torn and left out")
     return rows
 
 

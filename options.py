@@ -389,7 +389,10 @@ def warn_of_no_effect(args, config):
     """One warning for each given flag that this kind of model does not listen to."""
     given = [name for name in vars(args) if is_given(args, name)]
     if config["model"] == "vanilla":
-        for name in set(given) & (set(model_fields("ngt")) - set(model_fields("vanilla"))):
+        others = set(model_fields("ngt")) - set(model_fields("vanilla"))
+        if "mlp_dim" not in given:  # they say how large the NGT is that it shall match
+            others -= {"coord_dim", "head_coord_dim"}
+        for name in set(given) & others:
             warn(f"--{name.replace('_', '-')} has no effect on --model vanilla")
         return
     if "pos" in given:

@@ -11,6 +11,7 @@ from sklearn.decomposition import PCA
 from checkpoint import load_model
 from errors import UsageError, UserError, run_script, write_whole
 from options import choose_device, script_parser, whole, whole_or_zero
+from page import to_page
 from token_files import open_token_data
 
 EXAMPLES = """examples:
@@ -133,16 +134,6 @@ def figure(z, mass, labels, title):
         margin={"l": 0, "r": 0, "b": 0, "t": 60},
     )
     return page
-
-
-def to_page(page, title):
-    """A figure as one HTML document that needs no network and uploads nothing."""
-    document = page.to_html(
-        include_plotlyjs=True,
-        default_height="96vh",
-        config={"displaylogo": False, "showSendToCloud": False},
-    )
-    return document.replace("<head>", f"<head><title>{html.escape(title)}</title>", 1)
 
 
 def main(argv=None):

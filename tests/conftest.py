@@ -1,5 +1,6 @@
 """What the tests share: the repository's place, small corpora, and running a script for real."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from script_runner import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def pytest_addoption(parser):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 
 import numpy as np
@@ -10,13 +9,13 @@ import pytest
 import torch
 
 import visualize_coords
-from conftest import error_line, run
+from conftest import BROWSER, error_line, run
 from errors import UserError
+from page import to_page
 from test_chat import LETTERS, make_checkpoint
 from tokenizer import CharTokenizer
 
 TEXT = "the quick brown fox jumps over the lazy dog"
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def write_map(*flags, expect=0):
@@ -141,7 +140,7 @@ def test_a_real_browser_draws_it_and_runs_no_token(in_tmp):
         document.body.dataset.cloud = /cloud|share/i.test(buttons);
         document.body.dataset.title = document.title;
     }, 500));</script></body>"""
-    page = probe.join(visualize_coords.to_page(figure, title).rsplit("</body>", 1))
+    page = probe.join(to_page(figure, title).rsplit("</body>", 1))
     (in_tmp / "map.html").write_text(page)
     flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --no-first-run"
     flags += " --enable-unsafe-swiftshader --virtual-time-budget=8000 --dump-dom"

@@ -1,0 +1,90 @@
+"""What the heads and masses of a trained NGT have become, as tables."""
+
+import torch
+import torch.nn.functional as F
+
+from checkpoint import best_path, load_model
+from errors import UserError
+
+SHOWN_TOKENS = 12
+
+
+def geometry_section(label, config):
+    """Markdown: a line a head, and the heaviest and lightest tokens of a run's best checkpoint."""
+    path = best_path(config["checkpoint_path"])
+    try:
+        model, tokenizer, checkpoint = load_model(path)
+    except UserError as error:
+        return f"### {label}\n\nNot shown: {error}."
+    step = checkpoint["iter"]
+    return "\n\n".join(
+        [
+            f"### {label}, step {step:,}",
+            f"From `{path}`. {EXPLAINED[model.config.law]}",
+            heads_table(model),
+            *mass_lines(model, tokenizer),
+        ]
+    )
+
+
+EXPLAINED = {
+    "newton": "Time scale: softenings a token of time. Window: tokens of time after which nothing "
+    "reaches, which is the radius (in softenings) in time.",
+    "published": "Gamma scales the score -gamma / r2; the radius is one a layer.",
+}
+
+
+@torch.no_grad()
+def heads_table(model):
+    """A line a head of every layer: (num_layers * num_heads) lines."""
+    if model.config.law == "newton":
+        titles = ["time scale", "time offset", "radius", "window"]
+    else:
+        titles = ["gamma", "bias", "radius"]
+    lines = []
+    heads = model.config.num_heads
+    for n, layer in enumerate(model.layers):
+        attn = layer.attn
+        if model.config.law == "newton":
+            columns = [attn.time_scale, attn.time_offset, attn.radius, attn.window]
+        else:
+            columns = [F.softplus(attn.gamma_raw), attn.gravity_bias, attn.radius]
+        columns = [None if c is None else c.flatten().tolist() for c in columns]
+        for head in range(heads):
+            values = [None if c is None else c[head % len(c)] for c in columns]
+            lines.append([n, head, *map(_number, values)])
+    return markdown(["layer", "head", *titles], lines)
+
+
+def markdown(head, lines):
+    """A table; the first column to the left, the others to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _number(value):
+    if value is None or value == float("inf"):
+        return "none"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
+
+
+@torch.no_grad()
+def mass_lines(model, tokenizer):
+    """The heaviest and the lightest tokens, with their masses."""
+    masses = model.mass(torch.arange(model.config.vocab_size)).flatten()
+    order = masses.argsort(descending=True).tolist()
+
+    def shown(tokens):
+        return ", ".join(f"`{_code(tokenizer.label(t))}` {float(masses[t]):.3f}" for t in tokens)
+
+    return [
+        f"Heaviest tokens: {shown(order[:SHOWN_TOKENS])}.",
+        f"Lightest tokens: {shown(order[::-1][:SHOWN_TOKENS])}.",
+        f"Masses from {float(masses.min()):.3f} to {float(masses.max()):.3f}, "
+        f"median {float(masses.median()):.3f}.",
+    ]
+
+
+def _code(text):
+    """A backtick would end the code span, a bar the table cell."""
+    return text.replace("`", "'").replace("|", "¦")

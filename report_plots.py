@@ -1,0 +1,83 @@
+"""Loss curves of several runs, as a PNG and as an interactive page."""
+
+import html
+
+import matplotlib
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from page import to_page
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+AXES = (("step", 1, "step"), ("wall_time", 1 / 60, "minutes of training"))
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
+
+
+def points(rows, key, scale):
+    """x and y of a curve; evaluations without a finite loss are left out."""
+    kept = [row for row in rows if row["val_loss"] is not None]
+    return [row[key] * scale for row in kept], [row["val_loss"] for row in kept]
+
+
+def save_png(path, curves):
+    """Validation loss against steps and against time.
+
+    Args:
+        path: of the file to write.
+        curves: `(label, name, rows)` of each run; runs of one label share a colour.
+    """
+    colours = _colours(curves)
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    for panel, (key, scale, title) in zip(panels, AXES, strict=True):
+        named = set()
+        for label, _, rows in curves:
+            shown = None if label in named else label
+            panel.plot(*points(rows, key, scale), color=colours[label], label=shown, lw=1.4)
+            named.add(label)
+        panel.set_xlabel(title)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("validation loss (nats a token)")
+    panels[0].legend()
+    figure.tight_layout()
+    try:
+        figure.savefig(path, dpi=110, format="png")
+    finally:
+        plt.close(figure)
+
+
+def page_of_curves(curves, title):
+    """The same as one HTML document; hovering names the run and its perplexity."""
+    colours = _colours(curves)
+    figure = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.04)
+    named = set()
+    for label, name, rows in curves:
+        perplexities = [row["perplexity"] for row in rows if row["val_loss"] is not None]
+        for column, (key, scale, axis) in enumerate(AXES, 1):
+            x, y = points(rows, key, scale)
+            curve = go.Scatter(
+                x=x,
+                y=y,
+                mode="lines+markers",
+                name=html.escape(label),
+                legendgroup=label,
+                showlegend=column == 1 and label not in named,
+                line={"color": colours[label]},
+                customdata=perplexities,
+                hovertemplate=(
+                    f"{html.escape(name)}<br>{axis} %{{x:,.0f}}<br>loss %{{y:.4f}}"
+                    "<br>perplexity %{customdata:.2f}<extra></extra>"
+                ),
+            )
+            figure.add_trace(curve, 1, column)
+            figure.update_xaxes(title_text=axis, row=1, col=column)
+        named.add(label)
+    figure.update_yaxes(title_text="validation loss (nats a token)", row=1, col=1)
+    figure.update_layout(title={"text": html.escape(title)})
+    return to_page(figure, title)
+
+
+def _colours(curves):
+    labels = dict.fromkeys(label for label, _, _ in curves)
+    return {label: COLOURS[n % len(COLOURS)] for n, label in enumerate(labels)}

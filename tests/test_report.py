@@ -1,0 +1,239 @@
+"""report.py: what the files say, all of it, and nothing that they do not say."""
+
+import itertools
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import report
+from conftest import BROWSER, error_line, run
+from errors import UserError
+from report import find_runs, group, result_table
+
+SMALL = (
+    *("--hidden-dim", 16, "--num-layers", 2, "--num-heads", 2, "--block-size", 8),
+    *("--eval-interval", 5, "--eval-iters", 1, "--checkpoint-interval", 5),
+)
+CONFIG = {
+    "model": "ngt",
+    "law": "newton",
+    "mass_in_value": False,
+    "pos": "learned",
+    "seed": 1,
+    "parameters": 1234,
+    "max_steps": 30,
+    "source": "text of the test",
+    "machine": "a machine",
+    "command": ["train_shakespeare.py", "--seed", "1"],
+    "code_version": "abc",
+    "checkpoint_path": "checkpoints/none.pt",
+}
+
+
+def write_run(name, losses, seconds_a_step=1.0, **config):
+    """A run that was evaluated every ten steps."""
+    folder = Path("runs") / name
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG | config))
+    rows = []
+    for n, loss in enumerate(losses, 1):
+        rows.append(
+            {
+                "step": 10 * n,
+                "tokens": 1000 * n,
+                "train_loss": 9.0,
+                "val_loss": loss,
+                "perplexity": None if loss is None else round(float(np.exp(loss)), 6),
+                "bits_per_byte": None if loss is None else loss / 3,
+                "tokens_per_s": 100 / seconds_a_step,
+                "steps_per_s": 1 / seconds_a_step,
+                "wall_time": 10 * n * seconds_a_step,
+                "peak_memory_bytes": 7 << 20,
+            }
+        )
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def cells(table):
+    """The lines of a Markdown table as lists of cells, by their first cell."""
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    return {line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines}
+
+
+def make_report(*names, reference=()):
+    """Write a report; returns its text, by heading."""
+    report.main(["--runs", *names, "--output", "reports/r.md", *reference])
+    text = Path("reports/r.md").read_text()
+    return text, dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", text, re.M | re.S))
+
+
+def test_results(in_tmp, capsys):
+    """Equal steps, best and equal time, by hand from the files."""
+    write_run("vanilla", [5.0, 4.0, 3.5], model="vanilla")
+    write_run("ngt", [4.8, 3.0, 3.25, 3.4], seconds_a_step=2.0)
+    _, parts = make_report("vanilla", "ngt", "published")
+    equal = cells(parts["At equal steps"])
+    assert equal["vanilla (learned)"][:4] == ["30", "30.0 s", "3.5000", f"{np.exp(3.5):.2f}"]
+    assert equal["ngt (newton)"][0] == "30" and equal["ngt (newton)"][2] == "3.2500"
+    assert equal["ngt (newton)"][5] == f"{np.exp(3.25 - 3.5):.3f}"
+    best = cells(parts["At each one's best"])
+    assert best["ngt (newton)"][:3] == ["20", "40.0 s", "3.0000"]
+    # vanilla ended after 30 s; by then NGT had been evaluated at step 10 alone
+    in_time = cells(parts["At equal training time (30.0 s)"])
+    assert in_time["vanilla (learned)"][0] == "30" and in_time["ngt (newton)"][0] == "10"
+    speed = cells(parts["Speed and memory"])
+    assert speed["ngt (newton)"] == ["0.50", "50", "1 min 20 s", "7 MiB", "0.500"]
+    for table in (equal, best, in_time, speed):
+        assert table["published"][0] == "not run"
+    assert "published: not run." in parts["Commands"]
+    assert "not run" in capsys.readouterr().out
+
+
+def test_seeds_are_mean_and_spread(in_tmp):
+    """Runs of one configuration are one line; another learning rate is another line."""
+    losses = [3.1, 3.3, 3.8]
+    for seed, loss in enumerate(losses):
+        write_run(f"g/a{seed}", [loss], seed=seed, machine=f"machine {seed}")
+    write_run("g/b", [2.0], learning_rate=0.5)
+    variants = group(find_runs(["g"]))
+    assert [len(v.runs) for v in variants] == [3, 1]
+    table = cells(result_table(variants, lambda run: run.rows[-1]))
+    (line,) = [line for label, line in table.items() if "3 seeds" in label]
+    assert line[2] == f"{np.mean(losses):.4f} ± {np.std(losses, ddof=1):.4f}"
+    perplexities = np.exp(losses)
+    assert line[3] == f"{perplexities.mean():.2f} ± {perplexities.std(ddof=1):.2f}"
+
+
+def test_a_loss_that_is_not_finite(in_tmp):
+    """A run that diverged is said to have; its best is the last good one."""
+    write_run("a", [4.0, 3.0])
+    write_run("b", [4.0, None], exponent=9)
+    _, parts = make_report("a", "b")
+    assert cells(parts["At equal steps"])["ngt (newton), b"][2] == "not finite"
+    assert cells(parts["At each one's best"])["ngt (newton), b"][2] == "4.0000"
+    write_run("c", [None], exponent=7)
+    _, parts = make_report("a", "c")
+    assert cells(parts["At each one's best"])["ngt (newton), c"][0] == "no evaluation"
+
+
+def test_every_number_is_of_the_files(in_tmp):
+    """No loss is printed that is not in a metrics.jsonl, in the reference or made of them."""
+    write_run("vanilla", [5.1234, 4.4321], model="vanilla")
+    write_run("ngt", [4.9876, 4.2109])
+    text, _ = make_report("vanilla", "ngt")
+    known = {"5.1234", "4.4321", "4.9876", "4.2109"}
+    known |= {f"{float(loss) / 3:.4f}" for loss in known}
+    assert set(re.findall(r"\b\d\.\d{4}\b", text)) <= known
+    reference = {
+        "title": "Theirs",
+        "setting": "elsewhere",
+        "rows": [{"model": "m", "val_loss": 1.2345}],
+    }
+    Path("ref.json").write_text(json.dumps(reference))
+    text, parts = make_report("vanilla", "ngt", reference=("--reference", "ref.json"))
+    assert "1.2345" in parts["Theirs"] and "Not measured here" in parts["Theirs"]
+    assert "1.2345" not in text.replace(parts["Theirs"], "")
+
+
+def test_a_torn_last_line(in_tmp, capsys):
+    """A crash while a row was written: the rest is used and one line says so."""
+    write_run("a", [4.0, 3.0])
+    path = Path("runs/a/metrics.jsonl")
+    path.write_text(path.read_text() + '{"step": 30, "val_lo')
+    make_report("a")
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "runs/a/metrics.jsonl" in error and "torn" in error
+    lines = Path("reports/r.csv").read_text().splitlines()
+    assert len(lines) == 3
+
+
+BAD = {
+    "damaged line": ("metrics.jsonl", '{"step": 1\n{"step": 2}\n', "line 1"),
+    "row without a loss": ("metrics.jsonl", '{"step": 1}\n', "line 1 has no tokens"),
+    "a list": ("metrics.jsonl", "[1]\n", "line 1"),
+    "no rows": ("metrics.jsonl", "", "no evaluation"),
+    "config cut short": ("config.json", '{"model": "ng', "is no run"),
+    "config of something else": ("config.json", '{"model": "ngt"}', "is no run"),
+}
+
+
+@pytest.mark.parametrize("name, content, words", BAD.values(), ids=BAD.keys())
+def test_damaged_runs(in_tmp, name, content, words):
+    write_run("a", [4.0, 3.0])
+    (Path("runs/a") / name).write_text(content)
+    with pytest.raises(UserError) as error:
+        report.main(["--runs", "a", "--output", "r.md"])
+    assert words in str(error.value) and "runs/a" in str(error.value)
+    assert not Path("r.md").exists()
+
+
+def test_bad_input_is_one_line(in_tmp):
+    write_run("a", [4.0])
+    line = error_line(run("report.py", "--runs", "b", cwd=in_tmp, check=1))
+    assert "called b" in line
+    assert "--output" in error_line(
+        run("report.py", "--runs", "a", "--output", "r.txt", cwd=in_tmp, check=2)
+    )
+    for content in (None, "{", '{"rows": []}', '{"rows": [{"a": 1}]}'):
+        if content is not None:
+            Path("ref.json").write_text(content)
+        with pytest.raises(UserError, match=r"ref\.json"):
+            report.main(["--runs", "a", "--output", "r.md", "--reference", "ref.json"])
+    Path("file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        report.main(["--runs", "a", "--output", "file/r.md"])
+
+
+def test_real_runs(in_tmp, small_text):
+    """Two real trainings, one of them resumed: one curve each, and the geometry by head."""
+    train = ("train_shakespeare.py", "--data-path", small_text, *SMALL)
+    ngt = ("--checkpoint-path", "c/ngt.pt", "--run-name", "pair/ngt")
+    run(*train, *ngt, "--max-steps", 10, cwd=in_tmp, check=0)
+    run(*train, *ngt, "--max-steps", 20, "--resume", cwd=in_tmp, check=0)
+    vanilla = ("--model", "vanilla", "--checkpoint-path", "c/v.pt", "--run-name", "pair/vanilla")
+    run(*train, *vanilla, "--max-steps", 20, cwd=in_tmp, check=0)
+    run("report.py", "--runs", "pair", "--output", "reports/pair.md", cwd=in_tmp, check=0)
+    text = Path("reports/pair.md").read_text()
+    rows = [json.loads(x) for x in Path("runs/pair/ngt/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [5, 10, 15, 20]
+    assert all(a["wall_time"] < b["wall_time"] for a, b in itertools.pairwise(rows))
+    assert text.count(f"{rows[-1]['val_loss']:.4f}") >= 1
+    csv = [line.split(",") for line in Path("reports/pair.csv").read_text().splitlines()]
+    assert [line[3] for line in csv[1:] if line[0] == "pair/ngt"] == ["5", "10", "15", "20"]
+    heads = re.findall(r"^\| (\d) \| (\d) \|", text, re.M)
+    assert heads == [("0", "0"), ("0", "1"), ("1", "0"), ("1", "1")]
+    assert "Heaviest tokens: `" in text
+    # vanilla comes first: the ratio is over it
+    first = text.index("| vanilla (learned) |"), text.index("| ngt (newton) |")
+    assert first[0] < first[1]
+    assert Path("reports/pair.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium here: install it to run browser tests")
+def test_a_real_browser_draws_the_curves(in_tmp):
+    """Chromium finds both curves in both panels, their values, and no way to upload them."""
+    write_run("<b>vanilla", [5.0, 4.0], model="vanilla")
+    write_run("ngt", [4.5, 3.0])
+    make_report("<b>vanilla", "ngt")
+    probe = """<script>window.addEventListener('load', () => setTimeout(() => {
+        const plot = document.querySelector('.js-plotly-plot');
+        const curves = plot._fullData.map(c => Array.from(c.y).join('-')).join(' ');
+        document.body.dataset.curves = curves;
+        document.body.dataset.drawn = plot.querySelectorAll('.scatterlayer .trace').length;
+    }, 500));</script></body>"""
+    page = Path("reports/r.html")
+    page.write_text(probe.join(page.read_text().rsplit("</body>", 1)))
+    flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --no-first-run"
+    flags += " --virtual-time-budget=8000 --dump-dom"
+    result = subprocess.run(
+        [BROWSER, *flags.split(), f"--user-data-dir={in_tmp}/profile", page.resolve().as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert 'data-curves="5-4 5-4 4.5-3 4.5-3"' in result.stdout, result.stderr[-2000:]
+    assert 'data-drawn="4"' in result.stdout
