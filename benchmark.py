@@ -11,6 +11,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,17 +21,20 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import model as ngt_model
 from checkpoint import build_model, load_model
+from corpora import Corpus
 from data import get_batch
 from errors import UsageError, UserError, run_script, warn, write_whole
 from generation import TokenStream, sample
 from gravity_blocked import cpu_multiplies_bf16
 from metrics import machine, peak_memory_bytes
 from options import DEFAULTS, PRESETS, choose_device, script_parser, whole, whole_or_zero
-from token_files import open_token_data
+from text_files import pieces
+from token_files import BATCH_PIECES, open_token_data, write_token_files
 from tokenizer import BPETokenizer, CharTokenizer
 from trainer import Trainer
 
@@ -162,6 +166,9 @@ def make_parser():
     )
     data.add_argument(
         "--data-path", metavar="FILE", help="text (default: this repository's own sources)"
+    )
+    data.add_argument(
+        "--bpe-vocab-size", type=whole, default=1024, help="tokens to train (default: 1024)"
     )
     data.add_argument("--steps", type=whole, default=5, help="rounds (default: 5)")
     return parser
@@ -636,22 +643,37 @@ def benchmark_data(args, device):
     if not text:
         raise UserError(f"--data-path {source} is empty: name a file with text")
     megabytes = len(text.encode()) / 1e6
-    lines = text.splitlines(keepends=True)
-    char, bpe = CharTokenizer.train(text), BPETokenizer.train(lines, 1024)
+    parts = list(pieces([text]))
+    char, bpe = CharTokenizer.train(parts), BPETokenizer.train(parts, args.bpe_vocab_size)
+    library = Tokenizer.from_str(bpe.to_vocab()["tokenizer_json"])
+    corpus = Corpus("text", str(source), "", 0, {"train": lambda: iter(parts)})
     tokens = np.random.default_rng(0).integers(0, 8192, 10**6).astype(np.uint16)
+
+    def encode_batch():
+        for start in range(0, len(parts), BATCH_PIECES):
+            library.encode_batch(parts[start : start + BATCH_PIECES])
+
+    def token_files():
+        with tempfile.TemporaryDirectory() as folder:
+            write_token_files(Path(folder) / "tokens", corpus, lambda sizes: bpe, lambda line: None)
+
     functions = {
-        "char": lambda: char.encode_array(text),
-        "bpe": lambda: bpe.encode_array(lines),
+        "char": lambda: char.encode_array(parts),
+        "encode_batch": encode_batch,
+        "bpe": token_files,
         "batches": lambda: [get_batch(tokens, 16, 512, 0, step) for step in range(20)],
     }
-    size = {"char": megabytes, "bpe": megabytes, "batches": 20 * 16 * 512 * 2 / 1e6}
+    size = dict.fromkeys(functions, megabytes) | {"batches": 20 * 16 * 512 * 2 / 1e6}
     seconds = interleaved(functions, args.steps, device, "reading")
     numbers = {"source": str(source), "megabytes": megabytes}
-    print(f"text: {source}, {megabytes:.2f} MB; batches of 16 x 512 uint16 tokens")
+    print(
+        f"text: {source}, {megabytes:.2f} MB; bpe: {bpe.vocab_size} tokens, into token "
+        "files, beside the library's own encode_batch; batches of 16 x 512 uint16 tokens"
+    )
     for name, elapsed in seconds.items():
         speeds = [size[name] / s for s in elapsed]
         numbers[f"{name}_mb_per_s"] = statistics.median(speeds)
-        print(f"{name:<8} {spread(speeds, 1)} MB/s")
+        print(f"{name:<12} {spread(speeds, 1)} MB/s")
     return numbers
 
 

@@ -189,7 +189,8 @@ def _wikitext103(folder, say):
     say(f"WikiText-103: fetching {'/'.join(WIKITEXT_DATASET)} from the Hugging Face Hub")
     dataset = _load_dataset(
         f"connect to the internet, or put wiki.train.raw, wiki.valid.raw and wiki.test.raw "
-        f"(.tokens and .txt do too, plain, .xz or .gz) into --data-path {folder}",
+        "(.tokens and .txt do too, plain, .xz or .gz), or the Hub's parquet files, into "
+        f"--data-path {folder}",
         *WIKITEXT_DATASET,
     )
     dataset = {"train": dataset["train"], "valid": dataset["validation"], "test": dataset["test"]}

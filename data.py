@@ -65,8 +65,13 @@ def prepare_data(
     with _one_process(f"{corpus.name}-{corpus.sha256[:12]}", say):
         if is_missing:
             if not Path(tokenizer_path).exists():
-                say(f"corpus: {corpus.description}")
-                _train_bpe(corpus, bpe_vocab_size, None, say).save(tokenizer_path)
+                same, _ = _reusable(_directory(corpus, tokenizer, bpe_vocab_size, None), corpus)
+                if same is None:
+                    say(f"corpus: {corpus.description}")
+                    _train_bpe(corpus, bpe_vocab_size, None, say).save(tokenizer_path)
+                else:
+                    same.tokenizer.save(tokenizer_path)
+                    say(f"wrote {tokenizer_path}, the tokenizer of {same.directory}")
             given = load_bpe(tokenizer_path)
             directory = _directory(corpus, tokenizer, bpe_vocab_size, given)
         ready, why_not = _reusable(directory, corpus)  # by the process that was waited for, say
@@ -109,12 +114,26 @@ def check_tokenizer_file(path, bpe_vocab_size):
 
 def _directory(corpus, tokenizer, bpe_vocab_size, given):
     """Where token files of this text and this tokenizer lie."""
-    key = tokenizer
+    start = f"{corpus.name}-{corpus.sha256[:12]}"
     if tokenizer == "tiktoken":
-        key = f"tiktoken-{given.encoding_name}"
-    elif tokenizer == "bpe":
-        key = f"bpe{bpe_vocab_size}" if given is None else f"bpe-{given.fingerprint[:10]}"
-    return TOKENS / f"{corpus.name}-{corpus.sha256[:12]}-{key}"
+        return TOKENS / f"{start}-tiktoken-{given.encoding_name}"
+    if tokenizer == "bpe" and given is None:
+        return TOKENS / f"{start}-bpe{bpe_vocab_size}"
+    if tokenizer == "bpe":
+        for path, meta in _all_meta(f"{start}-bpe*"):
+            if meta.get("tokenizer_sha256") == given.fingerprint:
+                return path
+        return TOKENS / f"{start}-bpe-{given.fingerprint[:10]}"
+    return TOKENS / f"{start}-{tokenizer}"
+
+
+def _all_meta(pattern):
+    """`(directory, meta)` of prepared corpora whose names match."""
+    for path in sorted(TOKENS.glob(f"{pattern}/meta.json")):
+        with contextlib.suppress(OSError, ValueError):
+            meta = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(meta, dict):
+                yield path.parent, meta
 
 
 def _reusable(directory, corpus):
@@ -135,14 +154,12 @@ def _reusable(directory, corpus):
 def _changed_source(directory, corpus):
     """Which token files were made of what lay at the same place before, with this tokenizer."""
     key = directory.name.removeprefix(f"{corpus.name}-{corpus.sha256[:12]}-")
-    for path in TOKENS.glob(f"{corpus.name}-*-{key}/meta.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            meta = json.loads(path.read_text(encoding="utf-8"))
-            if meta["source"] == corpus.description:
-                return (
-                    f"{corpus.description} is no longer what {path.parent} was made of (SHA-256 "
-                    f"{meta['source_sha256'][:12]}, now {corpus.sha256[:12]})"
-                )
+    for path, meta in _all_meta(f"{corpus.name}-*-{key}"):
+        if meta.get("source") == corpus.description:
+            return (
+                f"{corpus.description} is no longer what {path} was made of (SHA-256 "
+                f"{str(meta.get('source_sha256'))[:12]}, now {corpus.sha256[:12]})"
+            )
     return None
 
 

@@ -38,20 +38,22 @@ CHECKPOINT_INTERVAL=${CHECKPOINT_INTERVAL:-$EVAL_INTERVAL}
 : "${GRADIENT_ACCUMULATION_STEPS:=2}" "${LEARNING_RATE:=6e-4}" "${MIN_LEARNING_RATE:=6e-5}"
 : "${WEIGHT_DECAY:=0.1}" "${SEED:=1337}" "${DEVICE:=auto}" "${EVAL_ITERS:=16}"
 
-# flags NAME...: the command line of those that have a value
-flags() {
+# collect NAME...: sets `flags` to the command line of those that have a value
+collect() {
     local name
+    flags=()
     for name in "$@"; do
         if [ -n "${!name:-}" ]; then
-            printf '%s\n' "--$(echo "$name" | tr 'A-Z_' 'a-z-')" "${!name}"
+            flags+=("--$(echo "$name" | tr 'A-Z_' 'a-z-')" "${!name}")
         fi
     done
 }
-mapfile -t corpus < <(flags DATASET DATA_PATH TOKENIZER BPE_VOCAB_SIZE TOKENIZER_PATH)
-mapfile -t sizes < <(flags HIDDEN_DIM COORD_DIM HEAD_COORD_DIM NUM_LAYERS NUM_HEADS MLP_DIM \
-    BLOCK_SIZE DROPOUT BATCH_SIZE GRADIENT_ACCUMULATION_STEPS MAX_STEPS LEARNING_RATE \
-    MIN_LEARNING_RATE WARMUP_STEPS WEIGHT_DECAY SEED DEVICE EVAL_INTERVAL EVAL_ITERS \
-    CHECKPOINT_INTERVAL)
+collect DATASET DATA_PATH TOKENIZER BPE_VOCAB_SIZE TOKENIZER_PATH
+corpus=("${flags[@]}")
+collect HIDDEN_DIM COORD_DIM HEAD_COORD_DIM NUM_LAYERS NUM_HEADS MLP_DIM BLOCK_SIZE DROPOUT \
+    BATCH_SIZE GRADIENT_ACCUMULATION_STEPS MAX_STEPS LEARNING_RATE MIN_LEARNING_RATE \
+    WARMUP_STEPS WEIGHT_DECAY SEED DEVICE EVAL_INTERVAL EVAL_ITERS CHECKPOINT_INTERVAL
+sizes=("${flags[@]}")
 read -r -a extra <<<"${EXTRA_FLAGS:-}"
 
 # describe RUN: sets `file`, its name, and `model`, its flags

@@ -1,11 +1,17 @@
 """The promises of the README: every command it shows works, and every flag is explained."""
 
+import json
+import os
 import re
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
+import torch
 
 import benchmark
 import chat
@@ -13,7 +19,7 @@ import prepare_data
 import report
 import train_shakespeare
 import visualize_coords
-from conftest import ROOT, SHARED, run
+from conftest import ROOT, SHARED, error_line, run
 from options import train_parser
 
 SCRIPTS = (train_shakespeare, prepare_data, chat, visualize_coords, report, benchmark)
@@ -113,8 +119,6 @@ def test_first_release_commands_work_as_pasted(in_tmp, tiny_shakespeare):
 
 
 def test_report_prints_what_the_runs_wrote(in_tmp, small_text):
-    import json
-
     sizes = ("--hidden-dim", 16, "--num-layers", 1, "--num-heads", 2, "--block-size", 8)
     run(
         *("train_shakespeare.py", "--data-path", small_text, "--max-steps", 4, *sizes),
@@ -129,20 +133,94 @@ def test_report_prints_what_the_runs_wrote(in_tmp, small_text):
     assert "nothing" in missing.stderr and "Traceback" not in missing.stderr
 
 
+def copy_of_the_repository(folder, **settings):
+    """Copy the scripts; returns the environment to call them in: this one, and the settings."""
+    for pattern in ("*.py", "*.cpp", "*.sh", "requirements*.txt", "reports/first_release.json"):
+        for path in ROOT.glob(pattern):
+            (folder / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+            shutil.copy(path, folder / path.relative_to(ROOT))
+    prefix = os.path.dirname(os.path.dirname(sys.executable))
+    return {
+        **os.environ,
+        **{"VIRTUAL_ENV": prefix, "PATH": f"{prefix}/bin:{os.environ['PATH']}"},
+        **{"OMP_NUM_THREADS": "1", **settings},
+    }
+
+
+TINY_25M = {
+    **{"DATASET": "text", "DATA_PATH": "text", "BPE_VOCAB_SIZE": "300", "MAX_STEPS": "60"},
+    **{"HIDDEN_DIM": "16", "COORD_DIM": "8", "HEAD_COORD_DIM": "4", "NUM_LAYERS": "1"},
+    **{"NUM_HEADS": "2", "BLOCK_SIZE": "16", "BATCH_SIZE": "2", "EVAL_ITERS": "1"},
+    **{"GRADIENT_ACCUMULATION_STEPS": "2", "CHECKPOINT_INTERVAL": "7", "DEVICE": "cpu"},
+}
+
+
+def test_run_wikitext103_interrupted_and_called_again(in_tmp, small_text):
+    """Ctrl-C ends it with 130 before the next model; called again it ends as if never stopped."""
+    env = copy_of_the_repository(in_tmp, **TINY_25M, RUNS="ngt vanilla")
+    (in_tmp / "text").mkdir()
+    (in_tmp / "text" / "train.txt").write_text(small_text.read_text())
+    (in_tmp / "text" / "valid.txt").write_text(small_text.read_text()[:4000])
+    command = ["bash", "run_wikitext103_25m.sh"]
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=in_tmp, env=env, start_new_session=True, **quiet)
+    metrics = in_tmp / "runs/w3_25m/ngt_mass_in_value/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "== training vanilla" not in output and "go on with --resume" in output
+    assert not (in_tmp / "runs/w3_25m/vanilla_25m").exists()
+    stopped_at = torch.load("checkpoints/w3_25m/ngt_mass_in_value.pt_last.pt")["iter"]
+    assert 10 <= stopped_at < 60
+
+    again = subprocess.run(command, cwd=in_tmp, env=env, **quiet)
+    assert again.returncode == 0, again.stdout
+    assert f"resuming at step {stopped_at}" in again.stdout
+    for name in ("ngt_mass_in_value", "vanilla_25m"):
+        assert (in_tmp / f"checkpoints/w3_25m/{name}.pt_best.pt").exists()
+        assert "best validation loss" in (in_tmp / f"logs/w3_25m/{name}.log").read_text()
+    report = (in_tmp / "reports/w3_25m_summary.md").read_text()
+    assert "106.01" in report and "| ngt (newton, mass in value) | 60 |" in report
+
+    config = json.loads((in_tmp / "runs/w3_25m/ngt_mass_in_value/config.json").read_text())
+    script, *flags = config["command"]
+    for flag, value in (("--checkpoint-path", "c/whole.pt"), ("--run-name", "whole")):
+        flags[flags.index(flag) + 1] = value
+    run(script, *flags, cwd=in_tmp, check=0)
+    one = torch.load("checkpoints/w3_25m/ngt_mass_in_value.pt_last.pt")["model_state"]
+    other = torch.load("c/whole.pt_last.pt")["model_state"]
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"RUNS": "ngt nonsense"}, ("RUNS", "nonsense", "vanilla")),
+        ({"MAX_STEPS": "many"}, ("MAX_STEPS=many",)),
+        ({"NPROC": "0"}, ("NPROC=0",)),
+        ({"DATA_PATH": "nowhere"}, ("--data-path nowhere",)),
+        ({"HIDDEN_DIM": "-1"}, ("--hidden-dim",)),
+    ],
+)
+def test_run_wikitext103_bad_settings(settings, words, in_tmp, small_text):
+    """One line, and nothing is trained."""
+    env = copy_of_the_repository(in_tmp, **{**TINY_25M, "DATA_PATH": str(small_text), **settings})
+    result = subprocess.run(
+        ["bash", "run_wikitext103_25m.sh"], cwd=in_tmp, env=env, capture_output=True, text=True
+    )
+    assert result.returncode in (1, 2)
+    line = error_line(result)
+    assert all(word in line for word in words)
+    assert not (in_tmp / "checkpoints").exists() and not (in_tmp / "runs").exists()
+
+
 @pytest.mark.slow
 def test_run_shakespeare_from_a_copy(in_tmp, small_text):
     """The README's first command, with the environment that runs this test."""
-    import os
-    import subprocess
-
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("requirements*.txt")]:
-        shutil.copy(path, in_tmp)
-    prefix = os.path.dirname(os.path.dirname(sys.executable))
-    env = {
-        **os.environ,
-        **{"VIRTUAL_ENV": prefix, "PATH": f"{prefix}/bin:{os.environ['PATH']}"},
-        **{"MAX_STEPS": "20", "DATA_PATH": str(small_text)},
-    }
+    env = copy_of_the_repository(in_tmp, MAX_STEPS="20", DATA_PATH=str(small_text))
     for _ in range(2):
         result = subprocess.run(
             ["bash", "run_shakespeare.sh"], cwd=in_tmp, env=env, capture_output=True, text=True

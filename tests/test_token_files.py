@@ -4,6 +4,7 @@ import errno
 import hashlib
 import itertools
 import json
+import lzma
 import os
 import re
 import resource
@@ -451,6 +452,23 @@ def test_damaged_token_files(in_tmp, small_text, damage):
     assert {path: content for path, (content, _) in listing(directory).items()} == before
 
 
+def test_memory_does_not_grow_with_the_text(in_tmp):
+    """120 MB of text, from a small archive, within 300 MB above what the program itself takes."""
+    Path("train.txt.xz").write_bytes(lzma.compress(b"the same line again\n" * 6_000_000, preset=0))
+    Path("valid.txt").write_text("the same line again\n" * 100)
+    script = (
+        "import data, torch; from metrics import peak_memory_bytes as peak\n"
+        "before = peak(torch.device('cpu'))\n"
+        "ready = data.prepare_data('text', '.', 'char')\n"
+        "print('grown by', peak(torch.device('cpu')) - before, len(ready.train))\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    grown, tokens = map(int, result.stdout.split("grown by")[1].split())
+    assert tokens == 120_000_000
+    assert grown < 300e6, f"{grown:,}"
+
+
 def test_a_mismatch_says_why(in_tmp):
     """Changed text, or token files whose JSON names another source: encoded again, with why."""
     Path("own.txt").write_text("abc\n" * 100)
@@ -523,6 +541,17 @@ def test_bad_tokenizer_path(in_tmp, small_text, path):
         prepare("text", str(small_text), "bpe", 280, path)
     assert not left_behind()
     assert sorted(p.name for p in in_tmp.iterdir() if p.name != "data") == ["small.txt"]
+
+
+def test_a_tokenizer_path_finds_what_was_prepared(in_tmp, small_text, monkeypatch):
+    """The tokenizer of prepared files is written, not trained again, and the files are used."""
+    first = prepare("text", str(small_text), "bpe", 280)
+    monkeypatch.setattr(BPETokenizer, "train", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(BPETokenizer, "encode_array", lambda *a: pytest.fail("encoded again"))
+    for _ in range(2):
+        again = prepare("text", str(small_text), "bpe", 280, "tok.json")
+        assert again.directory == first.directory
+    assert BPETokenizer(Path("tok.json").read_text()).fingerprint == first.tokenizer.fingerprint
 
 
 def test_a_tokenizer_file_of_another_size(in_tmp, small_text):
