@@ -125,6 +125,7 @@ def find_runs(names, root=Path("runs")):
     """
     runs = []
     for name in names:
+        name = name.rstrip("/").removeprefix(f"{root}/")  # as the shell completes it
         folder = root / name
         if (folder / "config.json").exists():
             runs.append(load_run(folder, name))

@@ -99,7 +99,7 @@ def test_seeds_are_mean_and_spread(in_tmp):
     for seed, loss in enumerate(losses):
         write_run(f"g/a{seed}", [loss], seed=seed, machine=f"machine {seed}")
     write_run("g/b", [2.0], learning_rate=0.5)
-    variants = group(find_runs(["g"]))
+    variants = group(find_runs(["runs/g/"]))
     assert [len(v.runs) for v in variants] == [3, 1]
     table = cells(result_table(variants, lambda run: run.rows[-1]))
     (line,) = [line for label, line in table.items() if "3 seeds" in label]
