@@ -109,7 +109,15 @@ class Chat:
         else:
             self.generator.manual_seed(self.settings["seed"])
 
-    def read(self, text):
+    def reply(self, text):
+        """Read `text` and answer it on standard output; returns whether Ctrl-C stopped that."""
+        with stop_on_interrupt() as stopped:
+            self.read(text, stopped)
+            if not stopped.is_set():
+                self.answer(lambda text: print(text, end="", flush=True), stopped)
+        return stopped.is_set()
+
+    def read(self, text, stopped):
         """Let the model read what the user wrote."""
         text = text.encode("utf-8", "replace").decode("utf-8")
         if isinstance(self.tokenizer, CharTokenizer):
@@ -123,19 +131,21 @@ class Chat:
             range(0, len(tokens), 512), desc="reading", disable=None, delay=2, leave=False
         ):
             self.stream.feed(tokens[start : start + 512])
+            if stopped.is_set() and start + 512 < len(tokens):
+                print(f"(read as far as token {start + 512} of {len(tokens)})")
+                return
 
-    def answer(self, write):
-        """Stream an answer to `write(text)` until it is long enough or Ctrl-C stops it."""
+    def answer(self, write, stopped):
+        """Stream an answer to `write(text)` until it is long enough or stopped."""
         s = self.settings
         text = TextStream(self.tokenizer)
         tokens = self.stream.generate(
             s["max_new_tokens"], s["temperature"], s["top_k"], s["top_p"], self.generator
         )
-        with stop_on_interrupt() as stopped:
-            for token in tokens:
-                write(printable(text.push(token)))
-                if stopped.is_set():
-                    break
+        for token in tokens:
+            write(printable(text.push(token)))
+            if stopped.is_set():
+                break
         write(printable(text.flush()) + "\n")
         if self.stream.slides and not self.said_sliding:
             self.said_sliding = True
@@ -189,6 +199,8 @@ def converse(chat):
     if interactive:
         with contextlib.suppress(ImportError):  # line editing and history, where there is any
             import readline  # noqa: F401
+        # a shell that starts its jobs with Ctrl-C ignored would leave this prompt deaf to it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         print("write something; /help lists the commands, Ctrl-D leaves")
     while True:
         try:
@@ -207,8 +219,7 @@ def converse(chat):
             if not chat.command(line):
                 return
             continue
-        chat.read(line + "\n")
-        chat.answer(lambda text: print(text, end="", flush=True))
+        chat.reply(line + "\n")
 
 
 def main(argv=None):
@@ -217,12 +228,12 @@ def main(argv=None):
     model, tokenizer, checkpoint = load_model(args.checkpoint_path, choose_device(args.device))
     chat = Chat(model, tokenizer, {name: getattr(args, name) for name in SETTINGS})
     if args.prompt is not None:
-        chat.read(args.prompt)
-        chat.answer(lambda text: print(text, end="", flush=True))
-        return 0
+        return 130 if chat.reply(args.prompt) else 0
     if sys.stdin.isatty():
         kind = checkpoint["config"]["model_type"]
         print(f"{args.checkpoint_path}: {kind}, step {checkpoint.get('iter', '?')}")
+        chat.stream.feed([0])  # what has to be compiled is, before anyone waits for an answer
+        chat.stream.reset()
     converse(chat)
     return 0
 

@@ -1,6 +1,7 @@
 """What the tests share: the repository's place, small corpora, and running a script for real."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,10 @@ from script_runner import run_script
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+# a job started in the background of a script ignores Ctrl-C, and so would all that it starts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):

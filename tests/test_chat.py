@@ -1,10 +1,13 @@
 """The chat as it is used: one answer, a pipe, and a person at a terminal."""
 
+import fcntl
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -117,9 +120,18 @@ def test_piped_conversation(in_tmp):
     assert first.split("\n", 2)[2].strip("\n") == second.split("no such")[0].strip("\n")
 
 
-def terminal(cwd, *flags):
-    """chat.py on a pseudo-terminal: (process, function that reads until a text shows up)."""
+def terminal(cwd, *flags, interrupt=signal.SIG_DFL):
+    """chat.py on a pseudo-terminal, started with Ctrl-C as a shell leaves it, or ignored.
+
+    Returns:
+        The process, the terminal's other end, a function that reads until a text shows up.
+    """
     master, slave = pty.openpty()
+
+    def become_a_session():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, interrupt)
+
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "chat.py"), *map(str, flags)],
         cwd=cwd,
@@ -127,7 +139,7 @@ def terminal(cwd, *flags):
         stdout=slave,
         stderr=slave,
         start_new_session=True,
-        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        preexec_fn=become_a_session,
     )
     os.close(slave)
 
@@ -149,10 +161,13 @@ def terminal(cwd, *flags):
     return process, master, expect
 
 
-def test_at_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(in_tmp):
+@pytest.mark.parametrize("interrupt", [signal.SIG_DFL, signal.SIG_IGN], ids=["default", "ignored"])
+def test_at_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(interrupt, in_tmp):
+    """Also where it is started as scripts start their background jobs: deaf to Ctrl-C."""
     make_checkpoint("x.pt")
     process, master, expect = terminal(
-        in_tmp, "--checkpoint-path", "x.pt", "--max-new-tokens", 1_000_000
+        *(in_tmp, "--checkpoint-path", "x.pt", "--max-new-tokens", 1_000_000),
+        interrupt=interrupt,
     )
     expect("you> ")
     os.write(master, b"/help\n")
