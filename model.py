@@ -70,6 +70,13 @@ class NGTConfig:
     use_soft_cutoff: bool = False
     use_rsqrt: bool = False
     mass_in_value: bool = False
+    points: int = 2
+    time_dimension: bool = True
+    coordinates: str = "token"
+    mass_from: str = "token"
+    moved_by: str = "pull"
+    learned_exponent: bool = False
+    attractive: bool = False
     field_tolerance: float | None = None  # None: 1e-6, or 1e-4 under bf16 and fp16
     tie_head: bool = True
 
@@ -148,8 +155,15 @@ class GravityAttention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         heads, points = config.num_heads, config.num_heads * config.head_coord_dim
-        self.probe_proj = nn.Linear(config.coord_dim, points)
         self.source_proj = nn.Linear(config.coord_dim, points)
+        if config.points == 2:
+            self.probe_proj = nn.Linear(config.coord_dim, points)
+        else:
+            self.probe_proj = self.source_proj
+        if config.mass_from == "hidden":
+            self.mass_proj = nn.Linear(config.hidden_dim, 1)
+        if config.learned_exponent:
+            self.exponent_raw = nn.Parameter(softplus_inverse(float(config.exponent)).repeat(heads))
         self.v_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
         self.out_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
         self.dropout = nn.Dropout(config.dropout)
@@ -164,7 +178,7 @@ class GravityAttention(nn.Module):
     @torch.no_grad()
     def reset_geometry(self):
         """Start near: distances about 1 softening, heads that look from 3 to 300 tokens back."""
-        for proj in (self.probe_proj, self.source_proj):
+        for proj in {self.probe_proj, self.source_proj}:
             proj.reset_parameters()
             proj.weight /= math.sqrt(8)
             proj.bias /= math.sqrt(8)
@@ -176,6 +190,8 @@ class GravityAttention(nn.Module):
     @property
     def time_scale(self):
         """Softening units a token, (H,)."""
+        if not self.config.time_dimension:
+            return torch.zeros_like(self.time_scale_raw)
         return F.softplus(self.time_scale_raw.float())
 
     @property
@@ -209,6 +225,10 @@ class GravityAttention(nn.Module):
     def forward(self, h, z, mass, positions, kv_cache=None):
         q, k = self.points(z)
         v = split_heads(self.v_proj(h), self.config.num_heads)
+        if self.config.mass_from == "hidden":
+            mass = mass * F.softplus(self.mass_proj(h).squeeze(-1).float() + 0.5413248546)
+        if self.config.learned_exponent:
+            return self.dropout(self.out_proj(merge_heads(self._pull(q, k, v, mass, positions))))
         tolerance = self.config.field_tolerance
         if tolerance is None:
             tolerance = 1e-4 if v.dtype in (torch.bfloat16, torch.float16) else 1e-6
@@ -229,6 +249,19 @@ class GravityAttention(nn.Module):
             window = reach(law["time_scale"], law["time_offset"], law["radius"])
             kv_cache.keep_newest(self.layer, max(1, math.ceil(float(window.detach().max()))))
         return self.dropout(self.out_proj(merge_heads(pull)))
+
+    def _pull(self, q, k, v, mass, positions):
+        with torch.autocast(q.device.type, enabled=False):
+            q, k = q.float(), k.float()
+            r2 = q.square().sum(-1)[..., None] + k.square().sum(-1)[:, :, None, :]
+            r2 = (r2 - 2 * q @ k.transpose(-1, -2)).clamp(min=0)
+            lag = positions[:, None] - positions[None, :]
+            offset = self.time_offset[:, None, None]
+            r2 = r2 + (self.time_scale[:, None, None] * (lag - offset)).square()
+            exponent = F.softplus(self.exponent_raw)[:, None, None]
+            field = mass[:, None, None, :] * (1 + r2) ** -exponent
+            field = (field * (r2 <= self.radius[:, None, None] ** 2)).masked_fill(lag < 0, 0)
+            return field @ v.float() / (field.sum(-1, keepdim=True) + 1e-20)
 
 
 class PublishedGravityAttention(nn.Module):
@@ -270,12 +303,13 @@ class PublishedGravityAttention(nn.Module):
             v,
             mass,
             key_mass,
-            gamma=F.softplus(self.gamma_raw.float()),
+            gamma=F.softplus(self.gamma_raw.float()) * (-1 if self.config.attractive else 1),
             bias=self.gravity_bias.float(),
             radius=self.radius,
             cutoff=self.config.cutoff,
             mass_in_value=self.config.mass_in_value,
             use_rsqrt=self.config.use_rsqrt,
+            softening2=1.0 if self.config.attractive else 1e-6,
             dropout=self.config.dropout if self.training else 0.0,
             query_positions=positions,
             key_positions=key_positions,
@@ -288,6 +322,7 @@ class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
+        self.config = config
         attention = GravityAttention if config.law == "newton" else PublishedGravityAttention
         self.norm1 = nn.LayerNorm(config.hidden_dim)
         self.attn = attention(config, layer)
@@ -299,8 +334,10 @@ class Block(nn.Module):
     def forward(self, h, z, mass, positions, kv_cache=None):
         a = self.attn(self.norm1(h), z, mass, positions, kv_cache)
         h = h + a
-        h = h + self.ffn(self.norm2(h))
-        z = self.coord_norm(z + self.coord_proj_next(a))
+        f = self.ffn(self.norm2(h))
+        h = h + f
+        moved = a + f if self.config.moved_by == "update" else a
+        z = self.coord_norm(z + self.coord_proj_next(moved))
         return h, z
 
 
@@ -330,9 +367,9 @@ class NGT(nn.Module):
         published = config.law == "published"
         self.token_emb = nn.Embedding(config.vocab_size, config.hidden_dim)
         self.mass_emb = nn.Embedding(config.vocab_size, 1)
-        if published:
+        if published or config.coordinates != "token":
             self.coord_emb = nn.Embedding(config.block_size, config.coord_dim)
-        else:
+        if not published:
             self.coord_proj = nn.Linear(config.hidden_dim, config.coord_dim)
             self.coord_norm = nn.LayerNorm(config.coord_dim)
         self.dropout = nn.Dropout(config.dropout)
@@ -341,9 +378,9 @@ class NGT(nn.Module):
         self.head = nn.Linear(config.hidden_dim, config.vocab_size, bias=published)
         init_weights(self)
         nn.init.constant_(self.mass_emb.weight, math.log(math.expm1(1.0)))  # a mass of 1
-        if published:
+        if published or config.coordinates != "token":
             nn.init.normal_(self.coord_emb.weight)
-        else:
+        if not published:
             self.coord_proj.reset_parameters()
         for layer in self.layers:
             layer.attn.reset_geometry()
@@ -351,11 +388,13 @@ class NGT(nn.Module):
     @property
     def max_context(self):
         """Tokens that fit one context; None where there is no limit."""
-        return self.config.block_size if self.config.law == "published" else None
+        absolute = self.config.law == "published" or self.config.coordinates != "token"
+        return self.config.block_size if absolute else None
 
     def mass(self, tokens):
         """softplus of the learned embedding, shaped as `tokens`."""
-        return F.softplus(self.mass_emb(tokens).squeeze(-1).float())
+        mass = F.softplus(self.mass_emb(tokens).squeeze(-1).float())
+        return torch.ones_like(mass) if self.config.mass_from == "none" else mass
 
     def forward(self, tokens, kv_cache=None, return_geometry=False):
         """Logits of the next token.
@@ -375,8 +414,12 @@ class NGT(nn.Module):
         mass = self.mass(tokens)  # (B, T)
         if self.config.law == "published":
             z = self.coord_emb(positions).expand(len(tokens), -1, -1)
-        else:
+        elif self.config.coordinates == "token":
             z = self.coord_norm(self.coord_proj(h))
+        elif self.config.coordinates == "both":
+            z = self.coord_norm(self.coord_proj(h) + self.coord_emb(positions))
+        else:
+            z = self.coord_norm(self.coord_emb(positions).expand(len(tokens), -1, -1))
         path = [z]  # each (B, T, coord_dim)
         for layer in self.layers:
             h, z = layer(h, z, mass, positions, kv_cache)

@@ -31,6 +31,13 @@ DEFAULTS = {
     "law": "newton",
     "exponent": 4,
     "mass_in_value": False,
+    "points": 2,
+    "time_dimension": True,
+    "coordinates": "token",
+    "mass_from": "token",
+    "moved_by": "pull",
+    "learned_exponent": False,
+    "attractive": False,
     "use_radius_cutoff": True,
     "use_soft_cutoff": False,
     "use_rsqrt": False,
@@ -226,6 +233,9 @@ def train_parser(description, examples):
         "gives them as many parameters as that)",
         type=whole,
     )
+    group.add(
+        "--num-parameters", "choose --mlp-dim so that the model has as many, nearly", type=whole
+    )
     group.add("--block-size", "tokens of a training window", type=whole)
     group.add("--dropout", "on embeddings and on what attention and feed-forward add", type=share)
 
@@ -252,6 +262,22 @@ def train_parser(description, examples):
         "(default: 1e-6, under bf16 and fp16 1e-4; 0: leave out nothing)",
         type=share,
     )
+    group = _Group(parser, "changes of the law that the study tries (NGT)")
+    group.add("--points", "1: a head looks from where it pulls from", type=int, choices=(1, 2))
+    group.switch("--time-dimension", "time is a dimension of space")
+    group.add("--coordinates", "where they start from", choices=("token", "position", "both"))
+    group.add(
+        "--mass-from",
+        "none: every mass is 1; hidden: of the token, times what a layer reads in h",
+        choices=("token", "hidden", "none"),
+    )
+    group.add(
+        "--moved-by",
+        "what moves a particle: the pull, or all that a block adds to the hidden state",
+        choices=("pull", "update"),
+    )
+    group.switch("--learned-exponent", "learn it per head, from --exponent on (slow)")
+    group.switch("--attractive", "turn the published law's sign round, softened by 1")
     _Group(parser, "positions (vanilla)").add(
         "--pos", "how a vanilla model knows order", choices=POSITIONS
     )
@@ -325,7 +351,8 @@ def resolve(args, resumed=None):
     Raises:
         UsageError: where a given flag contradicts the shape of the resumed model.
     """
-    names = [*DEFAULTS, "data_path", "tokenizer_path", "mlp_dim", "radius", "field_tolerance"]
+    names = [*DEFAULTS, "data_path", "tokenizer_path", "mlp_dim", "num_parameters"]
+    names += ["radius", "field_tolerance"]
     given = {name: getattr(args, name) for name in names if is_given(args, name)}
     if resumed is not None:
         _check_against(given, resumed)
@@ -341,10 +368,14 @@ def resolve(args, resumed=None):
 
 def _mlp_dim(config, given, matched):
     kind = "vanilla" if config["model"] == "vanilla" else config["law"]
-    if not {"hidden_dim", "coord_dim", "head_coord_dim", "num_heads"} & given.keys():
+    aim = config["num_parameters"]
+    if (
+        aim is None
+        and not {"hidden_dim", "coord_dim", "head_coord_dim", "num_heads"} & given.keys()
+    ):
         return matched[kind]
     width = 4 * config["hidden_dim"]
-    if kind == "newton":
+    if kind == "newton" and aim is None:
         return width
 
     def parameters(**changes):
@@ -353,7 +384,7 @@ def _mlp_dim(config, given, matched):
         with torch.device("meta"):
             return sum(p.numel() for p in build_model(shape).parameters())
 
-    aim = parameters(model_type="ngt", law="newton", mlp_dim=width)
+    aim = aim or parameters(model_type="ngt", law="newton", mlp_dim=width)
     without = parameters(mlp_dim=8)
     a_channel = (parameters(mlp_dim=16) - without) / 8
     return 8 + max(0, round((aim - without) / a_channel / 4) * 4)

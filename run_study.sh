@@ -1,0 +1,163 @@
+#!/usr/bin/env bash
+# The study that compares gravity with dot-product attention, each change of the law by itself.
+# Every run is a folder below runs/study/; call it again and it goes on where it stopped.
+#
+#   bash run_study.sh                                    all stages on Shakespeare, two CPU cores
+#   DATASET=text DATA_PATH=books/ bash run_study.sh      on any corpus: what reports/study.md shows
+#   STAGES="headline" SEEDS="1 2 3" bash run_study.sh    some of it
+#
+# From the environment, with their defaults:
+#   STAGES="rates ablations headline full sizes report"
+#   SIZE=small           or 25m, a GPU's job: WikiText-103's setting on the same corpus
+#   JOBS=2 THREADS=1     runs at a time, and CPU threads of each
+#   DATASET=shakespeare DATA_PATH BPE_VOCAB_SIZE=2048
+#   SEEDS="1 2 3"        of the headline;   RATE_SEED=100   of the learning rates' comparison
+#   RATES="1e-3 2e-3 4e-3"   tried for each model;   NGT_RATE, VANILLA_RATE   used afterwards
+#   STEPS=6000 SHORT_STEPS=1500   of the headline, and of rates and ablations
+#   FULL                 ablations to run in full as well, by name
+#   EXTRA_FLAGS          go to every training
+set -euo pipefail
+cd "$(dirname "$0")"
+source ./setup_venv.sh
+
+STAGES=${STAGES:-rates ablations headline full sizes report}
+SIZE=${SIZE:-small}
+JOBS=${JOBS:-2}
+DATASET=${DATASET:-shakespeare}
+BPE_VOCAB_SIZE=${BPE_VOCAB_SIZE:-2048}
+SEEDS=${SEEDS:-1 2 3}
+RATE_SEED=${RATE_SEED:-100}
+RATES=${RATES:-1e-3 2e-3 4e-3}
+STEPS=${STEPS:-6000}
+SHORT_STEPS=${SHORT_STEPS:-1500}
+NGT_RATE=${NGT_RATE:-2e-3}
+VANILLA_RATE=${VANILLA_RATE:-2e-3}
+FULL=${FULL:-}
+export OMP_NUM_THREADS=${THREADS:-1}
+
+for stage in $STAGES; do
+    case "$stage" in
+        rates | ablations | headline | full | sizes | report) ;;
+        *) fail "STAGES has $stage: name some of rates, ablations, headline, full, sizes, report" ;;
+    esac
+done
+case "$SIZE" in
+    small)
+        shape=(--hidden-dim 128 --num-layers 4 --num-heads 4 --block-size 256 --batch-size 8)
+        parameters=960000
+        ;;
+    25m)
+        shape=(--hidden-dim 512 --num-layers 8 --num-heads 8 --block-size 512 --batch-size 16
+            --gradient-accumulation-steps 2)
+        parameters=25650000
+        ;;
+    *) fail "SIZE=$SIZE: give small or 25m" ;;
+esac
+
+corpus=(--dataset "$DATASET" --tokenizer bpe --bpe-vocab-size "$BPE_VOCAB_SIZE")
+[ -z "${DATA_PATH:-}" ] || corpus+=(--data-path "$DATA_PATH")
+read -r -a extra <<<"${EXTRA_FLAGS:-}"
+
+# a tenth of a learning rate, where its cosine ends
+tenth() { python -c "import sys; print(f'{float(sys.argv[1]) / 10:g}')" "$1"; }
+
+# add NAME SEED STEPS RATE FLAGS...: a run to the list of those that `train_all` starts
+add() {
+    local name=study/$1 seed=$2 steps=$3 rate=$4
+    shift 4
+    jobs+=("$(printf '%q ' "$name" "${corpus[@]}" "${shape[@]}" --num-parameters "$parameters" \
+        --seed "$seed" --max-steps "$steps" --warmup-steps 100 --learning-rate "$rate" \
+        --min-learning-rate "$(tenth "$rate")" --eval-interval $((steps < 4 ? 1 : steps / 12)) \
+        --eval-iters 50 --checkpoint-interval $((steps < 4 ? 1 : steps / 12)) --use-amp "$@" \
+        ${extra[@]+"${extra[@]}"})")
+}
+
+# train_one NAME FLAGS...: one run, its output in logs/NAME.log
+train_one() {
+    local name=$1
+    shift
+    mkdir -p "$(dirname "logs/$name.log")"
+    if python train_shakespeare.py "$@" --checkpoint-path "checkpoints/$name.pt" \
+        --run-name "$name" --resume >>"logs/$name.log" 2>&1; then
+        echo "$(date +%H:%M) $name: $(grep -h 'best validation loss' "logs/$name.log" | tail -1)"
+    else
+        echo "$name failed: $(tail -1 "logs/$name.log")" >&2
+        return 255 # ends xargs
+    fi
+}
+export -f train_one
+
+train_all() {
+    [ ${#jobs[@]} = 0 ] || printf '%s\n' "${jobs[@]}" |
+        xargs -d '\n' -P "$JOBS" -I JOB bash -c 'set -eo pipefail; train_one JOB'
+    jobs=()
+}
+
+# the ablations: a name and what it changes
+ablation() {
+    case "$1" in
+        default) flags=() ;;
+        one_point) flags=(--points 1) ;;
+        no_time) flags=(--no-time-dimension --coordinates both) ;;
+        position) flags=(--coordinates position) ;;
+        token_and_position) flags=(--coordinates both) ;;
+        exponent_*[0-9]) flags=(--exponent "${1#exponent_}") ;;
+        exponent_learned) flags=(--learned-exponent) ;;
+        head_coord_dim_*) flags=(--head-coord-dim "${1#head_coord_dim_}") ;;
+        coord_dim_*) flags=(--coord-dim "${1#coord_dim_}") ;;
+        mass_in_value) flags=(--mass-in-value) ;;
+        no_mass) flags=(--mass-from none) ;;
+        mass_from_hidden) flags=(--mass-from hidden) ;;
+        moved_by_update) flags=(--moved-by update) ;;
+        no_repulsion) flags=(--no-repulsion) ;;
+        repulsion_*) flags=(--lambda-repulsion "${1#repulsion_}") ;;
+        no_radius) flags=(--no-radius-cutoff) ;;
+        radius_*) flags=(--radius "${1#radius_}") ;;
+        soft_radius_*) flags=(--use-soft-cutoff --radius "${1#soft_radius_}") ;;
+        tolerance_*) flags=(--field-tolerance "${1#tolerance_}") ;;
+        published) flags=(--law published --mass-in-value) ;;
+        published_attractive) flags=(--law published --mass-in-value --attractive) ;;
+        *) fail "there is no ablation $1" ;;
+    esac
+}
+ABLATIONS=${ABLATIONS:-default moved_by_update exponent_8 mass_from_hidden one_point no_time position
+    token_and_position exponent_1 exponent_2 exponent_3 exponent_16 exponent_learned head_coord_dim_8
+    head_coord_dim_32 coord_dim_32 coord_dim_128 mass_in_value no_mass no_repulsion repulsion_0.5
+    no_radius radius_4 radius_8 radius_32 soft_radius_8 soft_radius_16 soft_radius_32 tolerance_0
+    tolerance_1e-3 published published_attractive}
+
+for name in $ABLATIONS $FULL; do ablation "$name"; done
+use_environment requirements.txt
+jobs=()
+
+echo "== the text"
+python prepare_data.py "${corpus[@]}"
+for stage in $STAGES; do
+    echo "== $stage"
+    case "$stage" in
+        rates)
+            for rate in $RATES; do
+                add "rates/ngt_$rate" "$RATE_SEED" "$SHORT_STEPS" "$rate" --model ngt
+                add "rates/rotary_$rate" "$RATE_SEED" "$SHORT_STEPS" "$rate" --model vanilla --pos rotary
+                add "rates/learned_$rate" "$RATE_SEED" "$SHORT_STEPS" "$rate" --model vanilla
+            done
+            ;;
+        ablations)
+            for name in $ABLATIONS; do
+                ablation "$name"
+                add "ablations/$name" 1 "$SHORT_STEPS" "$NGT_RATE" ${flags[@]+"${flags[@]}"}
+            done
+            ;;
+        headline)
+            for seed in $SEEDS; do
+                add "headline/ngt_$seed" "$seed" "$STEPS" "$NGT_RATE"
+                add "headline/rotary_$seed" "$seed" "$STEPS" "$VANILLA_RATE" --model vanilla --pos rotary
+                add "headline/ngt_mass_in_value_$seed" "$seed" "$STEPS" "$NGT_RATE" --mass-in-value
+            done
+            add headline/learned_1 1 "$STEPS" "$VANILLA_RATE" --model vanilla
+            add headline/alibi_1 1 "$STEPS" "$VANILLA_RATE" --model vanilla --pos alibi
+            add headline/published_1 1 "$STEPS" "$NGT_RATE" --law published --mass-in-value
+            ;;
+    esac
+    train_all
+done
