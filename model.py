@@ -178,7 +178,7 @@ class GravityAttention(nn.Module):
     @torch.no_grad()
     def reset_geometry(self):
         """Start near: distances about 1 softening, heads that look from 3 to 300 tokens back."""
-        for proj in {self.probe_proj, self.source_proj}:
+        for proj in dict.fromkeys((self.probe_proj, self.source_proj)):
             proj.reset_parameters()
             proj.weight /= math.sqrt(8)
             proj.bias /= math.sqrt(8)
