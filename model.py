@@ -76,6 +76,9 @@ class NGTConfig:
     mass_from: str = "token"
     moved_by: str = "pull"
     learned_exponent: bool = False
+    vacuum: float | None = None  # None: what is left over of a sum that is nearly 0
+    nearest_time_scale: float = 0.35
+    farthest_time_scale: float = 0.0035
     attractive: bool = False
     field_tolerance: float | None = None  # None: 1e-6, or 1e-4 under bf16 and fp16
     tie_head: bool = True
@@ -162,6 +165,8 @@ class GravityAttention(nn.Module):
             self.probe_proj = self.source_proj
         if config.mass_from == "hidden":
             self.mass_proj = nn.Linear(config.hidden_dim, 1)
+        if config.vacuum:
+            self.vacuum_raw = nn.Parameter(softplus_inverse(config.vacuum).repeat(heads))
         if config.learned_exponent:
             self.exponent_raw = nn.Parameter(softplus_inverse(float(config.exponent)).repeat(heads))
         self.v_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
@@ -184,7 +189,8 @@ class GravityAttention(nn.Module):
             proj.bias /= math.sqrt(8)
         heads = self.config.num_heads
         steps = torch.arange(heads, dtype=torch.float64) / max(heads - 1, 1)
-        self.time_scale_raw.copy_(softplus_inverse(0.35 * 0.01**steps))
+        near, far = self.config.nearest_time_scale, self.config.farthest_time_scale
+        self.time_scale_raw.copy_(softplus_inverse(near * (far / near) ** steps))
         self.time_offset.copy_(steps)
 
     @property
@@ -227,7 +233,7 @@ class GravityAttention(nn.Module):
         v = split_heads(self.v_proj(h), self.config.num_heads)
         if self.config.mass_from == "hidden":
             mass = mass * F.softplus(self.mass_proj(h).squeeze(-1).float() + 0.5413248546)
-        if self.config.learned_exponent:
+        if self.config.learned_exponent or self.config.vacuum:
             return self.dropout(self.out_proj(merge_heads(self._pull(q, k, v, mass, positions))))
         tolerance = self.config.field_tolerance
         if tolerance is None:
@@ -258,10 +264,13 @@ class GravityAttention(nn.Module):
             lag = positions[:, None] - positions[None, :]
             offset = self.time_offset[:, None, None]
             r2 = r2 + (self.time_scale[:, None, None] * (lag - offset)).square()
-            exponent = F.softplus(self.exponent_raw)[:, None, None]
+            exponent = self.config.exponent
+            if self.config.learned_exponent:
+                exponent = F.softplus(self.exponent_raw)[:, None, None]
             field = mass[:, None, None, :] * (1 + r2) ** -exponent
             field = (field * (r2 <= self.radius[:, None, None] ** 2)).masked_fill(lag < 0, 0)
-            return field @ v.float() / (field.sum(-1, keepdim=True) + 1e-20)
+            vacuum = F.softplus(self.vacuum_raw)[:, None, None] if self.config.vacuum else 1e-20
+            return field @ v.float() / (field.sum(-1, keepdim=True) + vacuum)
 
 
 class PublishedGravityAttention(nn.Module):

@@ -37,6 +37,8 @@ DEFAULTS = {
     "mass_from": "token",
     "moved_by": "pull",
     "learned_exponent": False,
+    "nearest_time_scale": 0.35,
+    "farthest_time_scale": 0.0035,
     "attractive": False,
     "use_radius_cutoff": True,
     "use_soft_cutoff": False,
@@ -277,6 +279,9 @@ def train_parser(description, examples):
         choices=("pull", "update"),
     )
     group.switch("--learned-exponent", "learn it per head, from --exponent on (slow)")
+    group.add("--vacuum", "learned mass that pulls a head to nothing (slow)", type=positive)
+    group.add("--nearest-time-scale", "softenings a token of a layer's first head", type=positive)
+    group.add("--farthest-time-scale", "the same of its last head", type=positive)
     group.switch("--attractive", "turn the published law's sign round, softened by 1")
     _Group(parser, "positions (vanilla)").add(
         "--pos", "how a vanilla model knows order", choices=POSITIONS
@@ -352,7 +357,7 @@ def resolve(args, resumed=None):
         UsageError: where a given flag contradicts the shape of the resumed model.
     """
     names = [*DEFAULTS, "data_path", "tokenizer_path", "mlp_dim", "num_parameters"]
-    names += ["radius", "field_tolerance"]
+    names += ["vacuum", "radius", "field_tolerance"]
     given = {name: getattr(args, name) for name in names if is_given(args, name)}
     if resumed is not None:
         _check_against(given, resumed)

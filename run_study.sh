@@ -109,6 +109,10 @@ ablation() {
         no_mass) flags=(--mass-from none) ;;
         mass_from_hidden) flags=(--mass-from hidden) ;;
         moved_by_update) flags=(--moved-by update) ;;
+        vacuum_*) flags=(--vacuum "${1#vacuum_}") ;;
+        nearest_*) flags=(--nearest-time-scale "${1#nearest_}") ;;
+        farthest_*) flags=(--farthest-time-scale "${1#farthest_}") ;;
+        update_*) ablation "${1#update_}" && flags+=(--moved-by update) ;;
         no_repulsion) flags=(--no-repulsion) ;;
         repulsion_*) flags=(--lambda-repulsion "${1#repulsion_}") ;;
         no_radius) flags=(--no-radius-cutoff) ;;

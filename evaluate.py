@@ -1,0 +1,235 @@
+"""What a checkpoint's loss is made of: by length of context, place in the window, token frequency,
+and on text that repeats itself. On the validation text that the checkpoint was trained beside.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from checkpoint import load_model
+from data import eval_windows
+from errors import UserError, run_script, warn, write_whole
+from gravity_blocked import cpu_multiplies_bf16
+from options import choose_device, script_parser, whole
+from token_files import open_token_data
+
+EXAMPLES = """examples:
+  python evaluate.py --checkpoint-path checkpoints/shakespeare.pt_best.pt
+  python evaluate.py --checkpoint-path checkpoints/b.pt_best.pt --json runs/b/evaluation.json
+"""
+TARGETS = 64  # tokens at the end of a context whose loss is taken
+PLACES = (1, 2, 5, 17, 65, 129, 257, 513, 1025)
+RANKS = (10, 100, 1000)
+STRING = 20  # tokens of a string that comes again
+GAPS = (20, 100, 200)  # tokens from its start to its second start
+RANDOM_LENGTHS = (20, 100)
+
+
+def make_parser():
+    parser = script_parser(__doc__, EXAMPLES)
+    add = parser.add_argument
+    add("--checkpoint-path", required=True, help="an NGT or a vanilla checkpoint")
+    add(
+        "--context-lengths",
+        type=lambda text: [whole(word) for word in text.split(",")],
+        default=[64, 128, 256, 512, 1024, 2048, 4096],
+        help="tokens, comma between them (default: 64,128,256,512,1024,2048,4096)",
+    )
+    add(
+        "--num-windows",
+        type=whole,
+        default=200,
+        help="windows of the longest context, strings that are repeated (default: %(default)s)",
+    )
+    add("--json", metavar="FILE", help="write the numbers here, too")
+    add("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
+    return parser
+
+
+class Losses:
+    """Losses of a model's next-token predictions, bf16 where it was trained in it."""
+
+    def __init__(self, model, config):
+        self.model = model
+        self.device = next(model.parameters()).device
+        fast = self.device.type == "cuda" or cpu_multiplies_bf16()
+        self.amp = bool(config.get("use_amp")) and fast
+        # learned positions end; rotary and ALiBi can be asked for more than they have learned
+        absolute = getattr(model.config, "pos", "learned") == "learned"
+        self.limit = model.max_context if absolute else None
+
+    @torch.no_grad()
+    def of(self, tokens, count):
+        """Losses of the last `count` tokens, (B, count), of int64 `tokens` (B, T + 1)."""
+        tokens = torch.as_tensor(tokens).to(self.device)
+        autocast = torch.autocast(self.device.type, torch.bfloat16)
+        with autocast if self.amp else contextlib.nullcontext():
+            logits = self.model(tokens[:, :-1])[:, -count:]
+        targets = tokens[:, -count:]
+        losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+        return losses.view(targets.shape).double().cpu().numpy()
+
+    def of_all(self, sequences, count, title):
+        """The same for any number of sequences, in batches of about 8192 tokens."""
+        rows = max(1, 8192 // sequences.shape[1])
+        starts = range(0, len(sequences), rows)
+        return np.concatenate(
+            [
+                self.of(sequences[start : start + rows], count)
+                for start in tqdm(starts, title, leave=False, delay=2, disable=None)
+            ]
+        )
+
+
+def by_length(losses, tokens, lengths, num_windows):
+    """Loss of the same target tokens after contexts of several lengths."""
+    lengths = sorted(length for length in lengths if length >= TARGETS)
+    while lengths and len(tokens) <= lengths[-1]:
+        warn(f"the validation text is shorter than {lengths[-1]} tokens: that length is left out")
+        lengths.pop()
+    if not lengths:
+        return []
+    longest = lengths[-1]
+    count = min(num_windows, (len(tokens) - 1) // longest)
+    ends = (np.arange(count) + 1) * ((len(tokens) - 1) // count) + 1
+    rows = []
+    for length in lengths:
+        row = {"context": length, "tokens": count * TARGETS, "loss": None}
+        if losses.limit is None or length <= losses.limit:
+            sequences = np.stack([tokens[end - length - 1 : end] for end in ends])
+            row["loss"] = float(losses.of_all(sequences, TARGETS, f"context {length}").mean())
+        rows.append(row)
+    return rows
+
+
+def by_place_and_rank(losses, tokens, ranks, block_size):
+    """Loss by how much of the window lies before a token, and by how frequent the token is."""
+    starts = eval_windows(tokens, block_size, eval_iters=50)
+    sequences = np.stack([tokens[start : start + block_size + 1] for start in starts])
+    found = losses.of_all(sequences, block_size, "windows")
+    places, frequencies = [], []
+    for first, end in itertools.pairwise(PLACES):
+        if first <= block_size:
+            part = found[:, first - 1 : end - 1]
+            row = {"first": first, "last": min(end - 1, block_size), "loss": float(part.mean())}
+            places.append(row)
+    rank = ranks[sequences[:, 1:]]
+    for first, last in zip((1, *(r + 1 for r in RANKS)), (*RANKS, len(ranks)), strict=True):
+        chosen = (rank >= first) & (rank <= last)
+        if chosen.any():
+            row = {"first": first, "last": last, "tokens": int(chosen.sum())}
+            frequencies.append(row | {"loss": float(found[chosen].mean())})
+    return places, frequencies
+
+
+def frequency_ranks(tokens, vocab_size):
+    """Rank of every id in the training text, 1 for the most frequent."""
+    counts = np.bincount(tokens[:50_000_000], minlength=vocab_size)
+    ranks = np.empty(vocab_size, dtype=np.int64)
+    ranks[np.argsort(-counts, kind="stable")] = np.arange(1, vocab_size + 1)
+    return ranks
+
+
+def on_repeats(losses, tokens, vocab_size, count, block_size):
+    """Loss of a string's second coming, and of the same string where it comes but once.
+
+    Real text: a string, other text, the string again, after GAPS tokens. Random: ids drawn evenly,
+    and the same ids again. A string's first token, which nothing announces, is not counted.
+    """
+    generator = np.random.default_rng(0)
+    rows = []
+    for gap in GAPS:
+        before = block_size - gap - STRING
+        if before < 0 or len(tokens) < 4 * block_size:
+            continue
+        where = generator.integers(0, len(tokens) - block_size, (count, 2))
+        once = np.stack([tokens[a : a + block_size] for a, _ in where])
+        other = np.stack([tokens[b : b + STRING] for _, b in where])
+        twice = once.copy()
+        twice[:, before : before + STRING] = other
+        once[:, -STRING:] = twice[:, -STRING:] = other
+        first = losses.of_all(once, STRING - 1, f"string after {gap}").mean()
+        second = losses.of_all(twice, STRING - 1, f"string after {gap}").mean()
+        rows.append({"text": "real", "gap": gap, "once": float(first), "again": float(second)})
+    for length in RANDOM_LENGTHS:
+        if 2 * length > block_size:
+            continue
+        ids = generator.integers(0, vocab_size, (count, length))
+        found = losses.of_all(np.concatenate([ids, ids], 1), 2 * length - 1, f"random {length}")
+        again = float(found[:, length:].mean())
+        rows.append(
+            {"text": "random", "gap": length, "once": float(found[:, : length - 1].mean())}
+            | {"again": again}
+        )
+    return rows
+
+
+def show(result):
+    """The tables on the screen."""
+    print(f"\nloss of the last {TARGETS} tokens after a context of")
+    for row in result["by_length"]:
+        shown = "beyond its positions" if row["loss"] is None else f"{row['loss']:8.4f}"
+        print(f"  {row['context']:>6,} tokens  {shown}")
+    print("\nloss by place in the window")
+    for row in result["by_place"]:
+        print(f"  {row['first']:>6} to {row['last']:<6} {row['loss']:8.4f}")
+    print("\nloss by rank of the token in the training text")
+    for row in result["by_frequency"]:
+        print(
+            f"  {row['first']:>6} to {row['last']:<6} {row['loss']:8.4f}  {row['tokens']:,} tokens"
+        )
+    print("\nloss of a string that comes again (where it comes once)")
+    for row in result["repeats"]:
+        print(
+            f"  {row['text']:>6}, after {row['gap']:<4} {row['again']:8.4f}  ({row['once']:.4f})"
+            f"  a probability {math.exp(min(50, row['once'] - row['again'])):,.1f} times as large"
+        )
+
+
+def main(argv=None):
+    """Evaluate; returns the exit code."""
+    args = make_parser().parse_args(argv)
+    model, _, checkpoint = load_model(args.checkpoint_path, choose_device(args.device))
+    config = checkpoint["config"]
+    directory = config.get("token_directory", "")
+    if not directory or not Path(directory).is_dir():
+        raise UserError(
+            f"the text that {args.checkpoint_path} learned from is not at {directory or '?'}: "
+            "prepare it with prepare_data.py, in the directory where it was trained"
+        )
+    data = open_token_data(Path(directory))
+    if data.tokenizer.fingerprint != config.get("tokenizer_sha256"):
+        raise UserError(f"{directory} has another tokenizer than {args.checkpoint_path}")
+    losses = Losses(model, config)
+    tokens = np.asarray(data.valid).astype(np.int64)
+    vocab_size, block_size = model.config.vocab_size, model.config.block_size
+    if len(tokens) <= block_size:
+        raise UserError(
+            f"the validation text has {len(tokens):,} tokens, a window {block_size:,}: "
+            "prepare a longer text"
+        )
+    ranks = frequency_ranks(np.asarray(data.train), vocab_size)
+    places, frequencies = by_place_and_rank(losses, tokens, ranks, block_size)
+    result = {
+        "checkpoint": str(args.checkpoint_path),
+        "step": checkpoint.get("iter"),
+        "by_length": by_length(losses, tokens, args.context_lengths, args.num_windows),
+        "by_place": places,
+        "by_frequency": frequencies,
+        "repeats": on_repeats(losses, tokens, vocab_size, args.num_windows, block_size),
+    }
+    show(result)
+    if args.json:
+        write_whole(Path(args.json), json.dumps(result, indent=1).encode())
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
