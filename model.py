@@ -77,6 +77,8 @@ class NGTConfig:
     moved_by: str = "pull"
     learned_exponent: bool = False
     vacuum: float | None = None  # None: what is left over of a sum that is nearly 0
+    velocity: str = ""
+    velocity_start: float = 0.0
     nearest_time_scale: float = 0.35
     farthest_time_scale: float = 0.0035
     attractive: bool = False
@@ -165,6 +167,10 @@ class GravityAttention(nn.Module):
             self.probe_proj = self.source_proj
         if config.mass_from == "hidden":
             self.mass_proj = nn.Linear(config.hidden_dim, 1)
+        widths = {"q": points, "k": points, "v": config.hidden_dim}
+        for name in config.velocity:
+            start = torch.full((widths[name],), config.velocity_start)
+            self.register_parameter(f"{name}_lead", nn.Parameter(start))
         if config.vacuum:
             self.vacuum_raw = nn.Parameter(softplus_inverse(config.vacuum).repeat(heads))
         if config.learned_exponent:
@@ -215,7 +221,15 @@ class GravityAttention(nn.Module):
     def points(self, z):
         """Where tokens look from and pull from, both (B, H, T, head_coord_dim)."""
         heads = self.config.num_heads
-        return split_heads(self.probe_proj(z), heads), split_heads(self.source_proj(z), heads)
+        q, k = self.lead("q", self.probe_proj(z)), self.lead("k", self.source_proj(z))
+        return split_heads(q, heads), split_heads(k, heads)
+
+    def lead(self, name, x):
+        """x, (B, T, width), ahead of where it is by its learned share of its velocity."""
+        if name not in self.config.velocity:
+            return x
+        before = torch.cat([x[:, :1], x[:, :-1]], 1)
+        return x + getattr(self, f"{name}_lead").to(x.dtype) * (x - before)
 
     def law(self):
         """The keyword arguments of `gravity.gravity_field` for this layer."""
@@ -230,7 +244,7 @@ class GravityAttention(nn.Module):
 
     def forward(self, h, z, mass, positions, kv_cache=None):
         q, k = self.points(z)
-        v = split_heads(self.v_proj(h), self.config.num_heads)
+        v = split_heads(self.lead("v", self.v_proj(h)), self.config.num_heads)
         if self.config.mass_from == "hidden":
             mass = mass * F.softplus(self.mass_proj(h).squeeze(-1).float() + 0.5413248546)
         if self.config.learned_exponent or self.config.vacuum:

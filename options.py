@@ -37,6 +37,8 @@ DEFAULTS = {
     "mass_from": "token",
     "moved_by": "pull",
     "learned_exponent": False,
+    "velocity": "",
+    "velocity_start": 0.0,
     "nearest_time_scale": 0.35,
     "farthest_time_scale": 0.0035,
     "attractive": False,
@@ -279,6 +281,8 @@ def train_parser(description, examples):
         choices=("pull", "update"),
     )
     group.switch("--learned-exponent", "learn it per head, from --exponent on (slow)")
+    group.add("--velocity", "which of q, k, v are ahead by a share of their velocity, as qkv")
+    group.add("--velocity-start", "that share at the start", type=float)
     group.add("--vacuum", "learned mass that pulls a head to nothing (slow)", type=positive)
     group.add("--nearest-time-scale", "softenings a token of a layer's first head", type=positive)
     group.add("--farthest-time-scale", "the same of its last head", type=positive)

@@ -109,6 +109,11 @@ ablation() {
         no_mass) flags=(--mass-from none) ;;
         mass_from_hidden) flags=(--mass-from hidden) ;;
         moved_by_update) flags=(--moved-by update) ;;
+        velocity_*_at_*)
+            flags=("${1#velocity_}")
+            flags=(--velocity "${flags%_at_*}" --velocity-start "${flags#*_at_}")
+            ;;
+        velocity_*) flags=(--velocity "${1#velocity_}") ;;
         vacuum_*) flags=(--vacuum "${1#vacuum_}") ;;
         nearest_*) flags=(--nearest-time-scale "${1#nearest_}") ;;
         farthest_*) flags=(--farthest-time-scale "${1#farthest_}") ;;
