@@ -79,6 +79,7 @@ class NGTConfig:
     vacuum: float | None = None  # None: what is left over of a sum that is nearly 0
     velocity: str = ""
     velocity_start: float = 0.0
+    same_start: bool = False
     nearest_time_scale: float = 0.35
     farthest_time_scale: float = 0.0035
     attractive: bool = False
@@ -169,7 +170,8 @@ class GravityAttention(nn.Module):
             self.mass_proj = nn.Linear(config.hidden_dim, 1)
         widths = {"q": points, "k": points, "v": config.hidden_dim}
         for name in config.velocity:
-            start = torch.full((widths[name],), config.velocity_start)
+            start = torch.linspace(0, config.velocity_start, heads)  # near to far
+            start = start.repeat_interleave(widths[name] // heads)
             self.register_parameter(f"{name}_lead", nn.Parameter(start))
         if config.vacuum:
             self.vacuum_raw = nn.Parameter(softplus_inverse(config.vacuum).repeat(heads))
@@ -193,6 +195,8 @@ class GravityAttention(nn.Module):
             proj.reset_parameters()
             proj.weight /= math.sqrt(8)
             proj.bias /= math.sqrt(8)
+        if self.config.same_start:
+            self.source_proj.load_state_dict(self.probe_proj.state_dict())
         heads = self.config.num_heads
         steps = torch.arange(heads, dtype=torch.float64) / max(heads - 1, 1)
         near, far = self.config.nearest_time_scale, self.config.farthest_time_scale

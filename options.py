@@ -39,6 +39,7 @@ DEFAULTS = {
     "learned_exponent": False,
     "velocity": "",
     "velocity_start": 0.0,
+    "same_start": False,
     "nearest_time_scale": 0.35,
     "farthest_time_scale": 0.0035,
     "attractive": False,
@@ -282,7 +283,12 @@ def train_parser(description, examples):
     )
     group.switch("--learned-exponent", "learn it per head, from --exponent on (slow)")
     group.add("--velocity", "which of q, k, v are ahead by a share of their velocity, as qkv")
-    group.add("--velocity-start", "that share at the start", type=float)
+    group.add(
+        "--velocity-start",
+        "that share at the start, of a layer's last head; 0 of its first",
+        type=float,
+    )
+    group.switch("--same-start", "both points of a head start as one")
     group.add("--vacuum", "learned mass that pulls a head to nothing (slow)", type=positive)
     group.add("--nearest-time-scale", "softenings a token of a layer's first head", type=positive)
     group.add("--farthest-time-scale", "the same of its last head", type=positive)

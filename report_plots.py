@@ -81,3 +81,27 @@ def page_of_curves(curves, title):
 def _colours(curves):
     labels = dict.fromkeys(label for label, _, _ in curves)
     return {label: COLOURS[n % len(COLOURS)] for n, label in enumerate(labels)}
+
+
+def save_lengths_png(path, rows_by_label):
+    """Loss against the length of the context, a line a model.
+
+    Args:
+        path: of the file to write.
+        rows_by_label: for each label `evaluate.py`'s rows of "by_length".
+    """
+    figure, panel = plt.subplots(figsize=(7, 4.2))
+    for label, rows in rows_by_label.items():
+        rows = [row for row in rows if row["loss"] is not None]
+        contexts, losses = [r["context"] for r in rows], [r["loss"] for r in rows]
+        panel.plot(contexts, losses, marker="o", lw=1.4, label=label)
+    panel.set_xscale("log", base=2)
+    panel.set_xlabel("tokens of context")
+    panel.set_ylabel("loss of the last 64 tokens (nats a token)")
+    panel.grid(alpha=0.3)
+    panel.legend()
+    figure.tight_layout()
+    try:
+        figure.savefig(path, dpi=110, format="png")
+    finally:
+        plt.close(figure)

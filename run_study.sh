@@ -109,6 +109,8 @@ ablation() {
         no_mass) flags=(--mass-from none) ;;
         mass_from_hidden) flags=(--mass-from hidden) ;;
         moved_by_update) flags=(--moved-by update) ;;
+        same_start) flags=(--same-start) ;;
+        induction) flags=(--same-start --velocity k --velocity-start -1) ;;
         velocity_*_at_*)
             flags=("${1#velocity_}")
             flags=(--velocity "${flags%_at_*}" --velocity-start "${flags#*_at_}")

@@ -12,7 +12,8 @@ import pytest
 import report
 from conftest import BROWSER, error_line, run
 from errors import UserError
-from report import find_runs, group, result_table
+from report import result_table
+from report_runs import find_runs, group
 
 SMALL = (
     *("--hidden-dim", 16, "--num-layers", 2, "--num-heads", 2, "--block-size", 8),

@@ -1,0 +1,364 @@
+"""The report of run_study.sh: one table a question, every number from the runs' own files."""
+
+import io
+import json
+import shlex
+import statistics
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from checkpoint import build_model
+from errors import UserError, write_whole
+from report_geometry import geometry_section, markdown
+from report_runs import NOT_RUN, all_values, duration, find_runs, group, mean
+
+BASELINE = "rotary"
+STAGES = ("rates", "ablations", "headline", "full", "sizes")
+NOT_A_CHANGE = {
+    *("seed", "checkpoint_path", "command", "code_version", "torch_version", "machine", "device"),
+    *("parameters", "mlp_dim", "source", "token_directory", "data_path", "compile"),
+    *("eval_interval", "checkpoint_interval", "vocab_size", "model_type", "deterministic"),
+}
+
+
+def write_study(output, name):
+    """Write the study of `runs/<name>/` as Markdown, with its pictures beside it.
+
+    Raises:
+        UserError: where nothing of it was run.
+    """
+    from report_plots import save_lengths_png, save_png  # a second to import
+
+    stages = {stage: _stage(name, stage) for stage in STAGES}
+    runs = [run for found in stages.values() for run in found]
+    if not runs:
+        raise UserError(f"--study: there is no run below runs/{name}: start with run_study.sh")
+    headline = _by_model(stages["headline"])
+    configs = [run.config for run in runs]
+    evaluations = {label: _evaluation(found[0]) for label, found in headline.items()}
+    evaluations = {label: found for label, found in evaluations.items() if found}
+    parts = [
+        "# The study: gravity against dot-product attention",
+        f"**Corpus:** {all_values(configs, 'source')}, SHA-256 "
+        f"`{all_values(configs, 'source_sha256')}`. **Machine:** "
+        f"{all_values(configs, 'machine')}. **Commits:** {all_values(configs, 'code_version')}. "
+        f"**Cost:** {len(runs)} runs, "
+        f"{duration(sum(run.rows[-1]['wall_time'] for run in runs))} of training in all, each on "
+        "the threads named.",
+        f"Written by `python report.py --study {name} --output {output}` from the runs' own files. "
+        "Losses are nats a token on fixed validation windows; ± is the standard deviation over "
+        "seeds; a paired difference is taken between runs of the same seed, which read the same "
+        "batches. Commands of all runs stand at the end.",
+        "## Headline",
+        _headline_table(headline),
+    ]
+    if stages["headline"]:
+        curves = [(label, run.name, run.rows) for label, rs in headline.items() for run in rs]
+        picture = io.BytesIO()
+        save_png(picture, curves)
+        write_whole(output.with_suffix(".png"), picture.getvalue())
+        parts.append(f"![validation loss]({output.stem}.png)")
+        parts += ["### At equal cost", _cost_table(headline)]
+    parts += ["## Learning rates", _rate_table(stages["rates"])]
+    parts += ["## Ablations", _ablation_table(stages["ablations"])]
+    parts += ["### In full", _full_table(stages["full"], headline)]
+    parts += ["## Other sizes", _size_table(stages["sizes"])]
+    parts += ["## Past its training length", _length_table(evaluations)]
+    if evaluations:
+        picture = io.BytesIO()
+        save_lengths_png(picture, {label: e["by_length"] for label, e in evaluations.items()})
+        write_whole(output.with_name(f"{output.stem}_lengths.png"), picture.getvalue())
+        parts.append(f"![loss by context]({output.stem}_lengths.png)")
+    parts += ["## Where each wins", *_where_it_wins(evaluations)]
+    parts.append("## What the geometry learned")
+    parts += [
+        geometry_section(label, found[0].config)
+        for label, found in headline.items()
+        if found[0].config["model"] == "ngt"
+    ] or [f"{NOT_RUN}."]
+    parts.append("## Commands")
+    commands = [
+        f"# {run.name}, commit {str(run.config['code_version'])[:12]}\n"
+        + shlex.join(["python", *run.config["command"]])
+        for run in runs
+    ]
+    parts.append("```bash\n" + "\n".join(commands) + "\n```")
+    write_whole(output, ("\n\n".join(parts) + "\n").encode())
+
+
+def _stage(name, stage):
+    try:
+        return find_runs([f"{name}/{stage}"])
+    except UserError:
+        if any((Path("runs") / name / stage).glob("*/config.json")):
+            raise
+        return []
+
+
+def _by_model(runs):
+    """Headline runs by their label, the baseline first; each list in order of the seeds."""
+    found = {variant.label: variant.runs for variant in group(runs)}
+    for same in found.values():
+        same.sort(key=lambda run: run.config["seed"])
+    return dict(sorted(found.items(), key=lambda item: BASELINE not in item[0]))
+
+
+def _baseline(headline):
+    return next((runs for label, runs in headline.items() if BASELINE in label), [])
+
+
+def _unfinished(run):
+    step, steps = run.rows[-1]["step"], run.config["max_steps"]
+    return f" (step {step:,} of {steps:,})" if step < steps else ""
+
+
+def _paired(runs, others, key):
+    """`(run's, other's)` values at their last common step, for seeds that both have."""
+    others = {run.config["seed"]: run for run in others}
+    pairs = []
+    for run in runs:
+        other = others.get(run.config["seed"])
+        if other is None:
+            continue
+        common = {row["step"] for row in run.rows} & {row["step"] for row in other.rows}
+        if common:
+            pairs.append((run.at_step(max(common))[key], other.at_step(max(common))[key]))
+    return [pair for pair in pairs if None not in pair]
+
+
+def _headline_table(headline):
+    head = ["model", "parameters", "seeds", "val loss", "perplexity", "bits a byte"]
+    head += ["perplexity / rotary, paired", "tokens/s", "training time"]
+    lines = []
+    for label, runs in headline.items():
+        last = [run.rows[-1] for run in runs]
+        ratios = [a / b for a, b in _paired(runs, _baseline(headline), "perplexity")]
+        lines.append(
+            [
+                label + "".join({_unfinished(run) for run in runs}),
+                f"{runs[0].config['parameters']:,}",
+                ", ".join(str(run.config["seed"]) for run in runs),
+                mean([row["val_loss"] for row in last], ".4f"),
+                mean([row["perplexity"] for row in last], ".2f"),
+                mean([row["bits_per_byte"] for row in last], ".4f"),
+                mean(ratios, ".4f") if ratios else "",
+                mean([run.median("tokens_per_s") for run in runs], ",.0f"),
+                duration(statistics.mean(row["wall_time"] for row in last)),
+            ]
+        )
+    return markdown(head, lines) if lines else f"{NOT_RUN}."
+
+
+def training_flops(config, tokens):
+    """Flops of the matrix products of training on so many tokens, causal pairs alone.
+
+    As `benchmark.py` counts them: forward and backward, nothing recomputed.
+    """
+    with torch.device("meta"):
+        model = build_model(config)
+    c = model.config
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    width = c.hidden_dim // c.num_heads
+    distance = getattr(c, "head_coord_dim", width)
+    pairs = (config["block_size"] + 1) / 2 * c.num_heads * c.num_layers
+    return 3 * 2 * (weights + (distance + width) * pairs) * tokens
+
+
+def _cost_table(headline):
+    """What it takes each model to reach the loss at which the baseline ends, by seed."""
+    baseline = {run.config["seed"]: run for run in _baseline(headline)}
+    if not baseline:
+        return f"{NOT_RUN}: there is no {BASELINE} run to compare with."
+    head = ["model", "steps to rotary's last loss", "of its training time", "of its flops"]
+    head += ["loss after rotary's time"]
+    lines = []
+    for label, runs in headline.items():
+        steps, times, flops, losses = [], [], [], []
+        for run in runs:
+            other = baseline.get(run.config["seed"])
+            if other is None:
+                continue
+            end = other.rows[-1]
+            within = run.within(end["wall_time"])
+            losses += [within["val_loss"]] if within else []
+            there = next((r for r in run.rows if r["val_loss"] <= end["val_loss"]), None)
+            if there is None:
+                continue
+            steps.append(there["step"])
+            times.append(there["wall_time"] / end["wall_time"])
+            cost = training_flops(run.config, there["tokens"])
+            flops.append(cost / training_flops(other.config, end["tokens"]))
+        never = "never"
+        lines.append(
+            [
+                label,
+                mean(steps, ",.0f") if steps else never,
+                mean(times, ".2f") if times else never,
+                mean(flops, ".2f") if flops else never,
+                mean(losses, ".4f") if losses else "",
+            ]
+        )
+    note = (
+        "The first evaluation at or below the baseline's last loss, by seed. A model that is "
+        "quicker has decayed its learning rate less by then, which counts against it."
+    )
+    return f"{markdown(head, lines)}\n\n{note}"
+
+
+def _rate_table(runs):
+    if not runs:
+        return f"{NOT_RUN}."
+    models = {}
+    for run in runs:
+        model = run.name.split("/")[-1].rsplit("_", 1)[0]
+        models.setdefault(model, {})[run.config["learning_rate"]] = run
+    rates = sorted({rate for found in models.values() for rate in found})
+    lines = []
+    for model, found in models.items():
+        best = min(found, key=lambda rate: found[rate].rows[-1]["val_loss"])
+        shown = [
+            f"{found[rate].rows[-1]['val_loss']:.4f}" + _unfinished(found[rate])
+            if rate in found
+            else NOT_RUN
+            for rate in rates
+        ]
+        lines.append([model, *shown, f"{best:g}"])
+    seed = all_values([run.config for run in runs], "seed")
+    steps = all_values([run.config for run in runs], "max_steps")
+    note = f"Validation loss after {steps} steps, seed {seed}, which no other table has."
+    return f"{note}\n\n{markdown(['model', *(f'{rate:g}' for rate in rates), 'best'], lines)}"
+
+
+def _change(config, default):
+    """What a run's configuration changes, in the flags' words."""
+    names = [k for k in config if k not in NOT_A_CHANGE and config[k] != default.get(k)]
+    return ", ".join(f"{name} {config.get(name)}" for name in names) or "none"
+
+
+def _ablation_table(runs):
+    default = next((run for run in runs if run.name.endswith("/default")), None)
+    if default is None:
+        return f"{NOT_RUN}."
+    head = ["name", "what changes", "parameters", "val loss", "perplexity", "difference of loss"]
+    head += ["tokens/s"]
+    lines = []
+    for run in sorted(runs, key=lambda run: run.rows[-1]["val_loss"]):
+        pairs = _paired([run], [default], "val_loss")
+        lines.append(
+            [
+                run.name.split("/")[-1] + _unfinished(run),
+                _change(run.config, default.config),
+                f"{run.config['parameters']:,}",
+                f"{run.rows[-1]['val_loss']:.4f}",
+                f"{run.rows[-1]['perplexity']:.2f}",
+                f"{pairs[0][0] - pairs[0][1]:+.4f}" if pairs else "",
+                f"{run.median('tokens_per_s'):,.0f}",
+            ]
+        )
+    note = (
+        f"One change at a time from `default`, {default.config['max_steps']:,} steps, seed "
+        f"{default.config['seed']}, same batches; below 0 is better than the default. One seed: "
+        "the headline's spread says which differences mean anything."
+    )
+    return f"{note}\n\n{markdown(head, lines)}"
+
+
+def _full_table(runs, headline):
+    if not runs:
+        return f"{NOT_RUN}."
+    lines = []
+    for run in runs:
+        pairs = _paired([run], _baseline(headline), "perplexity")
+        lines.append(
+            [
+                run.name.split("/")[-1] + _unfinished(run),
+                run.config["seed"],
+                f"{run.rows[-1]['val_loss']:.4f}",
+                f"{run.rows[-1]['perplexity']:.2f}",
+                f"{pairs[0][0] / pairs[0][1]:.4f}" if pairs else "",
+            ]
+        )
+    return markdown(["name", "seed", "val loss", "perplexity", "perplexity / rotary"], lines)
+
+
+def _size_table(runs):
+    if not runs:
+        return f"{NOT_RUN}."
+    head = ["run", "parameters", "tokens", "val loss", "perplexity", "tokens/s", "training time"]
+    lines = [
+        [
+            run.name.split("/")[-1] + _unfinished(run),
+            f"{run.config['parameters']:,}",
+            f"{run.rows[-1]['tokens']:,}",
+            f"{run.rows[-1]['val_loss']:.4f}",
+            f"{run.rows[-1]['perplexity']:.2f}",
+            f"{run.median('tokens_per_s'):,.0f}",
+            duration(run.rows[-1]["wall_time"]),
+        ]
+        for run in runs
+    ]
+    return markdown(head, lines)
+
+
+def _evaluation(run):
+    """What evaluate.py wrote of a run; None where it was not evaluated."""
+    path = Path("runs") / run.name / "evaluation.json"
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("by_length", "by_place", "by_frequency", "repeats"):
+            found[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): write it anew with evaluate.py") from None
+    return found
+
+
+def _evaluated(evaluations, key, title, name_of, value="loss"):
+    """A line a row of evaluate.py's, a column a model."""
+    rows = {}
+    for label, evaluation in evaluations.items():
+        for row in evaluation[key]:
+            rows.setdefault(name_of(row), {})[label] = row[value]
+    lines = []
+    for name, found in rows.items():
+        values = [found.get(label) for label in evaluations]
+        lines.append([name, *("" if v is None else f"{v:.4f}" for v in values)])
+    return markdown([title, *evaluations], lines)
+
+
+def _length_table(evaluations):
+    if not evaluations:
+        return f"{NOT_RUN}."
+    first = next(iter(evaluations.values()))["by_length"]
+    note = (
+        f"Loss of the same {first[0]['tokens']:,} tokens after contexts of several lengths; "
+        "empty where the model's positions end."
+    )
+    table = _evaluated(evaluations, "by_length", "context", lambda row: f"{row['context']:,}")
+    return f"{note}\n\n{table}"
+
+
+def _where_it_wins(evaluations):
+    if not evaluations:
+        return [f"{NOT_RUN}."]
+
+    def span(row):
+        return f"{row['first']:,} to {row['last']:,}"
+
+    def repeated(row):
+        return f"{row['text']}, after {row['gap']}"
+
+    return [
+        "### By place in the window",
+        _evaluated(evaluations, "by_place", "place", span),
+        "### By the token's rank in the training text",
+        _evaluated(evaluations, "by_frequency", "rank", span),
+        "### On what comes again",
+        "Loss of a string of 20 tokens of real text, or of random ids, when it comes again after "
+        "so many tokens; below it, where the same string comes once.",
+        _evaluated(evaluations, "repeats", "comes again", repeated, "again"),
+        _evaluated(evaluations, "repeats", "comes once", repeated, "once"),
+    ]
