@@ -79,6 +79,7 @@ class NGTConfig:
     vacuum: float | None = None  # None: what is left over of a sum that is nearly 0
     velocity: str = ""
     velocity_start: float = 0.0
+    velocity_far: float | None = None
     same_start: bool = False
     nearest_time_scale: float = 0.35
     farthest_time_scale: float = 0.0035
@@ -170,7 +171,8 @@ class GravityAttention(nn.Module):
             self.mass_proj = nn.Linear(config.hidden_dim, 1)
         widths = {"q": points, "k": points, "v": config.hidden_dim}
         for name in config.velocity:
-            start = torch.linspace(0, config.velocity_start, heads)  # near to far
+            near, far = config.velocity_start, config.velocity_far
+            start = torch.linspace(near, near if far is None else far, heads)
             start = start.repeat_interleave(widths[name] // heads)
             self.register_parameter(f"{name}_lead", nn.Parameter(start))
         if config.vacuum:

@@ -285,9 +285,10 @@ def train_parser(description, examples):
     group.add("--velocity", "which of q, k, v are ahead by a share of their velocity, as qkv")
     group.add(
         "--velocity-start",
-        "that share at the start, of a layer's last head; 0 of its first",
+        "that share at the start, of a layer's first head",
         type=float,
     )
+    group.add("--velocity-far", "the same of its last head", type=float)
     group.switch("--same-start", "both points of a head start as one")
     group.add("--vacuum", "learned mass that pulls a head to nothing (slow)", type=positive)
     group.add("--nearest-time-scale", "softenings a token of a layer's first head", type=positive)
@@ -367,7 +368,7 @@ def resolve(args, resumed=None):
         UsageError: where a given flag contradicts the shape of the resumed model.
     """
     names = [*DEFAULTS, "data_path", "tokenizer_path", "mlp_dim", "num_parameters"]
-    names += ["vacuum", "radius", "field_tolerance"]
+    names += ["velocity_far", "vacuum", "radius", "field_tolerance"]
     given = {name: getattr(args, name) for name in names if is_given(args, name)}
     if resumed is not None:
         _check_against(given, resumed)

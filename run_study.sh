@@ -110,7 +110,8 @@ ablation() {
         mass_from_hidden) flags=(--mass-from hidden) ;;
         moved_by_update) flags=(--moved-by update) ;;
         same_start) flags=(--same-start) ;;
-        induction) flags=(--same-start --velocity k --velocity-start -1) ;;
+        induction) flags=(--same-start --velocity k --velocity-far -1) ;;
+        far_*) flags=(--velocity k --velocity-far "${1#far_}") ;;
         velocity_*_at_*)
             flags=("${1#velocity_}")
             flags=(--velocity "${flags%_at_*}" --velocity-start "${flags#*_at_}")
