@@ -111,6 +111,8 @@ ablation() {
         moved_by_update) flags=(--moved-by update) ;;
         same_start) flags=(--same-start) ;;
         induction) flags=(--same-start --velocity k --velocity-far -1) ;;
+        induction_uniform_*) flags=(--same-start --velocity k --velocity-start "${1#induction_uniform_}") ;;
+        induction_*) ablation "${1#induction_}" && flags+=(--same-start --velocity k --velocity-far -1) ;;
         far_*) flags=(--velocity k --velocity-far "${1#far_}") ;;
         velocity_*_at_*)
             flags=("${1#velocity_}")
