@@ -133,6 +133,8 @@ def read_checkpoint(path):
             f"checkpoint {path} is of format {checkpoint['format_version']}, this program reads "
             f"{FORMAT_VERSION}: use the release that wrote it"
         )
+    if isinstance(checkpoint.get("config"), dict):  # written before there was retardation
+        checkpoint["config"].setdefault("retardation", False)
     return checkpoint
 
 

@@ -17,6 +17,7 @@ class KVCache:
     def __init__(self):
         self.length = 0
         self._layers = {}
+        self._newest = {}
 
     def append(self, layer, positions, *entries):
         """Add new tokens to a layer and return all that it remembers.
@@ -34,6 +35,16 @@ class KVCache:
             memory = self._layers[layer] = _Memory(new)
         return memory.append(new)
 
+    def exchange(self, layer, entries):
+        """Keep the last of `entries`, (B, T, C), for a layer and return the one kept before.
+
+        Returns:
+            (B, 1, C); the first of `entries` where none was kept.
+        """
+        before = self._newest.get(layer, entries[:, :1])
+        self._newest[layer] = entries[:, -1:].clone()
+        return before
+
     def keep_newest(self, layer, count):
         """Forget all but the newest `count` tokens of a layer."""
         memory = self._layers[layer]
@@ -45,11 +56,8 @@ class KVCache:
 
     def num_bytes(self):
         """Memory that the layers hold, in bytes."""
-        return sum(
-            entry.numel() * entry.element_size()
-            for memory in self._layers.values()
-            for entry in memory.entries
-        )
+        entries = [entry for memory in self._layers.values() for entry in memory.entries]
+        return sum(x.numel() * x.element_size() for x in (*entries, *self._newest.values()))
 
 
 class _Memory:

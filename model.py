@@ -77,10 +77,8 @@ class NGTConfig:
     moved_by: str = "pull"
     learned_exponent: bool = False
     vacuum: float | None = None  # None: what is left over of a sum that is nearly 0
-    velocity: str = ""
-    velocity_start: float = 0.0
-    velocity_far: float | None = None
-    same_start: bool = False
+    retardation: bool = True
+    same_start: bool = True
     nearest_time_scale: float = 0.35
     farthest_time_scale: float = 0.0035
     attractive: bool = False
@@ -169,12 +167,8 @@ class GravityAttention(nn.Module):
             self.probe_proj = self.source_proj
         if config.mass_from == "hidden":
             self.mass_proj = nn.Linear(config.hidden_dim, 1)
-        widths = {"q": points, "k": points, "v": config.hidden_dim}
-        for name in config.velocity:
-            near, far = config.velocity_start, config.velocity_far
-            start = torch.linspace(near, near if far is None else far, heads)
-            start = start.repeat_interleave(widths[name] // heads)
-            self.register_parameter(f"{name}_lead", nn.Parameter(start))
+        if config.retardation:
+            self.retardation = nn.Parameter(torch.empty(points))
         if config.vacuum:
             self.vacuum_raw = nn.Parameter(softplus_inverse(config.vacuum).repeat(heads))
         if config.learned_exponent:
@@ -204,6 +198,8 @@ class GravityAttention(nn.Module):
         near, far = self.config.nearest_time_scale, self.config.farthest_time_scale
         self.time_scale_raw.copy_(softplus_inverse(near * (far / near) ** steps))
         self.time_offset.copy_(steps)
+        if self.config.retardation:
+            self.retardation.copy_(steps.repeat_interleave(self.config.head_coord_dim))
 
     @property
     def time_scale(self):
@@ -224,18 +220,25 @@ class GravityAttention(nn.Module):
             return torch.full_like(self.time_offset, math.inf)
         return reach(self.time_scale, self.time_offset, self.radius).clamp(min=1)
 
-    def points(self, z):
+    def points(self, z, kv_cache=None):
         """Where tokens look from and pull from, both (B, H, T, head_coord_dim)."""
-        heads = self.config.num_heads
-        q, k = self.lead("q", self.probe_proj(z)), self.lead("k", self.source_proj(z))
-        return split_heads(q, heads), split_heads(k, heads)
+        source = self.retarded(self.source_proj(z), kv_cache)
+        return tuple(split_heads(x, self.config.num_heads) for x in (self.probe_proj(z), source))
 
-    def lead(self, name, x):
-        """x, (B, T, width), ahead of where it is by its learned share of its velocity."""
-        if name not in self.config.velocity:
-            return x
-        before = torch.cat([x[:, :1], x[:, :-1]], 1)
-        return x + getattr(self, f"{name}_lead").to(x.dtype) * (x - before)
+    def retarded(self, source, kv_cache=None):
+        """Where tokens are felt: at 0 where they are, at 1 where their predecessor is.
+
+        A head that is at 1 is drawn to what once followed a token like this one.
+
+        Args:
+            source: (B, T, H*C).
+            kv_cache: remembers the predecessor of the next call's first token.
+        """
+        if not self.config.retardation:
+            return source
+        first = source[:, :1] if kv_cache is None else kv_cache.exchange(self.layer, source)
+        before = torch.cat([first, source[:, :-1]], 1)
+        return torch.lerp(source, before, self.retardation.to(source.dtype))
 
     def law(self):
         """The keyword arguments of `gravity.gravity_field` for this layer."""
@@ -249,8 +252,8 @@ class GravityAttention(nn.Module):
         )
 
     def forward(self, h, z, mass, positions, kv_cache=None):
-        q, k = self.points(z)
-        v = split_heads(self.lead("v", self.v_proj(h)), self.config.num_heads)
+        q, k = self.points(z, kv_cache)
+        v = split_heads(self.v_proj(h), self.config.num_heads)
         if self.config.mass_from == "hidden":
             mass = mass * F.softplus(self.mass_proj(h).squeeze(-1).float() + 0.5413248546)
         if self.config.learned_exponent or self.config.vacuum:

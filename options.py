@@ -37,9 +37,8 @@ DEFAULTS = {
     "mass_from": "token",
     "moved_by": "pull",
     "learned_exponent": False,
-    "velocity": "",
-    "velocity_start": 0.0,
-    "same_start": False,
+    "retardation": True,
+    "same_start": True,
     "nearest_time_scale": 0.35,
     "farthest_time_scale": 0.0035,
     "attractive": False,
@@ -282,13 +281,7 @@ def train_parser(description, examples):
         choices=("pull", "update"),
     )
     group.switch("--learned-exponent", "learn it per head, from --exponent on (slow)")
-    group.add("--velocity", "which of q, k, v are ahead by a share of their velocity, as qkv")
-    group.add(
-        "--velocity-start",
-        "that share at the start, of a layer's first head",
-        type=float,
-    )
-    group.add("--velocity-far", "the same of its last head", type=float)
+    group.switch("--retardation", "feel a token, by a learned share, where its predecessor is")
     group.switch("--same-start", "both points of a head start as one")
     group.add("--vacuum", "learned mass that pulls a head to nothing (slow)", type=positive)
     group.add("--nearest-time-scale", "softenings a token of a layer's first head", type=positive)
@@ -368,7 +361,7 @@ def resolve(args, resumed=None):
         UsageError: where a given flag contradicts the shape of the resumed model.
     """
     names = [*DEFAULTS, "data_path", "tokenizer_path", "mlp_dim", "num_parameters"]
-    names += ["velocity_far", "vacuum", "radius", "field_tolerance"]
+    names += ["vacuum", "radius", "field_tolerance"]
     given = {name: getattr(args, name) for name in names if is_given(args, name)}
     if resumed is not None:
         _check_against(given, resumed)

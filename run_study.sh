@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The study that compares gravity with dot-product attention, each change of the law by itself.
-# Every run is a folder below runs/study/; call it again and it goes on where it stopped.
+# Every run is a folder below runs/study; call it again and it goes on where it stopped.
 #
 #   bash run_study.sh                                    all stages on Shakespeare, two CPU cores
 #   DATASET=text DATA_PATH=books/ bash run_study.sh      on any corpus: what reports/study.md shows
@@ -12,14 +12,17 @@
 #   JOBS=2 THREADS=1     runs at a time, and CPU threads of each
 #   DATASET=shakespeare DATA_PATH BPE_VOCAB_SIZE=2048
 #   SEEDS="1 2 3"        of the headline;   RATE_SEED=100   of the learning rates' comparison
-#   RATES="1e-3 2e-3 4e-3"   tried for each model;   NGT_RATE, VANILLA_RATE   used afterwards
+#   RATES="1e-3 2e-3 4e-3 8e-3"   tried for each model;   NGT_RATE, VANILLA_RATE   used afterwards
 #   STEPS=6000 SHORT_STEPS=1500   of the headline, and of rates and ablations
+#   NAME=study           of the folders below runs/, checkpoints/ and logs/
+#   ONLY                 runs whose name matches, as headline/rotary*
 #   FULL                 ablations to run in full as well, by name
 #   EXTRA_FLAGS          go to every training
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./setup_venv.sh
 
+NAME=${NAME:-study}
 STAGES=${STAGES:-rates ablations headline full sizes report}
 SIZE=${SIZE:-small}
 JOBS=${JOBS:-2}
@@ -27,11 +30,11 @@ DATASET=${DATASET:-shakespeare}
 BPE_VOCAB_SIZE=${BPE_VOCAB_SIZE:-2048}
 SEEDS=${SEEDS:-1 2 3}
 RATE_SEED=${RATE_SEED:-100}
-RATES=${RATES:-1e-3 2e-3 4e-3}
+RATES=${RATES:-1e-3 2e-3 4e-3 8e-3}
 STEPS=${STEPS:-6000}
 SHORT_STEPS=${SHORT_STEPS:-1500}
-NGT_RATE=${NGT_RATE:-2e-3}
-VANILLA_RATE=${VANILLA_RATE:-2e-3}
+NGT_RATE=${NGT_RATE:-4e-3}
+VANILLA_RATE=${VANILLA_RATE:-4e-3}
 FULL=${FULL:-}
 export OMP_NUM_THREADS=${THREADS:-1}
 
@@ -63,7 +66,9 @@ tenth() { python -c "import sys; print(f'{float(sys.argv[1]) / 10:g}')" "$1"; }
 
 # add NAME SEED STEPS RATE FLAGS...: a run to the list of those that `train_all` starts
 add() {
-    local name=study/$1 seed=$2 steps=$3 rate=$4
+    local name=$NAME/$1 seed=$2 steps=$3 rate=$4
+    # shellcheck disable=SC2053  # a pattern is what is meant
+    [[ $1 == ${ONLY:-*} ]] || return 0
     shift 4
     jobs+=("$(printf '%q ' "$name" "${corpus[@]}" "${shape[@]}" --num-parameters "$parameters" \
         --seed "$seed" --max-steps "$steps" --warmup-steps 100 --learning-rate "$rate" \
@@ -109,16 +114,8 @@ ablation() {
         no_mass) flags=(--mass-from none) ;;
         mass_from_hidden) flags=(--mass-from hidden) ;;
         moved_by_update) flags=(--moved-by update) ;;
-        same_start) flags=(--same-start) ;;
-        induction) flags=(--same-start --velocity k --velocity-far -1) ;;
-        induction_uniform_*) flags=(--same-start --velocity k --velocity-start "${1#induction_uniform_}") ;;
-        induction_*) ablation "${1#induction_}" && flags+=(--same-start --velocity k --velocity-far -1) ;;
-        far_*) flags=(--velocity k --velocity-far "${1#far_}") ;;
-        velocity_*_at_*)
-            flags=("${1#velocity_}")
-            flags=(--velocity "${flags%_at_*}" --velocity-start "${flags#*_at_}")
-            ;;
-        velocity_*) flags=(--velocity "${1#velocity_}") ;;
+        no_retardation) flags=(--no-retardation) ;;
+        other_start) flags=(--no-same-start) ;;
         vacuum_*) flags=(--vacuum "${1#vacuum_}") ;;
         nearest_*) flags=(--nearest-time-scale "${1#nearest_}") ;;
         farthest_*) flags=(--farthest-time-scale "${1#farthest_}") ;;
