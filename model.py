@@ -78,7 +78,7 @@ class NGTConfig:
     learned_exponent: bool = False
     vacuum: float | None = None  # None: what is left over of a sum that is nearly 0
     retardation: bool = True
-    same_start: bool = True
+    same_start: bool = False
     nearest_time_scale: float = 0.35
     farthest_time_scale: float = 0.0035
     attractive: bool = False

@@ -38,7 +38,7 @@ DEFAULTS = {
     "moved_by": "pull",
     "learned_exponent": False,
     "retardation": True,
-    "same_start": True,
+    "same_start": False,
     "nearest_time_scale": 0.35,
     "farthest_time_scale": 0.0035,
     "attractive": False,

@@ -115,7 +115,7 @@ ablation() {
         mass_from_hidden) flags=(--mass-from hidden) ;;
         moved_by_update) flags=(--moved-by update) ;;
         no_retardation) flags=(--no-retardation) ;;
-        other_start) flags=(--no-same-start) ;;
+        same_start) flags=(--same-start) ;;
         vacuum_*) flags=(--vacuum "${1#vacuum_}") ;;
         nearest_*) flags=(--nearest-time-scale "${1#nearest_}") ;;
         farthest_*) flags=(--farthest-time-scale "${1#farthest_}") ;;
