@@ -1,32 +1,33 @@
 #!/usr/bin/env bash
 # The study that compares gravity with dot-product attention, each change of the law by itself.
-# Every run is a folder below runs/study; call it again and it goes on where it stopped.
+# Every run is a folder below runs/; call it again and it goes on where it stopped.
 #
 #   bash run_study.sh                                    all stages on Shakespeare, two CPU cores
-#   DATASET=text DATA_PATH=books/ bash run_study.sh      on any corpus: what reports/study.md shows
+#   NAME=study DATASET=text DATA_PATH=books/ bash run_study.sh   any corpus: as reports/study.md
 #   STAGES="headline" SEEDS="1 2 3" bash run_study.sh    some of it
 #
 # From the environment, with their defaults:
-#   STAGES="rates ablations headline full sizes report"
+#   STAGES="rates ablations headline full sizes evaluate report"
 #   SIZE=small           or 25m, a GPU's job: WikiText-103's setting on the same corpus
 #   JOBS=2 THREADS=1     runs at a time, and CPU threads of each
 #   DATASET=shakespeare DATA_PATH BPE_VOCAB_SIZE=2048
 #   SEEDS="1 2 3"        of the headline;   RATE_SEED=100   of the learning rates' comparison
 #   RATES="1e-3 2e-3 4e-3 8e-3"   tried for each model;   NGT_RATE, VANILLA_RATE   used afterwards
 #   STEPS=6000 SHORT_STEPS=1500   of the headline, and of rates and ablations
-#   NAME=study           of the folders below runs/, checkpoints/ and logs/
+#   NAME=study_$DATASET  of the folders below runs/, checkpoints/ and logs/, and of the report
 #   ONLY                 runs whose name matches, as headline/rotary*
+#   SIZES="300000 3000000"   parameters of the other sizes, trained on 12 tokens a parameter
 #   FULL                 ablations to run in full as well, by name
 #   EXTRA_FLAGS          go to every training
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./setup_venv.sh
 
-NAME=${NAME:-study}
-STAGES=${STAGES:-rates ablations headline full sizes report}
+STAGES=${STAGES:-rates ablations headline full sizes evaluate report}
 SIZE=${SIZE:-small}
 JOBS=${JOBS:-2}
 DATASET=${DATASET:-shakespeare}
+NAME=${NAME:-study_$DATASET}
 BPE_VOCAB_SIZE=${BPE_VOCAB_SIZE:-2048}
 SEEDS=${SEEDS:-1 2 3}
 RATE_SEED=${RATE_SEED:-100}
@@ -36,12 +37,14 @@ SHORT_STEPS=${SHORT_STEPS:-1500}
 NGT_RATE=${NGT_RATE:-4e-3}
 VANILLA_RATE=${VANILLA_RATE:-4e-3}
 FULL=${FULL:-}
+SIZES=${SIZES:-300000 3000000}
 export OMP_NUM_THREADS=${THREADS:-1}
 
 for stage in $STAGES; do
     case "$stage" in
-        rates | ablations | headline | full | sizes | report) ;;
-        *) fail "STAGES has $stage: name some of rates, ablations, headline, full, sizes, report" ;;
+        rates | ablations | headline | full | sizes | evaluate | report) ;;
+        *) fail "STAGES has $stage: name some of rates, ablations, headline, full, sizes," \
+            "evaluate, report" ;;
     esac
 done
 case "$SIZE" in
@@ -82,11 +85,17 @@ train_one() {
     local name=$1
     shift
     mkdir -p "$(dirname "logs/$name.log")"
+    if [ -e "logs/$name.flags" ] && [ "$(cat "logs/$name.flags")" != "$*" ]; then
+        echo "error: runs/$name was trained with other flags (logs/$name.flags):" \
+            "give another NAME, or remove that run" >&2
+        return 255
+    fi
+    echo "$*" >"logs/$name.flags"
     if python train_shakespeare.py "$@" --checkpoint-path "checkpoints/$name.pt" \
         --run-name "$name" --resume >>"logs/$name.log" 2>&1; then
-        echo "$(date +%H:%M) $name: $(grep -h 'best validation loss' "logs/$name.log" | tail -1)"
+        echo "$(date +%H:%M) $name: $(grep -h 'best validation loss' "logs/$name.log" | tail -n 1)"
     else
-        echo "$name failed: $(tail -1 "logs/$name.log")" >&2
+        echo "error: $name failed: $(tail -n 1 "logs/$name.log")" >&2
         return 255 # ends xargs
     fi
 }
@@ -96,6 +105,15 @@ train_all() {
     [ ${#jobs[@]} = 0 ] || printf '%s\n' "${jobs[@]}" |
         xargs -d '\n' -P "$JOBS" -I JOB bash -c 'set -eo pipefail; train_one JOB'
     jobs=()
+}
+
+# set_size PARAMETERS: a narrower or wider model of as many layers and heads
+set_size() {
+    parameters=$1
+    local width=128
+    [ "$1" -ge 600000 ] || width=64
+    [ "$1" -lt 2000000 ] || width=256
+    shape=(--hidden-dim "$width" --num-layers 4 --num-heads 4 --block-size 256 --batch-size 8)
 }
 
 # the ablations: a name and what it changes
@@ -167,8 +185,31 @@ for stage in $STAGES; do
             done
             add headline/learned_1 1 "$STEPS" "$VANILLA_RATE" --model vanilla
             add headline/alibi_1 1 "$STEPS" "$VANILLA_RATE" --model vanilla --pos alibi
-            add headline/published_1 1 "$STEPS" "$NGT_RATE" --law published --mass-in-value
             ;;
+        full)
+            for name in $FULL; do
+                ablation "$name"
+                add "full/$name" 1 "$STEPS" "$NGT_RATE" ${flags[@]+"${flags[@]}"}
+            done
+            ;;
+        sizes)
+            for size in $SIZES; do
+                set_size "$size"
+                add "sizes/ngt_$size" 1 $((12 * size / 2048)) "$NGT_RATE"
+                add "sizes/rotary_$size" 1 $((12 * size / 2048)) "$VANILLA_RATE" \
+                    --model vanilla --pos rotary
+            done
+            ;;
+        evaluate)
+            for folder in runs/"$NAME"/headline/*_1; do
+                run=${folder#runs/}
+                [ -e "$folder/evaluation.json" ] && continue
+                echo "$run"
+                python evaluate.py --checkpoint-path "checkpoints/$run.pt_best.pt" \
+                    --json "$folder/evaluation.json" >"logs/$run.evaluation.log"
+            done
+            ;;
+        report) python report.py --study "$NAME" --output "reports/$NAME.md" ;;
     esac
     train_all
 done
