@@ -1,0 +1,120 @@
+"""run_study.sh and the report of its runs, on models of a second each."""
+
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import report
+from errors import UserError
+from test_report import cells, write_run
+from test_repository import copy_of_the_repository
+
+TINY = {
+    **{"NAME": "s", "DATASET": "text", "DATA_PATH": "small.txt", "BPE_VOCAB_SIZE": "300"},
+    **{"STEPS": "24", "SHORT_STEPS": "12", "RATES": "1e-3", "SEEDS": "1", "JOBS": "2"},
+    **{"STAGES": "ablations headline evaluate report", "ONLY": "*/[!la]*"},
+    "ABLATIONS": "default exponent_8",
+    "EXTRA_FLAGS": "--hidden-dim 16 --num-layers 1 --num-heads 2 --block-size 32 --batch-size 2 "
+    "--num-parameters 9000 --eval-iters 1 --no-use-amp --device cpu",
+}
+
+
+def parts_of(text):
+    return dict(re.findall(r"^##+ (.*?)\n(.*?)(?=^##+ |\Z)", text, re.M | re.S))
+
+
+def test_a_study_stopped_and_called_again(in_tmp, small_text):
+    """Ctrl-C ends it; called again it ends in a report of the runs' own numbers; under other
+    flags it goes on with nothing."""
+    env = copy_of_the_repository(in_tmp, **TINY)
+    command = ["bash", "run_study.sh"]
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=in_tmp, env=env, start_new_session=True, **quiet)
+    deadline = time.monotonic() + 120
+    while not list(in_tmp.glob("runs/s/ablations/*/metrics.jsonl")):
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode not in (0, 1) and not (in_tmp / "reports/s.md").exists()
+
+    again = subprocess.run(command, cwd=in_tmp, env=env, **quiet)
+    assert again.returncode == 0, again.stdout
+    parts = parts_of((in_tmp / "reports/s.md").read_text())
+    headline = cells(parts["Headline"])
+    for label, name in (("vanilla (rotary)", "rotary_1"), ("ngt (newton)", "ngt_1")):
+        lines = (in_tmp / f"runs/s/headline/{name}/metrics.jsonl").read_text().splitlines()
+        last = json.loads(lines[-1])
+        assert last["step"] == 24 and headline[label][2] == f"{last['val_loss']:.4f}"
+        evaluation = json.loads((in_tmp / f"runs/s/headline/{name}/evaluation.json").read_text())
+        assert f"{evaluation['by_length'][0]['loss']:.4f}" in parts["Past its training length"]
+    assert set(cells(parts["Ablations"])) >= {"default", "exponent_8"}
+    assert cells(parts["Ablations"])["exponent_8"][0] == "exponent 8"
+    assert parts["In full"].strip() == parts["Other sizes"].strip() == "not run."
+
+    other = subprocess.run(command, cwd=in_tmp, env=env | {"SHORT_STEPS": "13"}, **quiet)
+    assert other.returncode != 0 and "was trained with other flags" in other.stdout
+
+
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        ({"STAGES": "nonsense"}, "STAGES has nonsense"),
+        ({"SIZE": "huge"}, "small or 25m"),
+        ({"ABLATIONS": "wings"}, "no ablation wings"),
+        ({"DATA_PATH": "tiny.txt"}, "tiny.txt"),
+    ],
+)
+def test_bad_settings_are_one_line(setting, words, in_tmp, small_text):
+    """Also a text that is too short for a validation window."""
+    (in_tmp / "tiny.txt").write_text("too short a text\n" * 20)
+    env = copy_of_the_repository(in_tmp, **TINY) | setting
+    result = subprocess.run(
+        ["bash", "run_study.sh"], cwd=in_tmp, env=env, capture_output=True, text=True
+    )
+    assert result.returncode != 0
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert lines and words in result.stdout + lines[0]
+    assert "Traceback" not in result.stderr
+
+
+def test_paired_ratios_by_hand(in_tmp):
+    """Ratio of each seed to rotary of that seed, mean and spread; a seed without its pair is left
+    out; cost is counted at the first evaluation that is as good."""
+    same = {"block_size": 32, "vocab_size": 300, "hidden_dim": 16, "num_layers": 1, "num_heads": 2}
+    same |= {"mlp_dim": 16, "source_sha256": "0", "learning_rate": 1e-3}
+    rotary = same | {"model": "vanilla", "pos": "rotary", "model_type": "vanilla"}
+    newton = same | {"model_type": "ngt"}
+    write_run("s/headline/rotary_1", [5.0, 4.5, 4.0], seed=1, **rotary)
+    write_run("s/headline/rotary_2", [5.0, 4.6, 4.2], seed=2, **rotary)
+    write_run("s/headline/ngt_1", [4.8, 4.0, 3.9], 2.0, seed=1, **newton)
+    write_run("s/headline/ngt_2", [4.8, 4.4, 4.3], 2.0, seed=2, **newton)
+    write_run("s/headline/ngt_3", [4.8, 4.4, 1.0], 2.0, seed=3, **newton)
+    report.main(["--study", "s", "--output", "reports/s.md"])
+    parts = parts_of(Path("reports/s.md").read_text())
+    ratios = np.exp([3.9 - 4.0, 4.3 - 4.2])
+    headline = cells(parts["Headline"])
+    expected = f"{ratios.mean():.4f} ± {statistics.stdev(ratios.tolist()):.4f}"
+    assert headline["ngt (newton)"][5] == expected
+    assert headline["vanilla (rotary)"][5] == "1.0000"
+    cost = cells(parts["At equal cost"])
+    # seed 1 got there at step 20 after 40 s of rotary's 30; seed 2 never did
+    assert cost["ngt (newton)"][:2] == ["20", "1.33"]
+    assert cost["vanilla (rotary)"][:3] == ["30", "1.00", "1.00"]
+    assert parts["Ablations"].strip() == parts["Learning rates"].strip() == "not run."
+    assert Path("reports/s.png").exists()
+
+
+def test_a_study_that_was_never_run(in_tmp):
+    with pytest.raises(UserError, match=r"run_study\.sh"):
+        report.main(["--study", "none", "--output", "reports/s.md"])
+    with pytest.raises(SystemExit):
+        report.main(["--study", "none"])
