@@ -120,6 +120,7 @@ set_size() {
 ablation() {
     case "$1" in
         default) flags=() ;;
+        default_seed_*) flags=(--seed "${1#default_seed_}") ;; # how far seeds differ
         one_point) flags=(--points 1) ;;
         no_time) flags=(--no-time-dimension --coordinates both) ;;
         position) flags=(--coordinates position) ;;
@@ -149,11 +150,12 @@ ablation() {
         *) fail "there is no ablation $1" ;;
     esac
 }
-ABLATIONS=${ABLATIONS:-default moved_by_update exponent_8 mass_from_hidden one_point no_time position
-    token_and_position exponent_1 exponent_2 exponent_3 exponent_16 exponent_learned head_coord_dim_8
-    head_coord_dim_32 coord_dim_32 coord_dim_128 mass_in_value no_mass no_repulsion repulsion_0.5
-    no_radius radius_4 radius_8 radius_32 soft_radius_8 soft_radius_16 soft_radius_32 tolerance_0
-    tolerance_1e-3 published published_attractive}
+ABLATIONS=${ABLATIONS:-default default_seed_2 default_seed_3 no_retardation same_start one_point
+    no_time exponent_2 exponent_8 mass_from_hidden no_mass mass_in_value no_repulsion no_radius
+    head_coord_dim_8 head_coord_dim_32 moved_by_update soft_radius_16 radius_8 coord_dim_32
+    coord_dim_128 nearest_1.5 farthest_0.0005 token_and_position position exponent_1 exponent_3
+    exponent_16 exponent_learned vacuum_0.1 repulsion_0.5 radius_4 radius_32 soft_radius_8
+    soft_radius_32 tolerance_0 tolerance_1e-3 published published_attractive}
 
 for name in $ABLATIONS $FULL; do ablation "$name"; done
 use_environment requirements.txt
