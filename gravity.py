@@ -209,7 +209,6 @@ def published_gravity_attention(
     cutoff="none",
     mass_in_value=False,
     use_rsqrt=False,
-    softening2=1e-6,
     dropout=0.0,
     query_positions=None,
     key_positions=None,
@@ -238,7 +237,7 @@ def published_gravity_attention(
     seed = int(torch.randint(2**62, ())) if dropout else 0
     if radius is None:
         radius = torch.ones((), device=q.device)
-    settings = (cutoff, mass_in_value, (use_rsqrt, softening2), dropout, seed, t_query, t_key)
+    settings = (cutoff, mass_in_value, use_rsqrt, dropout, seed, t_query, t_key)
     with torch.autocast(q.device.type, enabled=False):
         return _PublishedRows.apply(
             settings, q, k, v, query_mass, key_mass, gamma, bias, torch.as_tensor(radius)
@@ -261,7 +260,7 @@ def _published_tiles(settings, q, k):
 
 def _published_tile(settings, number, q, k, v, query_mass, key_mass, gamma, bias, radius):
     """One tile by plain autograd. Positions and the tile's number (for dropout) as given."""
-    cutoff, mass_in_value, (use_rsqrt, softening2), dropout, seed, t_query, t_key = settings
+    cutoff, mass_in_value, use_rsqrt, dropout, seed, t_query, t_key = settings
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     distance = t_query[:, None] - t_key[None, :]  # (Tq, Tk)
     q, k = q.to(accumulate), k.to(accumulate)
@@ -270,7 +269,7 @@ def _published_tile(settings, number, q, k, v, query_mass, key_mass, gamma, bias
     r2 = q.square().sum(-1)[..., None] + k.square().sum(-1)[:, :, None, :]
     r2 = torch.baddbmm(r2[0], q[0], k[0].transpose(-1, -2), alpha=-2)[None].clamp(min=0)
     r2 = r2.masked_fill(distance == 0, 0)  # (1, H, Tq, Tk)
-    inverse = torch.rsqrt(r2 + softening2).square() if use_rsqrt else 1 / (r2 + softening2)
+    inverse = torch.rsqrt(r2 + 1e-6).square() if use_rsqrt else 1 / (r2 + 1e-6)
     score = bias[:, None, None] - gamma[:, None, None] * inverse
     if not mass_in_value:
         score = score * (query_mass[:, None, :, None] * key_mass[:, None, None, :])

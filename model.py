@@ -26,6 +26,7 @@ from gravity_blocked import reach
 LAWS = ("newton", "published")
 PUBLISHED_RADIUS = math.log1p(math.exp(4.0))  # softplus(4), where the first release starts
 NEWTON_RADIUS = 16.0
+NEAREST_TIME_SCALE = 0.35  # softenings a token, of a layer's first head at the start
 
 
 def softplus_inverse(value):
@@ -70,18 +71,8 @@ class NGTConfig:
     use_soft_cutoff: bool = False
     use_rsqrt: bool = False
     mass_in_value: bool = False
-    points: int = 2
-    time_dimension: bool = True
-    coordinates: str = "token"
-    mass_from: str = "token"
-    moved_by: str = "pull"
-    learned_exponent: bool = False
-    vacuum: float | None = None  # None: what is left over of a sum that is nearly 0
     retardation: bool = True
-    same_start: bool = False
-    nearest_time_scale: float = 0.35
     farthest_time_scale: float = 0.0035
-    attractive: bool = False
     field_tolerance: float | None = None  # None: 1e-6, or 1e-4 under bf16 and fp16
     tie_head: bool = True
 
@@ -160,19 +151,10 @@ class GravityAttention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         heads, points = config.num_heads, config.num_heads * config.head_coord_dim
+        self.probe_proj = nn.Linear(config.coord_dim, points)
         self.source_proj = nn.Linear(config.coord_dim, points)
-        if config.points == 2:
-            self.probe_proj = nn.Linear(config.coord_dim, points)
-        else:
-            self.probe_proj = self.source_proj
-        if config.mass_from == "hidden":
-            self.mass_proj = nn.Linear(config.hidden_dim, 1)
         if config.retardation:
             self.retardation = nn.Parameter(torch.empty(points))
-        if config.vacuum:
-            self.vacuum_raw = nn.Parameter(softplus_inverse(config.vacuum).repeat(heads))
-        if config.learned_exponent:
-            self.exponent_raw = nn.Parameter(softplus_inverse(float(config.exponent)).repeat(heads))
         self.v_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
         self.out_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
         self.dropout = nn.Dropout(config.dropout)
@@ -187,16 +169,15 @@ class GravityAttention(nn.Module):
     @torch.no_grad()
     def reset_geometry(self):
         """Start near: distances about 1 softening, heads that look from 3 to 300 tokens back."""
-        for proj in dict.fromkeys((self.probe_proj, self.source_proj)):
+        for proj in (self.probe_proj, self.source_proj):
             proj.reset_parameters()
             proj.weight /= math.sqrt(8)
             proj.bias /= math.sqrt(8)
-        if self.config.same_start:
-            self.source_proj.load_state_dict(self.probe_proj.state_dict())
         heads = self.config.num_heads
         steps = torch.arange(heads, dtype=torch.float64) / max(heads - 1, 1)
-        near, far = self.config.nearest_time_scale, self.config.farthest_time_scale
-        self.time_scale_raw.copy_(softplus_inverse(near * (far / near) ** steps))
+        far = self.config.farthest_time_scale
+        nearest = max(NEAREST_TIME_SCALE, far)
+        self.time_scale_raw.copy_(softplus_inverse(nearest * (far / nearest) ** steps))
         self.time_offset.copy_(steps)
         if self.config.retardation:
             self.retardation.copy_(steps.repeat_interleave(self.config.head_coord_dim))
@@ -204,8 +185,6 @@ class GravityAttention(nn.Module):
     @property
     def time_scale(self):
         """Softening units a token, (H,)."""
-        if not self.config.time_dimension:
-            return torch.zeros_like(self.time_scale_raw)
         return F.softplus(self.time_scale_raw.float())
 
     @property
@@ -254,10 +233,6 @@ class GravityAttention(nn.Module):
     def forward(self, h, z, mass, positions, kv_cache=None):
         q, k = self.points(z, kv_cache)
         v = split_heads(self.v_proj(h), self.config.num_heads)
-        if self.config.mass_from == "hidden":
-            mass = mass * F.softplus(self.mass_proj(h).squeeze(-1).float() + 0.5413248546)
-        if self.config.learned_exponent or self.config.vacuum:
-            return self.dropout(self.out_proj(merge_heads(self._pull(q, k, v, mass, positions))))
         tolerance = self.config.field_tolerance
         if tolerance is None:
             tolerance = 1e-4 if v.dtype in (torch.bfloat16, torch.float16) else 1e-6
@@ -278,22 +253,6 @@ class GravityAttention(nn.Module):
             window = reach(law["time_scale"], law["time_offset"], law["radius"])
             kv_cache.keep_newest(self.layer, max(1, math.ceil(float(window.detach().max()))))
         return self.dropout(self.out_proj(merge_heads(pull)))
-
-    def _pull(self, q, k, v, mass, positions):
-        with torch.autocast(q.device.type, enabled=False):
-            q, k = q.float(), k.float()
-            r2 = q.square().sum(-1)[..., None] + k.square().sum(-1)[:, :, None, :]
-            r2 = (r2 - 2 * q @ k.transpose(-1, -2)).clamp(min=0)
-            lag = positions[:, None] - positions[None, :]
-            offset = self.time_offset[:, None, None]
-            r2 = r2 + (self.time_scale[:, None, None] * (lag - offset)).square()
-            exponent = self.config.exponent
-            if self.config.learned_exponent:
-                exponent = F.softplus(self.exponent_raw)[:, None, None]
-            field = mass[:, None, None, :] * (1 + r2) ** -exponent
-            field = (field * (r2 <= self.radius[:, None, None] ** 2)).masked_fill(lag < 0, 0)
-            vacuum = F.softplus(self.vacuum_raw)[:, None, None] if self.config.vacuum else 1e-20
-            return field @ v.float() / (field.sum(-1, keepdim=True) + vacuum)
 
 
 class PublishedGravityAttention(nn.Module):
@@ -335,13 +294,12 @@ class PublishedGravityAttention(nn.Module):
             v,
             mass,
             key_mass,
-            gamma=F.softplus(self.gamma_raw.float()) * (-1 if self.config.attractive else 1),
+            gamma=F.softplus(self.gamma_raw.float()),
             bias=self.gravity_bias.float(),
             radius=self.radius,
             cutoff=self.config.cutoff,
             mass_in_value=self.config.mass_in_value,
             use_rsqrt=self.config.use_rsqrt,
-            softening2=1.0 if self.config.attractive else 1e-6,
             dropout=self.config.dropout if self.training else 0.0,
             query_positions=positions,
             key_positions=key_positions,
@@ -354,7 +312,6 @@ class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.config = config
         attention = GravityAttention if config.law == "newton" else PublishedGravityAttention
         self.norm1 = nn.LayerNorm(config.hidden_dim)
         self.attn = attention(config, layer)
@@ -366,10 +323,8 @@ class Block(nn.Module):
     def forward(self, h, z, mass, positions, kv_cache=None):
         a = self.attn(self.norm1(h), z, mass, positions, kv_cache)
         h = h + a
-        f = self.ffn(self.norm2(h))
-        h = h + f
-        moved = a + f if self.config.moved_by == "update" else a
-        z = self.coord_norm(z + self.coord_proj_next(moved))
+        h = h + self.ffn(self.norm2(h))
+        z = self.coord_norm(z + self.coord_proj_next(a))
         return h, z
 
 
@@ -399,9 +354,9 @@ class NGT(nn.Module):
         published = config.law == "published"
         self.token_emb = nn.Embedding(config.vocab_size, config.hidden_dim)
         self.mass_emb = nn.Embedding(config.vocab_size, 1)
-        if published or config.coordinates != "token":
+        if published:
             self.coord_emb = nn.Embedding(config.block_size, config.coord_dim)
-        if not published:
+        else:
             self.coord_proj = nn.Linear(config.hidden_dim, config.coord_dim)
             self.coord_norm = nn.LayerNorm(config.coord_dim)
         self.dropout = nn.Dropout(config.dropout)
@@ -410,9 +365,9 @@ class NGT(nn.Module):
         self.head = nn.Linear(config.hidden_dim, config.vocab_size, bias=published)
         init_weights(self)
         nn.init.constant_(self.mass_emb.weight, math.log(math.expm1(1.0)))  # a mass of 1
-        if published or config.coordinates != "token":
+        if published:
             nn.init.normal_(self.coord_emb.weight)
-        if not published:
+        else:
             self.coord_proj.reset_parameters()
         for layer in self.layers:
             layer.attn.reset_geometry()
@@ -420,13 +375,11 @@ class NGT(nn.Module):
     @property
     def max_context(self):
         """Tokens that fit one context; None where there is no limit."""
-        absolute = self.config.law == "published" or self.config.coordinates != "token"
-        return self.config.block_size if absolute else None
+        return self.config.block_size if self.config.law == "published" else None
 
     def mass(self, tokens):
         """softplus of the learned embedding, shaped as `tokens`."""
-        mass = F.softplus(self.mass_emb(tokens).squeeze(-1).float())
-        return torch.ones_like(mass) if self.config.mass_from == "none" else mass
+        return F.softplus(self.mass_emb(tokens).squeeze(-1).float())
 
     def forward(self, tokens, kv_cache=None, return_geometry=False):
         """Logits of the next token.
@@ -446,12 +399,8 @@ class NGT(nn.Module):
         mass = self.mass(tokens)  # (B, T)
         if self.config.law == "published":
             z = self.coord_emb(positions).expand(len(tokens), -1, -1)
-        elif self.config.coordinates == "token":
-            z = self.coord_norm(self.coord_proj(h))
-        elif self.config.coordinates == "both":
-            z = self.coord_norm(self.coord_proj(h) + self.coord_emb(positions))
         else:
-            z = self.coord_norm(self.coord_emb(positions).expand(len(tokens), -1, -1))
+            z = self.coord_norm(self.coord_proj(h))
         path = [z]  # each (B, T, coord_dim)
         for layer in self.layers:
             h, z = layer(h, z, mass, positions, kv_cache)

@@ -31,17 +31,8 @@ DEFAULTS = {
     "law": "newton",
     "exponent": 4,
     "mass_in_value": False,
-    "points": 2,
-    "time_dimension": True,
-    "coordinates": "token",
-    "mass_from": "token",
-    "moved_by": "pull",
-    "learned_exponent": False,
     "retardation": True,
-    "same_start": False,
-    "nearest_time_scale": 0.35,
     "farthest_time_scale": 0.0035,
-    "attractive": False,
     "use_radius_cutoff": True,
     "use_soft_cutoff": False,
     "use_rsqrt": False,
@@ -259,6 +250,14 @@ def train_parser(description, examples):
     )
     group.switch("--use-soft-cutoff", "fade out towards a learned radius instead of a hard edge")
     group.switch("--mass-in-value", "multiply values by the mass, not the pull")
+    group.switch(
+        "--retardation", "feel a token, by a learned share, where its predecessor is (newton)"
+    )
+    group.add(
+        "--farthest-time-scale",
+        "softenings a token, at the start, of the head that looks farthest back (newton)",
+        type=positive,
+    )
     group.switch("--use-rsqrt", "compute 1/r2 by a reciprocal root (published law only)")
     group.add(
         "--field-tolerance",
@@ -266,27 +265,6 @@ def train_parser(description, examples):
         "(default: 1e-6, under bf16 and fp16 1e-4; 0: leave out nothing)",
         type=share,
     )
-    group = _Group(parser, "changes of the law that the study tries (NGT)")
-    group.add("--points", "1: a head looks from where it pulls from", type=int, choices=(1, 2))
-    group.switch("--time-dimension", "time is a dimension of space")
-    group.add("--coordinates", "where they start from", choices=("token", "position", "both"))
-    group.add(
-        "--mass-from",
-        "none: every mass is 1; hidden: of the token, times what a layer reads in h",
-        choices=("token", "hidden", "none"),
-    )
-    group.add(
-        "--moved-by",
-        "what moves a particle: the pull, or all that a block adds to the hidden state",
-        choices=("pull", "update"),
-    )
-    group.switch("--learned-exponent", "learn it per head, from --exponent on (slow)")
-    group.switch("--retardation", "feel a token, by a learned share, where its predecessor is")
-    group.switch("--same-start", "both points of a head start as one")
-    group.add("--vacuum", "learned mass that pulls a head to nothing (slow)", type=positive)
-    group.add("--nearest-time-scale", "softenings a token of a layer's first head", type=positive)
-    group.add("--farthest-time-scale", "the same of its last head", type=positive)
-    group.switch("--attractive", "turn the published law's sign round, softened by 1")
     _Group(parser, "positions (vanilla)").add(
         "--pos", "how a vanilla model knows order", choices=POSITIONS
     )
@@ -361,7 +339,7 @@ def resolve(args, resumed=None):
         UsageError: where a given flag contradicts the shape of the resumed model.
     """
     names = [*DEFAULTS, "data_path", "tokenizer_path", "mlp_dim", "num_parameters"]
-    names += ["vacuum", "radius", "field_tolerance"]
+    names += ["radius", "field_tolerance"]
     given = {name: getattr(args, name) for name in names if is_given(args, name)}
     if resumed is not None:
         _check_against(given, resumed)

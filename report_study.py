@@ -38,6 +38,7 @@ def write_study(output, name):
     headline = _by_model(stages["headline"])
     configs = [run.config for run in runs]
     evaluations = {label: _evaluation(found[0]) for label, found in headline.items()}
+    evaluations |= {_short(run): _evaluation(run) for run in stages["full"]}
     evaluations = {label: found for label, found in evaluations.items() if found}
     parts = [
         "# The study: gravity against dot-product attention",
@@ -77,6 +78,10 @@ def write_study(output, name):
         geometry_section(label, found[0].config)
         for label, found in headline.items()
         if found[0].config["model"] == "ngt"
+    ] + [
+        geometry_section(f"{_short(run)} (ablation)", run.config)
+        for run in stages["ablations"]
+        if run.config["use_soft_cutoff"]
     ] or [f"{NOT_RUN}."]
     parts.append("## Commands")
     commands = [
@@ -95,6 +100,10 @@ def _stage(name, stage):
         if any((Path("runs") / name / stage).glob("*/config.json")):
             raise
         return []
+
+
+def _short(run):
+    return run.name.split("/")[-1]
 
 
 def _by_model(runs):
@@ -212,7 +221,7 @@ def _rate_table(runs):
         return f"{NOT_RUN}."
     models = {}
     for run in runs:
-        model = run.name.split("/")[-1].rsplit("_", 1)[0]
+        model = _short(run).rsplit("_", 1)[0]
         models.setdefault(model, {})[run.config["learning_rate"]] = run
     rates = sorted({rate for found in models.values() for rate in found})
     lines = []
@@ -242,25 +251,27 @@ def _ablation_table(runs):
     if default is None:
         return f"{NOT_RUN}."
     head = ["name", "what changes", "parameters", "val loss", "perplexity", "difference of loss"]
-    head += ["tokens/s"]
+    head += ["repulsion", "tokens/s"]
     lines = []
     for run in sorted(runs, key=lambda run: run.rows[-1]["val_loss"]):
         pairs = _paired([run], [default], "val_loss")
         lines.append(
             [
-                run.name.split("/")[-1] + _unfinished(run),
+                _short(run) + _unfinished(run),
                 _change(run.config, default.config),
                 f"{run.config['parameters']:,}",
                 f"{run.rows[-1]['val_loss']:.4f}",
                 f"{run.rows[-1]['perplexity']:.2f}",
                 f"{pairs[0][0] - pairs[0][1]:+.4f}" if pairs else "",
+                f"{run.rows[-1].get('repulsion') or 0:.4f}",
                 f"{run.median('tokens_per_s'):,.0f}",
             ]
         )
     note = (
         f"One change at a time from `default`, {default.config['max_steps']:,} steps, seed "
         f"{default.config['seed']}, same batches; below 0 is better than the default. One seed: "
-        "the headline's spread says which differences mean anything."
+        "runs of the default at other seeds say which differences mean anything. Repulsion: the "
+        "energy of the final coordinates, which grows without bound where they collapse."
     )
     return f"{note}\n\n{markdown(head, lines)}"
 
@@ -273,7 +284,7 @@ def _full_table(runs, headline):
         pairs = _paired([run], _baseline(headline), "perplexity")
         lines.append(
             [
-                run.name.split("/")[-1] + _unfinished(run),
+                _short(run) + _unfinished(run),
                 run.config["seed"],
                 f"{run.rows[-1]['val_loss']:.4f}",
                 f"{run.rows[-1]['perplexity']:.2f}",
@@ -289,7 +300,7 @@ def _size_table(runs):
     head = ["run", "parameters", "tokens", "val loss", "perplexity", "tokens/s", "training time"]
     lines = [
         [
-            run.name.split("/")[-1] + _unfinished(run),
+            _short(run) + _unfinished(run),
             f"{run.config['parameters']:,}",
             f"{run.rows[-1]['tokens']:,}",
             f"{run.rows[-1]['val_loss']:.4f}",

@@ -121,24 +121,12 @@ ablation() {
     case "$1" in
         default) flags=() ;;
         default_seed_*) flags=(--seed "${1#default_seed_}") ;; # how far seeds differ
-        one_point) flags=(--points 1) ;;
-        no_time) flags=(--no-time-dimension --coordinates both) ;;
-        position) flags=(--coordinates position) ;;
-        token_and_position) flags=(--coordinates both) ;;
         exponent_*[0-9]) flags=(--exponent "${1#exponent_}") ;;
-        exponent_learned) flags=(--learned-exponent) ;;
         head_coord_dim_*) flags=(--head-coord-dim "${1#head_coord_dim_}") ;;
         coord_dim_*) flags=(--coord-dim "${1#coord_dim_}") ;;
         mass_in_value) flags=(--mass-in-value) ;;
-        no_mass) flags=(--mass-from none) ;;
-        mass_from_hidden) flags=(--mass-from hidden) ;;
-        moved_by_update) flags=(--moved-by update) ;;
         no_retardation) flags=(--no-retardation) ;;
-        same_start) flags=(--same-start) ;;
-        vacuum_*) flags=(--vacuum "${1#vacuum_}") ;;
-        nearest_*) flags=(--nearest-time-scale "${1#nearest_}") ;;
         farthest_*) flags=(--farthest-time-scale "${1#farthest_}") ;;
-        update_*) ablation "${1#update_}" && flags+=(--moved-by update) ;;
         no_repulsion) flags=(--no-repulsion) ;;
         repulsion_*) flags=(--lambda-repulsion "${1#repulsion_}") ;;
         no_radius) flags=(--no-radius-cutoff) ;;
@@ -146,16 +134,14 @@ ablation() {
         soft_radius_*) flags=(--use-soft-cutoff --radius "${1#soft_radius_}") ;;
         tolerance_*) flags=(--field-tolerance "${1#tolerance_}") ;;
         published) flags=(--law published --mass-in-value) ;;
-        published_attractive) flags=(--law published --mass-in-value --attractive) ;;
         *) fail "there is no ablation $1" ;;
     esac
 }
-ABLATIONS=${ABLATIONS:-default default_seed_2 default_seed_3 no_retardation same_start one_point
-    no_time exponent_2 exponent_8 mass_from_hidden no_mass mass_in_value no_repulsion no_radius
-    head_coord_dim_8 head_coord_dim_32 moved_by_update soft_radius_16 radius_8 coord_dim_32
-    coord_dim_128 nearest_1.5 farthest_0.0005 token_and_position position exponent_1 exponent_3
-    exponent_16 exponent_learned vacuum_0.1 repulsion_0.5 radius_4 radius_32 soft_radius_8
-    soft_radius_32 tolerance_0 tolerance_1e-3 published published_attractive}
+ABLATIONS=${ABLATIONS:-default default_seed_2 default_seed_3 no_retardation mass_in_value
+    exponent_1 exponent_2 exponent_3 exponent_8 exponent_16 farthest_0.0005 head_coord_dim_8
+    head_coord_dim_32 coord_dim_32 coord_dim_128 no_repulsion repulsion_0.5 no_radius radius_4
+    radius_8 radius_32 soft_radius_8 soft_radius_16 soft_radius_32 tolerance_0 tolerance_1e-3
+    published}
 
 for name in $ABLATIONS $FULL; do ablation "$name"; done
 use_environment requirements.txt
@@ -203,9 +189,9 @@ for stage in $STAGES; do
             done
             ;;
         evaluate)
-            for folder in runs/"$NAME"/headline/*_1; do
+            for folder in runs/"$NAME"/{headline/*_1,full/*}; do
                 run=${folder#runs/}
-                [ -e "$folder/evaluation.json" ] && continue
+                [ ! -e "$folder/config.json" ] || [ -e "$folder/evaluation.json" ] && continue
                 echo "$run"
                 python evaluate.py --checkpoint-path "checkpoints/$run.pt_best.pt" \
                     --json "$folder/evaluation.json" >"logs/$run.evaluation.log"
