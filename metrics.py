@@ -160,6 +160,7 @@ class RunLog:
                     learned["time_scale"] = attn.time_scale
                     learned["time_offset"] = attn.time_offset
                     learned["window"] = attn.window
+                    learned["retardation"] = attn.retardation
                 for name, values in learned.items():
                     if values is not None:
                         self._histogram(f"layer{n}/{name}", values.flatten(), step)

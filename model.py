@@ -145,6 +145,8 @@ class GravityAttention(nn.Module):
     """The pull of earlier tokens under `--law newton`.
 
     A head looks from `q = P z` and pulls from `k = S z`; time is one more dimension of space.
+    Gravity takes its time: a source is felt, by a learned share of each coordinate, where its
+    predecessor is (`retarded`). So one layer can look for what once followed a token like this.
     """
 
     def __init__(self, config, layer):
@@ -153,8 +155,7 @@ class GravityAttention(nn.Module):
         heads, points = config.num_heads, config.num_heads * config.head_coord_dim
         self.probe_proj = nn.Linear(config.coord_dim, points)
         self.source_proj = nn.Linear(config.coord_dim, points)
-        if config.retardation:
-            self.retardation = nn.Parameter(torch.empty(points))
+        self.retardation = nn.Parameter(torch.empty(points)) if config.retardation else None
         self.v_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
         self.out_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
         self.dropout = nn.Dropout(config.dropout)
@@ -179,7 +180,7 @@ class GravityAttention(nn.Module):
         nearest = max(NEAREST_TIME_SCALE, far)
         self.time_scale_raw.copy_(softplus_inverse(nearest * (far / nearest) ** steps))
         self.time_offset.copy_(steps)
-        if self.config.retardation:
+        if self.retardation is not None:
             self.retardation.copy_(steps.repeat_interleave(self.config.head_coord_dim))
 
     @property
@@ -213,7 +214,7 @@ class GravityAttention(nn.Module):
             source: (B, T, H*C).
             kv_cache: remembers the predecessor of the next call's first token.
         """
-        if not self.config.retardation:
+        if self.retardation is None:
             return source
         first = source[:, :1] if kv_cache is None else kv_cache.exchange(self.layer, source)
         before = torch.cat([first, source[:, :-1]], 1)

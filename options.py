@@ -417,8 +417,9 @@ def warn_of_no_effect(args, config):
         warn("--pos has no effect on --model ngt, which knows time as a dimension of space")
     if config["use_rsqrt"] and config["law"] == "newton":
         warn("--use-rsqrt has no effect under --law newton")
-    if "exponent" in given and config["law"] == "published":
-        warn("--exponent has no effect under --law published")
+    for name in {"exponent", "retardation", "farthest_time_scale"} & set(given):
+        if config["law"] == "published":
+            warn(f"--{name.replace('_', '-')} has no effect under --law published")
 
 
 def choose_device(name):

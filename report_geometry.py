@@ -28,8 +28,9 @@ def geometry_section(label, config):
 
 
 EXPLAINED = {
-    "newton": "Time scale: softenings a token of time. Window: tokens of time after which nothing "
-    "reaches, which is the radius (in softenings) in time.",
+    "newton": "Time scale: softenings a token of time. Retardation: how far a source is felt where "
+    "its predecessor is, mean over the head's coordinates. Window: tokens of time after which "
+    "nothing reaches, which is the radius (in softenings) in time.",
     "published": "Gamma scales the score -gamma / r2; the radius is one a layer.",
 }
 
@@ -38,7 +39,7 @@ EXPLAINED = {
 def heads_table(model):
     """A line a head of every layer: (num_layers * num_heads) lines."""
     if model.config.law == "newton":
-        titles = ["time scale", "time offset", "radius", "window"]
+        titles = ["time scale", "time offset", "retardation", "radius", "window"]
     else:
         titles = ["gamma", "bias", "radius"]
     lines = []
@@ -46,7 +47,10 @@ def heads_table(model):
     for n, layer in enumerate(model.layers):
         attn = layer.attn
         if model.config.law == "newton":
-            columns = [attn.time_scale, attn.time_offset, attn.radius, attn.window]
+            retardation = attn.retardation
+            if retardation is not None:
+                retardation = retardation.view(heads, -1).mean(1)
+            columns = [attn.time_scale, attn.time_offset, retardation, attn.radius, attn.window]
         else:
             columns = [F.softplus(attn.gamma_raw), attn.gravity_bias, attn.radius]
         columns = [None if c is None else c.flatten().tolist() for c in columns]
