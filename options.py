@@ -32,7 +32,6 @@ DEFAULTS = {
     "exponent": 4,
     "mass_in_value": False,
     "retardation": True,
-    "retarded_keys": False,
     "farthest_time_scale": 0.0035,
     "use_radius_cutoff": True,
     "use_soft_cutoff": False,
@@ -268,9 +267,6 @@ def train_parser(description, examples):
     )
     _Group(parser, "positions (vanilla)").add(
         "--pos", "how a vanilla model knows order", choices=POSITIONS
-    )
-    _Group(parser, "a control (vanilla)").switch(
-        "--retarded-keys", "keys mixed with their predecessors', as NGT's sources are"
     )
 
     group = _Group(parser, "repulsion (NGT)")

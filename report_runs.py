@@ -103,7 +103,7 @@ def find_runs(names, root=Path("runs")):
 def label_of(config):
     """What people call a model of this configuration."""
     if config["model"] == "vanilla":
-        return f"vanilla ({config['pos']}{', retarded' if config.get('retarded_keys') else ''})"
+        return f"vanilla ({config['pos']})"
     where = ", mass in value" if config["mass_in_value"] else ""
     return f"ngt ({config['law']}{where})"
 

@@ -172,8 +172,6 @@ for stage in $STAGES; do
                 add "headline/ngt_mass_in_value_$seed" "$seed" "$STEPS" "$NGT_RATE" --mass-in-value
             done
             add headline/learned_1 1 "$STEPS" "$VANILLA_RATE" --model vanilla
-            add headline/rotary_retarded_1 1 "$STEPS" "$VANILLA_RATE" --model vanilla --pos rotary \
-                --retarded-keys
             add headline/alibi_1 1 "$STEPS" "$VANILLA_RATE" --model vanilla --pos alibi
             ;;
         full)

@@ -43,7 +43,6 @@ class VanillaConfig:
     pos: str = "learned"
     tie_head: bool = True
     head_bias: bool = False
-    retarded_keys: bool = False
 
     def __post_init__(self):
         check_positive(
@@ -91,19 +90,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
         self.out_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
         self.dropout = nn.Dropout(config.dropout)
-        if config.retarded_keys:
-            steps = torch.arange(config.num_heads) / max(config.num_heads - 1, 1)
-            width = config.hidden_dim // config.num_heads
-            self.retardation = nn.Parameter(steps.repeat_interleave(width))
         if config.pos == "alibi":
             self.register_buffer("slopes", alibi_slopes(config.num_heads), persistent=False)
 
     def forward(self, h, positions, kv_cache=None):
         heads = self.config.num_heads
-        k = self.k_proj(h)
-        if self.config.retarded_keys:
-            k = torch.lerp(k, torch.cat([k[:, :1], k[:, :-1]], 1), self.retardation.to(k.dtype))
-        q, k = split_heads(self.q_proj(h), heads), split_heads(k, heads)
+        q, k = split_heads(self.q_proj(h), heads), split_heads(self.k_proj(h), heads)
         v = split_heads(self.v_proj(h), heads)
         if self.config.pos == "rotary":
             q, k = rotate(q, positions), rotate(k, positions)
