@@ -15,6 +15,7 @@ import torch
 
 import benchmark
 import chat
+import evaluate
 import prepare_data
 import report
 import train_shakespeare
@@ -22,7 +23,10 @@ import visualize_coords
 from conftest import ROOT, SHARED, error_line, run
 from options import train_parser
 
-SCRIPTS = (train_shakespeare, prepare_data, chat, visualize_coords, report, benchmark)
+SCRIPTS = (
+    *(train_shakespeare, prepare_data, chat, visualize_coords, report, benchmark),
+    evaluate,
+)
 FIRST_RELEASE = """\
 python train_shakespeare.py
 python train_shakespeare.py --resume
