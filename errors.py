@@ -1,6 +1,7 @@
 """The one kind of error that a user's input causes, and how a script reports it."""
 
 import contextlib
+import os
 import sys
 
 
@@ -24,7 +25,9 @@ class UsageError(UserError):
 
 
 def warn(message):
-    """Print one warning line on stderr."""
+    """Print one warning line on stderr; of several processes the first alone does."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
@@ -34,7 +37,9 @@ def run_script(main):
         sys.exit(main())
     except UserError as error:
         message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        who = "" if rank == "0" else f"rank {rank}: "
+        print(f"{who}error: {message}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

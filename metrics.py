@@ -17,27 +17,35 @@ from data import eval_batches, eval_windows
 from errors import UserError, warn
 from gravity_blocked import cpu_multiplies_bf16
 from model import NGT, repulsion_loss
+from ranks import Ranks
 
 PROJECTOR_LIMIT = 10_000  # labels beyond which TensorBoard's page becomes sluggish
 
 
 @torch.no_grad()
-def evaluate(model, data, block_size, eval_iters, device, autocast):
+def evaluate(model, data, block_size, eval_iters, device, autocast, ranks=None):
     """Cross-entropy on the fixed validation windows, and for NGT the repulsion there.
+
+    Args:
+        ranks: processes that share the windows out among them, all of which call this.
 
     Returns:
         dict with `val_loss` (nats a token), `perplexity`, `bits_per_byte`, `repulsion` (None for
         vanilla).
     """
+    ranks = ranks or Ranks()
     was_training = model.training
     model.eval()
     windows = max(1, min(8192, (1 << 26) // data.tokenizer.vocab_size) // block_size)
     total, count, repulsion = 0.0, 0, None
     batches = eval_batches(data.valid, block_size, eval_iters, windows)
     count_of_batches = -(-len(eval_windows(data.valid, block_size, eval_iters)) // windows)
-    for inputs, targets in tqdm(
-        batches, "evaluating", count_of_batches, leave=False, delay=2, disable=None
+    disable = None if ranks.is_main else True
+    for number, (inputs, targets) in enumerate(
+        tqdm(batches, "evaluating", count_of_batches, leave=False, delay=2, disable=disable)
     ):
+        if number % ranks.size != ranks.rank:
+            continue
         inputs, targets = inputs.to(device), targets.to(device)
         with autocast():
             if isinstance(model, NGT):
@@ -51,7 +59,7 @@ def evaluate(model, data, block_size, eval_iters, device, autocast):
         total += float(losses)
         count += targets.numel()
     model.train(was_training)
-    loss = total / count
+    loss = ranks.sum(total) / ranks.sum(count)
     return {
         "val_loss": loss,
         "perplexity": perplexity(loss),

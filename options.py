@@ -58,6 +58,7 @@ DEFAULTS = {
     "eval_iters": 100,
     "checkpoint_interval": 250,
     "max_skipped_steps": 10,
+    "shard_optimizer": False,
 }
 
 # mlp_dim makes the parameters of a compared pair equal to within 1 %
@@ -291,6 +292,9 @@ def train_parser(description, examples):
         "--use-amp", "train in bf16 where the device has it, else in fp16 with a scaler (GPU)"
     )
     group.switch("--compile", "torch.compile the model")
+    group.switch(
+        "--shard-optimizer", "under torchrun, each process keeps its share of AdamW's state"
+    )
     group.switch("--deterministic", "bit-identical runs on a GPU too (slower)")
     group.add("--device", "auto, cpu, cuda, cuda:1, ...")
 
@@ -400,7 +404,14 @@ def _check_against(given, resumed):
         )
 
 
-_FREE_ON_RESUME = {"device", "eval_interval", "checkpoint_interval", "data_path", "tokenizer_path"}
+_FREE_ON_RESUME = {
+    "device",
+    "eval_interval",
+    "checkpoint_interval",
+    "data_path",
+    "tokenizer_path",
+    "shard_optimizer",
+}
 
 
 def warn_of_no_effect(args, config):

@@ -25,6 +25,7 @@ from errors import UsageError, UserError, run_script, warn
 from metrics import HEADER, RunLog, code_version, evaluate, machine, peak_memory_bytes, table_row
 from model import NGT
 from options import choose_device, resolve, train_parser, warn_of_no_effect
+from ranks import is_restarted, joined
 from trainer import Trainer
 
 EXAMPLES = """examples:
@@ -32,6 +33,7 @@ EXAMPLES = """examples:
   python train_shakespeare.py --model vanilla               what it is compared with
   python train_shakespeare.py --resume                      go on where it stopped
   python train_shakespeare.py --dataset text --data-path book.txt --checkpoint-path checkpoints/b.pt
+  torchrun --nproc_per_node=2 train_shakespeare.py --batch-size 12      the same batches, shared out
 """
 
 
@@ -124,8 +126,14 @@ def check_nothing_is_lost(path, run_directory, source):
 def main(argv=None):
     """Train; returns the exit code."""
     args = train_parser(__doc__, EXAMPLES).parse_args(argv)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("training over several processes is not built yet: start without torchrun")
+    if is_restarted():
+        args.resume, args.overwrite = True, False
+    with joined() as ranks:
+        return run(args, ranks, argv)
+
+
+def run(args, ranks, argv=None):
+    """One process's part of the training; returns the exit code."""
     check_tokenizer_file(args.tokenizer_path, args.bpe_vocab_size)
     config = resolve(args)
     path = checkpoint_path(args, config)
@@ -144,7 +152,13 @@ def main(argv=None):
     if not args.overwrite:
         check_nothing_is_lost(path, run_directory, source)
     warn_of_no_effect(args, config)
-    trainer = set_up(config, checkpoint, path)
+    if config["batch_size"] % ranks.size:
+        raise UsageError(
+            f"--batch-size {config['batch_size']} cannot be shared out among {ranks.size} "
+            f"processes: give a multiple of {ranks.size}"
+        )
+    trainer = set_up(config, checkpoint, path, ranks)
+    ranks.wait()  # all have looked at what is on disk before one of them writes
     if args.dry_run:
         return 0
     return train(trainer, checkpoint, path, run_directory, argv)
@@ -159,7 +173,7 @@ def set_up_torch(config):
         torch.use_deterministic_algorithms(True)
 
 
-def set_up(config, checkpoint, path):
+def set_up(config, checkpoint, path, ranks):
     """The trainer of a run, at the step where it starts or goes on; says what it will train."""
     # sizes that cannot be are refused before any text is fetched
     model_config({**config, "model_type": config["model"], "vocab_size": 1})
@@ -175,8 +189,9 @@ def set_up(config, checkpoint, path):
     for split in ("train", "valid"):
         check_long_enough(data.splits[split], config["block_size"], split, data)
     set_up_torch(config)
-    trainer = Trainer(config, data, device)
-    check_writable(path)
+    trainer = Trainer(config, data, device, ranks)
+    if ranks.is_main:
+        check_writable(path)
     if checkpoint is not None:
         trainer.restore(checkpoint, path)
     print(f"text: {data.meta['source']}")
@@ -184,6 +199,7 @@ def set_up(config, checkpoint, path):
     print(
         f"{config['model']} ({kind}): {trainer.parameters:,} parameters; "
         f"{trainer.tokens_per_step:,} tokens a step, {config['max_steps']:,} steps; {device}"
+        + (f", {ranks.size} processes" if ranks.size > 1 else "")
     )
     return trainer
 
@@ -196,6 +212,8 @@ def train(trainer, checkpoint, path, run_directory, argv=None):
         return 0
     if trainer.iter:
         print(f"resuming at step {trainer.iter}")
+    if not trainer.ranks.is_main:
+        return loop(trainer, None, path)
     log = RunLog(
         run_directory,
         {
@@ -206,6 +224,7 @@ def train(trainer, checkpoint, path, run_directory, argv=None):
             "code_version": code_version(),
             "torch_version": torch.__version__,
             "machine": machine(trainer.device),
+            "processes": trainer.ranks.size,
             "checkpoint_path": path,
         },
         trainer.iter,
@@ -220,13 +239,17 @@ def train(trainer, checkpoint, path, run_directory, argv=None):
 
 
 def loop(trainer, log, path):
-    """Step, evaluate, save, until done or asked to stop."""
-    c = trainer.config
+    """Step, evaluate, save, until done or asked to stop; `log` is None on ranks but the main."""
+    c, ranks = trainer.config, trainer.ranks
     print(HEADER)
     trained, seconds = 0, 0.0
     first_step, first_second = trainer.iter, trainer.progress["wall_time"]
     bar = tqdm(
-        total=c["max_steps"], initial=trainer.iter, desc="training", unit="step", disable=None
+        total=c["max_steps"],
+        initial=trainer.iter,
+        desc="training",
+        unit="step",
+        disable=None if ranks.is_main else True,
     )
     with bar, StopRequest() as stop:
         while trainer.iter < c["max_steps"] and stop.signal is None:
@@ -235,6 +258,7 @@ def loop(trainer, log, path):
             elapsed = time.perf_counter() - started
             trainer.progress["wall_time"] += elapsed
             trained, seconds = trained + 1, seconds + elapsed
+            stop.signal = int(ranks.largest(stop.signal or 0)) or None  # all stop, or none
             if trainer.iter == first_step + STEPS_TO_ESTIMATE:
                 say_expected_time(trainer, first_step, first_second)
             bar.update()
@@ -248,25 +272,35 @@ def loop(trainer, log, path):
                 left = (c["max_steps"] - trainer.iter) * seconds / trained
                 tqdm.write(table_row(row, left), file=sys.stdout)
                 sys.stdout.flush()
-                log.evaluation(row)
-                if isinstance(trainer.raw_model, NGT):
-                    log.geometry(trainer.raw_model, trainer.iter)
+                if log is not None:
+                    log.evaluation(row)
+                    if isinstance(trainer.raw_model, NGT):
+                        log.geometry(trainer.raw_model, trainer.iter)
                 trained, seconds = 0, 0.0
                 sound = sound and math.isfinite(row["val_loss"])
                 if sound and row["val_loss"] < trainer.best_val:
                     trainer.best_val = row["val_loss"]
-                    save_checkpoint(best_path(path), trainer.state())
+                    save(trainer, best_path(path))
             due = trainer.iter % c["checkpoint_interval"] == 0 or done or stop.signal is not None
             if due and sound and trainer.is_sound():
-                save_checkpoint(last_path(path), trainer.state())
+                save(trainer, last_path(path))
     if stop.signal is not None and trainer.iter < c["max_steps"]:
         print(f"stopped at step {trainer.iter}; go on with --resume")
         return stop.exit_code
+    if log is None:
+        return 0
     log.projector(trainer.raw_model, trainer.data.tokenizer, trainer.iter)
     if trainer.best_val < math.inf:
         print(f"best validation loss {trainer.best_val:.4f} in {best_path(path)}")
         print(f"chat with it: python chat.py --checkpoint-path {best_path(path)}")
     return 0
+
+
+def save(trainer, path):
+    """All ranks give what they have, the main one writes it."""
+    state = trainer.state()
+    if trainer.ranks.is_main:
+        save_checkpoint(path, state)
 
 
 def say_expected_time(trainer, first_step, first_second):
@@ -308,6 +342,7 @@ def evaluation_row(trainer, norm, trained, seconds):
         c["eval_iters"],
         trainer.device,
         trainer.autocast,
+        trainer.ranks,
     )
     return {
         "step": trainer.iter,

@@ -8,6 +8,7 @@ import shutil
 
 import torch
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import FORMAT_VERSION, build_model
 from data import get_batch
@@ -15,6 +16,7 @@ from errors import UserError, warn
 from gravity import step_around_when_compiling
 from gravity_blocked import cpu_multiplies_bf16
 from model import NGT, repulsion_loss
+from ranks import Ranks
 
 
 def choose_precision(use_amp, device):
@@ -43,8 +45,26 @@ def maybe_compile(model, config, device):
     return torch.compile(model)
 
 
-def make_optimizer(model, config, device):
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), decaying matrices only."""
+def distribute(model, device, ranks):
+    """The model with its gradients averaged over all ranks; itself where there is but one."""
+    if ranks.size == 1:
+        return model
+    c = model.config
+    # the published law without a cutoff has a radius that nothing reads
+    unused = getattr(c, "law", None) == "published" and c.cutoff == "none"
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        find_unused_parameters=unused,
+    )
+
+
+def make_optimizer(model, config, device, ranks):
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), decaying matrices only.
+
+    With `shard_optimizer` every rank keeps its share of the state (ZeRO stage 1, Rajbhandari et
+    al. 2020, arXiv:1910.02054).
+    """
     decay, keep = [], []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.dim() >= 2 and not name.startswith("mass_emb")
@@ -53,8 +73,15 @@ def make_optimizer(model, config, device):
         {"params": decay, "weight_decay": config["weight_decay"]},
         {"params": keep, "weight_decay": 0.0},
     ]
-    fused = device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=config["learning_rate"], betas=(0.9, 0.99), fused=fused)
+    settings = {
+        **{"lr": config["learning_rate"], "betas": (0.9, 0.99)},
+        "fused": device.type in ("cpu", "cuda"),
+    }
+    if config["shard_optimizer"] and ranks.size > 1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # a second to import
+
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
+    return torch.optim.AdamW(groups, **settings)
 
 
 def learning_rate(step, config):
@@ -70,14 +97,22 @@ def learning_rate(step, config):
 
 
 class Trainer:
-    """All that a run holds: what a checkpoint saves and `step` changes."""
+    """All that a run holds: what a checkpoint saves and `step` changes.
 
-    def __init__(self, config, data, device):
+    Args:
+        ranks: the processes that share each batch; the numbers of a step are those of all of them.
+    """
+
+    def __init__(self, config, data, device, ranks=None):
         self.config, self.data, self.device = config, data, device
+        self.ranks = ranks or Ranks()
         shape = {"model_type": config["model"], "vocab_size": data.tokenizer.vocab_size}
         self.raw_model = build_model(config | shape).to(device)
-        self.model = maybe_compile(self.raw_model, config, device)
-        self.optimizer = make_optimizer(self.raw_model, config, device)
+        distributed = distribute(self.raw_model, device, self.ranks)
+        self.model = maybe_compile(distributed, config, device)
+        self.optimizer = make_optimizer(self.raw_model, config, device, self.ranks)
+        if not self.ranks.is_main:  # dropout of its own
+            torch.manual_seed(config["seed"] + 1_000_003 * self.ranks.rank)
         self.autocast, self.scaler = choose_precision(config["use_amp"], device)
         self.iter = 0
         self.best_val = math.inf
@@ -100,14 +135,18 @@ class Trainer:
         return c["batch_size"] * c["gradient_accumulation_steps"] * c["block_size"]
 
     def state(self):
-        """The checkpoint of this moment."""
+        """The checkpoint of this moment; all ranks call it, the main one's is whole."""
         rng = {"torch": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        others = self.ranks.gathered(dict(rng))[1:]
+        if others:
+            rng["other_ranks"] = others
+        optimizer_state = self._optimizer_state()
         return {
             "format_version": FORMAT_VERSION,
             "model_state": self.raw_model.state_dict(),
-            "optimizer_state": self.optimizer.state_dict(),
+            "optimizer_state": optimizer_state,
             "iter": self.iter,
             "best_val": self.best_val,
             "config": self.saved_config(),
@@ -117,6 +156,14 @@ class Trainer:
             "rng_state": rng,
             "data_state": dict(self.progress),
         }
+
+    def _optimizer_state(self):
+        """Of all ranks; None on others than the main one where the state is shared out."""
+        if hasattr(self.optimizer, "consolidate_state_dict"):
+            self.optimizer.consolidate_state_dict(to=0)
+            if not self.ranks.is_main:
+                return None
+        return self.optimizer.state_dict()
 
     def saved_config(self):
         """The flags, the model's shape, and which text and tokenizer it learned from."""
@@ -149,16 +196,26 @@ class Trainer:
             self.raw_model.load_state_dict(checkpoint["model_state"])
             self.optimizer.load_state_dict(checkpoint["optimizer_state"])
             self.scaler.load_state_dict(checkpoint["scaler_state"])
-            torch.set_rng_state(checkpoint["rng_state"]["torch"])
-            if self.device.type == "cuda" and "cuda" in checkpoint["rng_state"]:
-                torch.cuda.set_rng_state(checkpoint["rng_state"]["cuda"], self.device)
+            self._restore_rng(checkpoint["rng_state"], checkpoint["iter"])
             self.iter, self.best_val = checkpoint["iter"], checkpoint["best_val"]
             self.progress |= checkpoint["data_state"]
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path} cannot be resumed ({reason}): use another") from None
 
-    def loss(self, inputs, targets, with_repulsion):
+    def _restore_rng(self, states, step):
+        """Every rank its own; one that the checkpoint's run did not have gets a new one."""
+        if not self.ranks.is_main:
+            others = states.get("other_ranks", [])
+            if len(others) != self.ranks.size - 1:
+                torch.manual_seed(self.config["seed"] + 1_000_003 * self.ranks.rank + step)
+                return
+            states = others[self.ranks.rank - 1]
+        torch.set_rng_state(states["torch"])
+        if self.device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], self.device)
+
+    def loss(self, inputs, targets, with_repulsion, micro_step=0):
         """What is minimised, and the cross-entropy alone."""
         if not isinstance(self.raw_model, NGT):
             logits = self.model(inputs)
@@ -167,7 +224,11 @@ class Trainer:
         logits, geometry = self.model(inputs, return_geometry=True)
         cross_entropy = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         if with_repulsion:
-            repulsion = repulsion_loss(geometry.z, geometry.mass)
+            # the same positions on every rank
+            sample = torch.Generator().manual_seed(
+                (self.config["seed"] * 1_000_003 + self.iter) * 1_009 + micro_step
+            )
+            repulsion = repulsion_loss(geometry.z, geometry.mass, generator=sample)
             return cross_entropy + self.config["lambda_repulsion"] * repulsion, (
                 cross_entropy.detach()
             )
@@ -187,7 +248,10 @@ class Trainer:
             group["lr"] = rate
         with_repulsion = c["repulsion"] and self.iter % c["repulsion_interval"] == 0
         mean = 0.0
-        for micro_step in range(c["gradient_accumulation_steps"]):
+        share = c["batch_size"] // self.ranks.size
+        mine = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
+        last = c["gradient_accumulation_steps"] - 1
+        for micro_step in range(last + 1):
             inputs, targets = get_batch(
                 self.data.train,
                 c["batch_size"],
@@ -196,12 +260,13 @@ class Trainer:
                 self.iter,
                 micro_step,
             )
-            with self.autocast():
-                loss, cross_entropy = self.loss(
-                    inputs.to(self.device), targets.to(self.device), with_repulsion
-                )
-            self.scaler.scale(loss / c["gradient_accumulation_steps"]).backward()
+            inputs, targets = inputs[mine].to(self.device), targets[mine].to(self.device)
+            with self._no_sync() if micro_step < last else contextlib.nullcontext():
+                with self.autocast():
+                    loss, cross_entropy = self.loss(inputs, targets, with_repulsion, micro_step)
+                self.scaler.scale(loss / c["gradient_accumulation_steps"]).backward()
             mean += float(cross_entropy) / c["gradient_accumulation_steps"]
+        mean = self.ranks.mean(mean)
         self.scaler.unscale_(self.optimizer)
         limit = c["grad_clip"] or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), limit))
@@ -212,6 +277,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self._count(mean, finite)
         return mean, norm
+
+    def _no_sync(self):
+        """Gradients are averaged over the ranks only once a step."""
+        model = getattr(self.model, "_orig_mod", self.model)
+        return model.no_sync() if self.ranks.size > 1 else contextlib.nullcontext()
 
     def _count(self, loss, finite):
         p = self.progress

@@ -265,12 +265,6 @@ def test_nothing_of_another_run_is_written_over(in_tmp, small_text, capsys):
     assert len(curve(in_tmp / "runs" / "y")) == 1
 
 
-def test_several_processes_are_refused(in_tmp, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    code, error = refuse(capsys)
-    assert code == 2 and "torchrun" in error
-
-
 def test_no_checkpoint_is_written_while_steps_are_skipped(in_tmp, small_text, monkeypatch, capsys):
     flags = ("--data-path", small_text, "--checkpoint-path", "c/x", "--max-steps", 5)
     train(*flags, cwd=in_tmp)

@@ -1,0 +1,111 @@
+"""Data-parallel training under torchrun: which process this is, and what all of them agree on."""
+
+import contextlib
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from errors import UsageError
+
+TIMEOUT = datetime.timedelta(
+    minutes=10
+)  # a rank that dies is noticed at once; one that hangs, then
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run: this one's `rank` of `size`, and its number on this machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self):
+        """Whether this process is the one that writes and speaks."""
+        return self.rank == 0
+
+    def mean(self, value):
+        """The mean of a number over all ranks."""
+        return self._reduced(value, dist.ReduceOp.SUM) / self.size
+
+    def sum(self, value):
+        """The sum of a number over all ranks."""
+        return self._reduced(value, dist.ReduceOp.SUM)
+
+    def largest(self, value):
+        """The largest of a number over all ranks."""
+        return self._reduced(value, dist.ReduceOp.MAX)
+
+    def _reduced(self, value, operation):
+        if self.size == 1:
+            return value
+        on_gpu = dist.get_backend() == "nccl"
+        tensor = torch.tensor(float(value), dtype=torch.float64, device="cuda" if on_gpu else "cpu")
+        dist.all_reduce(tensor, operation)
+        return float(tensor)
+
+    def gathered(self, value):
+        """A list of every rank's object."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def wait(self):
+        """Until all ranks are here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def joined():
+    """This process's `Ranks` as torchrun's environment says; ranks but the first are silent.
+
+    Raises:
+        UsageError: where that environment is not torchrun's.
+    """
+    try:
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        ranks = Ranks(int(os.environ["RANK"]), size, int(os.environ["LOCAL_RANK"]))
+    except (KeyError, ValueError):
+        ranks = Ranks()
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UsageError("WORLD_SIZE is set but not RANK: start with torchrun") from None
+    if ranks.size == 1:
+        yield Ranks()
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
+    _init_process_group(ranks)
+    try:
+        with contextlib.ExitStack() as stack:
+            if not ranks.is_main:
+                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+            yield ranks
+            ranks.wait()
+    finally:
+        dist.destroy_process_group()
+
+
+def _init_process_group(ranks):
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if os.environ.get("LOCAL_WORLD_SIZE") != str(ranks.size):
+        dist.init_process_group(backend, timeout=TIMEOUT)
+        return
+    # after a restart torchrun's store still holds the addresses of the processes before
+    store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(
+        backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=TIMEOUT
+    )
+
+
+def is_restarted():
+    """Whether torchrun has started these processes anew after one of them died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

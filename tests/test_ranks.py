@@ -1,0 +1,130 @@
+"""Training under torchrun, against the same training in one process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from checkpoint import read_checkpoint
+from conftest import ROOT, run
+
+STEPS = 50
+SMALL = (
+    *("--data-path", "small.txt", "--hidden-dim", 16, "--num-layers", 2, "--num-heads", 2),
+    *("--block-size", 16, "--batch-size", 8, "--gradient-accumulation-steps", 2),
+    *("--max-steps", STEPS, "--warmup-steps", 5, "--repulsion-interval", 3),
+    *("--eval-interval", 10, "--eval-iters", 2, "--checkpoint-interval", 5, "--device", "cpu"),
+)
+
+
+def torchrun(cwd, ranks, *flags, restarts=0):
+    """The process of a training over several ranks."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch += ["--nproc_per_node", ranks, "--max-restarts", restarts]
+    return subprocess.Popen(
+        [str(word) for word in (*launch, ROOT / "train_shakespeare.py", *SMALL, *flags)],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process, code=0):
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == code, output
+    return output
+
+
+def named(name):
+    return ("--checkpoint-path", f"{name}.pt", "--run-name", name)
+
+
+def curve(cwd, name):
+    lines = (cwd / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def weights(cwd, name):
+    return read_checkpoint(cwd / f"{name}.pt_last.pt")["model_state"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        pytest.param(("--model", "vanilla"), marks=pytest.mark.slow),
+        pytest.param(("--law", "published", "--no-radius-cutoff"), marks=pytest.mark.slow),
+    ],
+    ids=["newton", "vanilla", "published"],
+)
+def test_any_number_of_ranks_gives_one_curve(flags, in_tmp, small_text, request):
+    """Losses of 1, 2 and 4 ranks agree to 1e-5 over 50 steps; so does a sharded optimizer's."""
+    run("train_shakespeare.py", *SMALL, *flags, *named("one"), cwd=in_tmp, check=0)
+    expected = curve(in_tmp, "one")
+    assert expected[-1]["step"] == STEPS and expected[-1]["val_loss"] < expected[0]["val_loss"]
+    others = {"two": (2, ()), "sharded": (2, ("--shard-optimizer",))}
+    if flags or request.config.getoption("--slow"):
+        others["four"] = (4, ())
+    for name, (ranks, more) in others.items():
+        output = finish(torchrun(in_tmp, ranks, *flags, *more, *named(name)))
+        assert output.count("best validation loss") == 1  # rank 0 alone speaks
+        found = curve(in_tmp, name)
+        assert [row["step"] for row in found] == [row["step"] for row in expected]
+        for key in ("train_loss", "val_loss"):
+            for row, other in zip(found, expected, strict=True):
+                assert row[key] == pytest.approx(other[key], abs=1e-5), (name, row["step"])
+
+
+def test_a_rank_that_dies(in_tmp, small_text):
+    """Killed, it ends the run within a minute; with --max-restarts the run carries on from its
+    last checkpoint, and ends bit-identical to one that was never disturbed, dropout and all. One
+    process, and another number of ranks, read what several wrote."""
+    longer = ("--max-steps", 400, "--dropout", 0.1, "--shard-optimizer", "--eval-interval", 100)
+    finish(torchrun(in_tmp, 2, *longer, *named("whole")))
+    for restarts in (1, 0):
+        name = f"killed{restarts}"
+        process = torchrun(in_tmp, 2, *longer, *named(name), restarts=restarts)
+        last = in_tmp / f"{name}.pt_last.pt"
+        deadline = time.monotonic() + 90
+        while not last.exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+        kill_a_rank(process.pid)
+        killed_at = time.monotonic()
+        output = finish(process, code=0 if restarts else 1)
+        if restarts:
+            assert "resuming at step" in output
+        else:
+            assert "SIGKILL" in output and time.monotonic() - killed_at < 60
+            assert 5 <= read_checkpoint(last)["iter"] < 400
+    ours, expected = weights(in_tmp, "killed1"), weights(in_tmp, "whole")
+    assert all(torch.equal(ours[key], expected[key]) for key in expected)
+    flags = (*SMALL, *longer, *named("killed0"), "--resume")
+    run("train_shakespeare.py", *flags, cwd=in_tmp, check=0)
+    assert curve(in_tmp, "killed0")[-1]["step"] == 400
+
+
+def kill_a_rank(launcher):
+    """SIGKILL the second of the launcher's trainings."""
+    listing = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(launcher)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    os.kill(max(int(pid) for pid in listing), signal.SIGKILL)
+
+
+def test_batches_that_cannot_be_shared_out(in_tmp, small_text):
+    output = finish(torchrun(in_tmp, 2, "--batch-size", 7, *named("odd")), code=1)
+    assert "error: --batch-size 7 cannot be shared out among 2 processes" in output
+
+
+def test_half_of_torchruns_environment(in_tmp, small_text):
+    result = run("train_shakespeare.py", *SMALL, cwd=in_tmp, check=2, env={"WORLD_SIZE": "2"})
+    assert "start with torchrun" in result.stderr
