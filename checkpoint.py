@@ -6,6 +6,7 @@ A checkpoint is a dict of tensors and plain types with the keys `model_state`, `
 """
 
 import contextlib
+import math
 import os
 import pickle
 import tempfile
@@ -21,6 +22,11 @@ from tokenizer import tokenizer_from_vocab
 from vanilla_model import Vanilla, VanillaConfig
 
 FORMAT_VERSION = 2
+KEYS = {
+    *("model_state", "optimizer_state", "iter", "best_val", "config", "vocab", "format_version"),
+    *("scheduler_state", "scaler_state", "rng_state", "data_state"),
+}
+LARGEST_SIZE = 1 << 31
 MODELS = {"ngt": (NGT, NGTConfig), "vanilla": (Vanilla, VanillaConfig)}
 
 
@@ -95,11 +101,12 @@ def save_checkpoint(path, checkpoint):
 def read_checkpoint(path):
     """Read a checkpoint of this or the first release; nothing in it is ever executed.
 
-    The archive's own checksums are verified first, and only tensors and plain types are accepted
-    (`weights_only=True`). A first-release checkpoint comes back with this release's names.
+    The archive's own checksums are verified first, only tensors and plain types are accepted
+    (`weights_only=True`), and what they say is checked before anything is built from it. A
+    first-release checkpoint comes back with this release's names.
 
     Raises:
-        UserError: where the file is missing, damaged or not a checkpoint.
+        UserError: where the file is missing, damaged or not a checkpoint, or contradicts itself.
     """
     path = Path(path)
     if path.is_dir():
@@ -108,6 +115,8 @@ def read_checkpoint(path):
         raise UserError(f"checkpoint {path} does not exist: train one with train_shakespeare.py")
     try:
         with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise UserError(f"checkpoint {path} is compressed, as none is: refused")
             damaged = archive.testzip()
         if damaged is not None:
             raise UserError(f"checkpoint {path} is damaged (checksum of {damaged}): use another")
@@ -119,13 +128,17 @@ def read_checkpoint(path):
             f"checkpoint {path} holds more than tensors and plain types: refused, since loading "
             "it could run code"
         ) from None
-    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, KeyError, NotImplementedError):
+    except UserError:
+        raise
+    except Exception:  # what a damaged pickle raises is anybody's guess
         raise UserError(f"checkpoint {path} is truncated, or no checkpoint: use another") from None
     if not isinstance(checkpoint, dict) or not {"model_state", "vocab"} <= checkpoint.keys():
         raise UserError(f"checkpoint {path} lacks model_state or vocab: it is of another program")
     try:
         if "format_version" not in checkpoint:
-            return _from_first_release(checkpoint)
+            checkpoint = _from_first_release(checkpoint)
+            _check(checkpoint, path)
+            return checkpoint
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise UserError(f"checkpoint {path} is no complete first-release one ({error})") from None
     if checkpoint["format_version"] != FORMAT_VERSION:
@@ -133,9 +146,71 @@ def read_checkpoint(path):
             f"checkpoint {path} is of format {checkpoint['format_version']}, this program reads "
             f"{FORMAT_VERSION}: use the release that wrote it"
         )
-    if isinstance(checkpoint.get("config"), dict):  # written before there was retardation
-        checkpoint["config"].setdefault("retardation", False)
+    if isinstance(checkpoint.get("config"), dict):  # older ones do not say
+        retarded = "layers.0.attn.retardation" in checkpoint["model_state"]
+        checkpoint["config"].setdefault("retardation", retarded)
+    unknown = sorted(str(key) for key in checkpoint.keys() - KEYS)
+    if unknown:
+        raise UserError(f"checkpoint {path} holds {unknown[0][:80]!r}, as none does: refused")
+    _check(checkpoint, path)
     return checkpoint
+
+
+def _check(checkpoint, path):
+    """Refuse what contradicts itself, before memory is taken for it."""
+    try:
+        why = _contradiction(checkpoint["config"], checkpoint["model_state"])
+        for name, kinds in (("iter", (int,)), ("best_val", (int, float))):
+            if why is None and type(checkpoint.get(name, 0)) not in kinds:
+                why = f"{name} is no number"
+    except (KeyError, TypeError, RuntimeError, AttributeError, OverflowError, UserError) as error:
+        why = _first_words(error)
+    if why:
+        raise UserError(f"checkpoint {path} contradicts itself ({why}): use another")
+
+
+def _contradiction(config, state):
+    """Why these weights cannot be of such a model, in a few words; None where they can."""
+    if not isinstance(config, dict) or not isinstance(state, dict):
+        return "config or model_state is no dictionary"
+    if not isinstance(config.get("model_type"), str) or config["model_type"] not in MODELS:
+        return "its model_type is unknown"
+    for field in fields(MODELS[config["model_type"]][1]):
+        value = config.get(field.name, field.default)
+        if not _is_of_type(value, getattr(field.type, "__name__", str(field.type))):
+            return f"{field.name} is {str(value)[:40]!r}"
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            return "model_state holds more than named tensors"
+        if not tensor.is_floating_point() or tensor.layout != torch.strided:
+            return f"{name[:80]} is no tensor of weights"
+    layers = {name.split(".")[1] for name in state if name.startswith("layers.")}
+    if len(layers) != config["num_layers"]:
+        return f"{len(layers)} layers of weights for num_layers {config['num_layers']}"
+    if tuple(state["token_emb.weight"].shape) != (config["vocab_size"], config["hidden_dim"]):
+        return "token_emb.weight is not vocab_size by hidden_dim"
+    with torch.device("meta"):  # shapes alone
+        expected = build_model(config).state_dict()
+    if expected.keys() != state.keys():
+        name = sorted(expected.keys() ^ state.keys())[0]
+        return f"{name[:80]} is {'missing' if name in expected else 'of no such model'}"
+    for name, tensor in expected.items():
+        if tensor.shape != state[name].shape:
+            return f"{name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
+        if not bool(torch.isfinite(state[name]).all()):
+            return f"{name} holds NaN or infinity"
+    return None
+
+
+def _is_of_type(value, name):
+    """Whether a config's value is of a dataclass field's annotated type."""
+    if value is None:
+        return "None" in name
+    if name.startswith("int"):
+        return type(value) is int and abs(value) < LARGEST_SIZE
+    if name.startswith("float"):
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value).__name__ == name
 
 
 def load_model(path, device="cpu"):
@@ -148,14 +223,13 @@ def load_model(path, device="cpu"):
         UserError: as `read_checkpoint`, and where weights and config contradict each other.
     """
     checkpoint = read_checkpoint(path)
-    tokenizer = tokenizer_from_vocab(checkpoint["vocab"])
     try:
-        model = build_model(checkpoint["config"])
-        model.load_state_dict(checkpoint["model_state"])
-    except (KeyError, TypeError, RuntimeError, AttributeError, UserError) as error:
-        raise UserError(
-            f"checkpoint {path} contradicts itself ({_first_words(error)}): use another"
-        ) from None
+        tokenizer = tokenizer_from_vocab(checkpoint["vocab"])
+    except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
+        reason = _first_words(error)
+        raise UserError(f"checkpoint {path} has no usable vocabulary ({reason})") from None
+    model = build_model(checkpoint["config"])
+    model.load_state_dict(checkpoint["model_state"])
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(
             f"checkpoint {path} contradicts itself (vocabulary of {tokenizer.vocab_size} for "
