@@ -41,16 +41,23 @@ STEPS_TO_ESTIMATE = 20
 
 
 class StopRequest:
-    """Within it Ctrl-C and SIGTERM let the current step finish; a second one stops at once."""
+    """Within it Ctrl-C and SIGTERM let the current step finish; a second one stops at once.
+
+    SIGUSR1 asks for a checkpoint and stops nothing.
+    """
 
     def __init__(self):
         self.signal = None
+        self.save = False
         self._before = {}
 
     def __enter__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
+        handlers = {signal.SIGINT: self._asked, signal.SIGTERM: self._asked}
+        if hasattr(signal, "SIGUSR1"):  # not on Windows
+            handlers[signal.SIGUSR1] = self._asked_to_save
+        for number, handler in handlers.items():
             with contextlib.suppress(ValueError):  # only the main thread may
-                self._before[number] = signal.signal(number, self._asked)
+                self._before[number] = signal.signal(number, handler)
         return self
 
     def __exit__(self, *_):
@@ -60,6 +67,16 @@ class StopRequest:
     def _asked(self, number, _frame):
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
+
+    def _asked_to_save(self, *_):
+        self.save = True
+
+    def agree(self, ranks):
+        """All ranks stop where one was asked to; returns whether a checkpoint was asked for."""
+        asked, self.save = self.save, False
+        agreed = int(ranks.largest(2 * (self.signal or 0) + asked))
+        self.signal = agreed // 2 or None
+        return bool(agreed % 2)
 
     @property
     def exit_code(self):
@@ -258,7 +275,7 @@ def loop(trainer, log, path):
             elapsed = time.perf_counter() - started
             trainer.progress["wall_time"] += elapsed
             trained, seconds = trained + 1, seconds + elapsed
-            stop.signal = int(ranks.largest(stop.signal or 0)) or None  # all stop, or none
+            save_now = stop.agree(ranks)
             if trainer.iter == first_step + STEPS_TO_ESTIMATE:
                 say_expected_time(trainer, first_step, first_second)
             bar.update()
@@ -282,6 +299,10 @@ def loop(trainer, log, path):
                     trainer.best_val = row["val_loss"]
                     save(trainer, best_path(path))
             due = trainer.iter % c["checkpoint_interval"] == 0 or done or stop.signal is not None
+            if save_now:
+                tqdm.write(f"SIGUSR1 at step {trainer.iter}: {last_path(path)}", file=sys.stdout)
+                sys.stdout.flush()
+            due = due or save_now
             if due and sound and trainer.is_sound():
                 save(trainer, last_path(path))
     if stop.signal is not None and trainer.iter < c["max_steps"]:
@@ -328,7 +349,8 @@ def check_skipped(trainer, path):
         where = f"{kept} is the last good checkpoint" if kept.exists() else "nothing was saved yet"
         raise UserError(
             f"loss or gradient was not finite for {in_a_row} steps in a row (--max-skipped-steps), "
-            f"up to step {trainer.iter}; {where}: try a lower --learning-rate"
+            f"up to step {trainer.iter} (the batch of step {trainer.iter - 1} of --seed "
+            f"{trainer.config['seed']}); {where}: try a lower --learning-rate"
         )
 
 

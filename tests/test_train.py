@@ -116,6 +116,34 @@ def test_asked_to_stop_it_saves_and_goes_on_identically(number, code, in_tmp, sm
     assert curve(in_tmp / "runs" / "whole") == curve(in_tmp / "runs" / "cut")
 
 
+def test_sigusr1_writes_a_checkpoint_and_goes_on(in_tmp, small_text):
+    flags = (*SMALL, *NGT, "--data-path", small_text, "--max-steps", 3000)
+    flags = [*flags, "--checkpoint-interval", 3000, "--checkpoint-path", "c/x"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train_shakespeare.py", *map(str, flags)],
+        cwd=in_tmp,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    metrics, last = in_tmp / "runs" / "x" / "metrics.jsonl", in_tmp / "c" / "x_last.pt"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not last.exists()
+    process.send_signal(signal.SIGUSR1)
+    while not last.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    saved_at = read_checkpoint(last)["iter"]
+    rows = len(curve(in_tmp / "runs" / "x"))
+    while len(curve(in_tmp / "runs" / "x")) == rows and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert process.poll() is None  # it goes on
+    process.kill()
+    output, _ = process.communicate(timeout=60)
+    assert f"SIGUSR1 at step {saved_at}" in output and 20 <= saved_at < 3000
+
+
 def test_it_learns_and_reports_the_truth(in_tmp, small_text):
     """The reported validation loss is that of the best checkpoint, computed here by hand."""
     first = train(
