@@ -38,7 +38,10 @@ def write_study(output, name):
     headline = _by_model(stages["headline"])
     configs = [run.config for run in runs]
     evaluations = {label: _evaluation(found[0]) for label, found in headline.items()}
-    evaluations |= {_short(run): _evaluation(run) for run in stages["full"]}
+    evaluations |= {
+        f"{_short(run)}, {run.rows[-1]['step']:,} steps": _evaluation(run)
+        for run in (*stages["full"], *stages["ablations"])
+    }
     evaluations = {label: found for label, found in evaluations.items() if found}
     parts = [
         "# The study: gravity against dot-product attention",
