@@ -1,6 +1,7 @@
 """Talk to a checkpoint. It goes on writing where your text ends, as the text it learned from does.
 
-Commands: /help, /set NAME VALUE, /reset, /quit. Ctrl-C stops an answer, Ctrl-D leaves.
+Commands: /help, /retry, /more, /tokens, /pull, /save FILE, /set NAME VALUE, /reset, /quit. Ctrl-C
+stops an answer, Ctrl-D leaves.
 """
 
 import argparse
@@ -8,6 +9,7 @@ import contextlib
 import signal
 import sys
 import threading
+import time
 
 import torch
 from tqdm import tqdm
@@ -15,6 +17,7 @@ from tqdm import tqdm
 from checkpoint import load_model
 from errors import run_script, warn
 from generation import TokenStream
+from model import NGT
 from options import choose_device, positive, script_parser, whole, whole_or_zero
 from tokenizer import CharTokenizer, TextStream
 
@@ -25,6 +28,11 @@ EXAMPLES = """examples:
 """
 
 HELP = """/help                 this list
+/retry                answer again, otherwise
+/more                 go on writing
+/tokens               how what you wrote was split, with the tokens' masses
+/pull                 which earlier tokens pulled the newest one, and how hard
+/save FILE            write the conversation to a new file
 /set                  show the settings
 /set NAME VALUE       change temperature, top_k, top_p, max_new_tokens or seed
 /reset                forget the conversation
@@ -48,6 +56,8 @@ def probability(text):
     return value
 
 
+PULL_CONTEXT = 256  # tokens
+SHOWN_PULLS = 8
 SETTINGS = {
     "temperature": temperature,
     "top_k": whole,
@@ -99,8 +109,15 @@ class Chat:
         self.stream = TokenStream(model)
         self.tokenizer = tokenizer
         self.settings = settings
-        self.said_sliding = False
         self.reseed()
+        self.forget()
+
+    def forget(self):
+        """Start a conversation."""
+        self.stream.reset()
+        self.said_sliding = False
+        self.tokens, self.prompt, self.transcript = [], [], []
+        self.before_answer = None
 
     def reseed(self):
         self.generator = torch.Generator()
@@ -113,9 +130,78 @@ class Chat:
         """Read `text` and answer it on standard output; returns whether Ctrl-C stopped that."""
         with stop_on_interrupt() as stopped:
             self.read(text, stopped)
-            if not stopped.is_set():
-                self.answer(lambda text: print(text, end="", flush=True), stopped)
+        return stopped.is_set() or self.more()
+
+    def remember(self):
+        """Keep this moment, so that /retry can come back to it."""
+        kept = len(self.tokens), len(self.transcript)
+        self.before_answer = (self.stream.copy_of_state(), *kept)
+
+    def retry(self):
+        """Answer the last text again."""
+        if self.before_answer is None:
+            print("nothing was answered yet")
+            return
+        state, tokens, pieces = self.before_answer
+        self.stream.return_to(state)
+        del self.tokens[tokens:], self.transcript[pieces:]
+        self.more()
+
+    def more(self):
+        """Go on writing where the text ends; returns whether Ctrl-C stopped that."""
+        if self.stream.logits is None:
+            print("write something first")
+            return False
+        self.remember()
+        with stop_on_interrupt() as stopped:
+            self.answer(print_now, stopped)
         return stopped.is_set()
+
+    def show_tokens(self):
+        """How the last text was split."""
+        if not self.prompt:
+            print("write something first")
+            return
+        masses = [None] * len(self.prompt)
+        if isinstance(self.stream.model, NGT):
+            ids = torch.tensor(self.prompt, device=self.stream.device)
+            masses = self.stream.model.mass(ids).tolist()
+        for token, mass in zip(self.prompt, masses, strict=True):
+            label = printable(self.tokenizer.label(token))
+            print(f"{token:>7}  {label}" + ("" if mass is None else f"  (mass {mass:.3f})"))
+
+    def show_pull(self):
+        """The earlier tokens that pulled the newest one hardest, mean over layers and heads."""
+        model = self.stream.model
+        if getattr(model.config, "law", None) != "newton":
+            print("only the law newton has a pull to show")
+            return
+        if not self.tokens:
+            print("write something first")
+            return
+        recent = self.tokens[-PULL_CONTEXT:]
+        weights = model.pull_weights(torch.tensor([recent], device=self.stream.device))
+        shares = weights[:, :, -1].mean((0, 1))
+        label = printable(self.tokenizer.label(recent[-1]))
+        print(f"{label} was pulled by, of the last {len(recent)} tokens:")
+        for place in shares.argsort(descending=True)[:SHOWN_PULLS].tolist():
+            share, back = float(shares[place]), len(recent) - 1 - place
+            bar = "#" * max(1, round(share * 40))
+            where = f"{back} back" if back else "itself"
+            label = printable(self.tokenizer.label(recent[place]))
+            print(f"{share:6.1%}  {label:<16} {where:<9} {bar}")
+
+    def save(self, path):
+        """Write the conversation to a file that is not there yet."""
+        try:
+            with open(path, "x", encoding="utf-8") as file:
+                file.write("".join(self.transcript))
+        except FileExistsError:
+            print(f"{path} exists already: give another name")
+        except OSError as error:
+            print(f"{path} cannot be written: {error.strerror or error}")
+        else:
+            print(f"saved in {path}")
 
     def read(self, text, stopped):
         """Let the model read what the user wrote."""
@@ -127,29 +213,42 @@ class Chat:
         tokens = self.tokenizer.encode(text)
         if not tokens and self.stream.logits is None:
             tokens = self.tokenizer.encode("\n") or [0]
+        self.prompt = tokens
+        self.transcript.append(text)
         for start in tqdm(
             range(0, len(tokens), 512), desc="reading", disable=None, delay=2, leave=False
         ):
             self.stream.feed(tokens[start : start + 512])
+            self.tokens += tokens[start : start + 512]
             if stopped.is_set() and start + 512 < len(tokens):
                 print(f"(read as far as token {start + 512} of {len(tokens)})")
                 return
 
     def answer(self, write, stopped):
         """Stream an answer to `write(text)` until it is long enough or stopped."""
-        s = self.settings
+        s, started, count = self.settings, time.perf_counter(), 0
         text = TextStream(self.tokenizer)
         tokens = self.stream.generate(
             s["max_new_tokens"], s["temperature"], s["top_k"], s["top_p"], self.generator
         )
         for token in tokens:
-            write(printable(text.push(token)))
+            count += 1
+            self.tokens.append(token)
+            self._write(text.push(token), write)
             if stopped.is_set():
                 break
-        write(printable(text.flush()) + "\n")
+        self._write(text.flush(), write)
+        write("\n")
+        if sys.stdout.isatty():
+            seconds = time.perf_counter() - started
+            print(f"({count} tokens, {count / seconds:,.0f} tokens/s)")
         if self.stream.slides and not self.said_sliding:
             self.said_sliding = True
             warn("the context was full: its older half is forgotten whenever that happens")
+
+    def _write(self, text, write):
+        self.transcript.append(text)
+        write(printable(text))
 
     def command(self, line):
         """Carry out a /command; returns False where the user wants to leave."""
@@ -159,9 +258,18 @@ class Chat:
         if name == "/help":
             print(HELP)
         elif name == "/reset":
-            self.stream.reset()
-            self.said_sliding = False
+            self.forget()
             print("(forgotten)")
+        elif name == "/retry":
+            self.retry()
+        elif name == "/more":
+            self.more()
+        elif name == "/tokens":
+            self.show_tokens()
+        elif name == "/pull":
+            self.show_pull()
+        elif name == "/save":
+            self.save(words[0]) if len(words) == 1 else print("/save FILE: name one file")
         elif name == "/set" and not words:
             for key, value in self.settings.items():
                 print(f"{key:15} {'-' if value is None else value}")
@@ -180,6 +288,10 @@ class Chat:
         if key == "seed":
             self.reseed()
         print(f"{key} is now {self.settings[key]}")
+
+
+def print_now(text):
+    print(text, end="", flush=True)
 
 
 @contextlib.contextmanager

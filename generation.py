@@ -1,5 +1,7 @@
 """Token ids in, token ids out: the KV cache, sampling and the stream. Knows nothing of text."""
 
+import copy
+
 import torch
 
 PREFILL_CHUNK = 512
@@ -143,6 +145,15 @@ class TokenStream:
         self.context = []
         self.logits = None
         self.slides = 0
+
+    def copy_of_state(self):
+        """What `return_to` takes to come back to this moment."""
+        return copy.deepcopy(self.cache), list(self.context), self.logits, self.slides
+
+    def return_to(self, state):
+        """Go back to where `copy_of_state` was called; it may be gone back to again."""
+        cache, context, self.logits, self.slides = state
+        self.cache, self.context = copy.deepcopy(cache), list(context)
 
     @torch.inference_mode()
     def feed(self, tokens):

@@ -20,8 +20,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from errors import UsageError
-from gravity import gravity_attention, published_gravity_attention
-from gravity_blocked import reach
+from gravity import gravity_attention, gravity_field, published_gravity_attention
+from gravity_blocked import TINY, reach
 
 LAWS = ("newton", "published")
 PUBLISHED_RADIUS = math.log1p(math.exp(4.0))  # softplus(4), where the first release starts
@@ -410,6 +410,44 @@ class NGT(nn.Module):
             kv_cache.length += tokens.shape[1]
         logits = self.head(self.norm(h))  # (B, T, vocab_size)
         return (logits, Geometry(mass, z, tuple(path))) if return_geometry else logits
+
+    @torch.no_grad()
+    def pull_weights(self, tokens):
+        """Which share of the pull on each token comes from which other.
+
+        Args:
+            tokens: (1, T) ids.
+
+        Returns:
+            (num_layers, num_heads, T, T), each row summing to 1 where anything reaches.
+
+        Raises:
+            ValueError: under the published law.
+        """
+        if self.config.law != "newton":
+            raise ValueError("only the law newton has pulls")
+        weights = []
+
+        def record(attn, inputs):
+            _, z, mass, positions, _ = inputs
+            q, k = attn.points(z)
+            field = gravity_field(
+                q.float(),
+                k.float(),
+                mass,
+                query_positions=positions,
+                key_positions=positions,
+                **attn.law(),
+            )[0]
+            weights.append(field / (field.sum(-1, keepdim=True) + TINY))
+
+        hooks = [layer.attn.register_forward_pre_hook(record) for layer in self.layers]
+        try:
+            self(tokens)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack(weights)
 
 
 def check_context(model, length):

@@ -120,6 +120,69 @@ def test_piped_conversation(in_tmp):
     assert first.split("\n", 2)[2].strip("\n") == second.split("no such")[0].strip("\n")
 
 
+def piped(cwd, *lines, flags=()):
+    command = ("chat.py", "--checkpoint-path", "x.pt", "--temperature", 0, *flags)
+    return run(*command, cwd=cwd, stdin="\n".join((*lines, "")), check=0).stdout.splitlines()
+
+
+def test_more_goes_on_and_retry_answers_again(in_tmp):
+    """10 tokens and 10 more are the 20 of one answer; a greedy answer again is the same again."""
+    make_checkpoint("x.pt")
+    drawn = ("--temperature", 1, "--seed", 3)
+    piped(in_tmp, "hello", "/save whole", flags=(*drawn, "--max-new-tokens", 20))
+    parts = ("hello", "/more", "/save parts", "/retry", "/save retried")
+    piped(in_tmp, *parts, flags=(*drawn, "--max-new-tokens", 10))
+    whole, parts, retried = ((in_tmp / name).read_text() for name in ("whole", "parts", "retried"))
+    assert parts == whole and len(set(whole)) > 8
+    assert len(retried) == len(whole) == 26 and retried[:16] == whole[:16] and retried != whole
+    piped(in_tmp, "hello", "/save one", "/retry", "/save two", flags=("--max-new-tokens", 9))
+    assert (in_tmp / "one").read_text() == (in_tmp / "two").read_text()
+    nothing, early = piped(in_tmp, "/retry", "/more")
+    assert "nothing was answered" in nothing and "write something" in early
+
+
+def test_tokens_and_pull(in_tmp):
+    """Each token of the text with its mass; shares of the pull as the formula in float64 says."""
+    model = make_checkpoint("x.pt")
+    lines = piped(in_tmp, "abcab", "/tokens", "/pull", flags=("--max-new-tokens", 1))
+    ids = LETTERS.encode("abcab\n")
+    table = [line.split() for line in lines if "(mass" in line]
+    assert [int(row[0]) for row in table] == ids
+    for row, mass in zip(table, model.mass(torch.tensor(ids)), strict=True):
+        assert float(row[3].rstrip(")")) == pytest.approx(float(mass), abs=1e-3)
+    (start,) = (n for n, line in enumerate(lines) if "was pulled by, of the last 7 tokens" in line)
+    shares = {row.split()[2]: row.split()[0] for row in lines[start + 1 :] if "back" in row}
+    tokens = torch.tensor([[*ids, LETTERS.encode(lines[0])[0] if lines[0] else ids[-1]]])
+    weights = model.double().pull_weights(tokens)
+    assert torch.allclose(weights.sum(-1), torch.ones(()).double(), atol=1e-6)
+    mean = weights[:, :, -1].mean((0, 1))
+    for back, share in shares.items():
+        assert float(share.rstrip("%")) == pytest.approx(100 * float(mean[6 - int(back)]), abs=0.06)
+    assert len(shares) >= 5
+    make_checkpoint("x.pt", model_type="vanilla")
+    assert "only the law newton" in piped(in_tmp, "/pull")[0]
+
+
+def test_pull_weights_are_what_attention_uses(in_tmp):
+    """Weights times values, through the output projection, is what the layer returns."""
+    model = make_checkpoint("x.pt").double()
+    tokens = torch.tensor([LETTERS.encode("hello there you")])
+    seen = {}
+    attn = model.layers[1].attn
+    attn.register_forward_hook(lambda _, inputs, output: seen.update(h=inputs[0], out=output))
+    weights = model.pull_weights(tokens)[1]
+    v = attn.v_proj(seen["h"]).view(1, -1, 2, 8).transpose(1, 2)[0]
+    expected = attn.out_proj((weights @ v).transpose(0, 1).flatten(1))
+    assert torch.allclose(seen["out"][0], expected, atol=1e-6)
+
+
+def test_save_overwrites_nothing(in_tmp):
+    make_checkpoint("x.pt")
+    lines = piped(in_tmp, "hello", "/save talk.txt", "/save talk.txt", "/save no/such/talk.txt")
+    assert (in_tmp / "talk.txt").read_text().startswith("hello\n")
+    assert [line.split()[0] for line in lines[-3:]] == ["saved", "talk.txt", "no/such/talk.txt"]
+
+
 def terminal(cwd, *flags, interrupt=signal.SIG_DFL):
     """chat.py on a pseudo-terminal, started with Ctrl-C as a shell leaves it, or ignored.
 
