@@ -44,7 +44,7 @@ def write_study(output, name):
     }
     evaluations = {label: found for label, found in evaluations.items() if found}
     parts = [
-        "# The study: gravity against dot-product attention",
+        f"# The study `{name}`: gravity against dot-product attention",
         f"**Corpus:** {all_values(configs, 'source')}, SHA-256 "
         f"`{all_values(configs, 'source_sha256')}`. **Machine:** "
         f"{all_values(configs, 'machine')}. **Commits:** {all_values(configs, 'code_version')}. "
