@@ -12,7 +12,7 @@ import torch.nn as nn
 from checkpoint import build_model
 from errors import UserError, write_whole
 from report_geometry import geometry_section, markdown
-from report_runs import NOT_RUN, all_values, duration, find_runs, group, mean
+from report_runs import NOT_RUN, all_values, duration, find_runs, label_of, mean
 
 BASELINE = "rotary"
 STAGES = ("rates", "ablations", "headline", "full", "sizes")
@@ -110,8 +110,14 @@ def _short(run):
 
 
 def _by_model(runs):
-    """Headline runs by their label, the baseline first; each list in order of the seeds."""
-    found = {variant.label: variant.runs for variant in group(runs)}
+    """Headline runs by their label, the baseline first; each list in order of the seeds.
+
+    Runs that run_study.sh names alike but for the seed belong together, whatever a later version
+    of this program has added to their configurations.
+    """
+    found = {}
+    for run in runs:
+        found.setdefault(label_of(run.config), []).append(run)
     for same in found.values():
         same.sort(key=lambda run: run.config["seed"])
     return dict(sorted(found.items(), key=lambda item: BASELINE not in item[0]))
