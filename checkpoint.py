@@ -5,18 +5,23 @@ A checkpoint is a dict of tensors and plain types with the keys `model_state`, `
 `scheduler_state`, `scaler_state`, `rng_state`, `data_state`.
 """
 
-import contextlib
 import math
-import os
 import pickle
 import tempfile
-import zipfile
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 
+from archive import (
+    DamagedArchive,
+    check_archive,
+    check_may_be_replaced,
+    partial_path,
+    write_archive,
+)
 from errors import UserError
+from first_release import from_first_release
 from model import NGT, NGTConfig
 from tokenizer import tokenizer_from_vocab
 from vanilla_model import Vanilla, VanillaConfig
@@ -26,6 +31,7 @@ KEYS = {
     *("model_state", "optimizer_state", "iter", "best_val", "config", "vocab", "format_version"),
     *("scheduler_state", "scaler_state", "rng_state", "data_state"),
 }
+FIRST_RELEASE_KEYS = KEYS - {"format_version"}
 LARGEST_SIZE = 1 << 31
 MODELS = {"ngt": (NGT, NGTConfig), "vanilla": (Vanilla, VanillaConfig)}
 
@@ -67,6 +73,9 @@ def check_writable(path):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        for file in (best_path(path), last_path(path)):
+            check_may_be_replaced(file)
+            partial_path(file).unlink(missing_ok=True)  # of a run that was killed while writing
     except OSError as error:
         raise UserError(
             f"--checkpoint-path {path} cannot be written ({error.strerror or error}): give another"
@@ -74,53 +83,79 @@ def check_writable(path):
 
 
 def save_checkpoint(path, checkpoint):
-    """Write a checkpoint under a temporary name, flush it to disk, and rename it.
+    """Write a checkpoint whole or not at all.
 
     Raises:
         UserError: where it cannot be written; the file that was there before is untouched.
     """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_archive(path, checkpoint)
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         reason = getattr(error, "strerror", None) or error
+        kept = "; the one before it is untouched" if Path(path).exists() else ""
         raise UserError(
-            f"checkpoint {path} cannot be written ({reason}): free some space or give another "
-            "--checkpoint-path"
+            f"checkpoint {path} cannot be written ({reason}){kept}: free some space, make it "
+            "writable, or give another --checkpoint-path"
         ) from None
 
 
 def read_checkpoint(path):
     """Read a checkpoint of this or the first release; nothing in it is ever executed.
 
-    The archive's own checksums are verified first, only tensors and plain types are accepted
-    (`weights_only=True`), and what they say is checked before anything is built from it. A
-    first-release checkpoint comes back with this release's names.
+    Every byte is checked against the file's own checksums first, only tensors and plain types are
+    accepted (`weights_only=True`), and what they say is checked before anything is built from it.
+    A first-release checkpoint comes back with this release's names.
 
     Raises:
         UserError: where the file is missing, damaged or not a checkpoint, or contradicts itself.
     """
     path = Path(path)
+    checkpoint = _read_plain(path)
+    if not isinstance(checkpoint, dict) or not {"model_state", "vocab"} <= checkpoint.keys():
+        raise UserError(f"checkpoint {path} lacks model_state or vocab: it is of another program")
+    is_old = "format_version" not in checkpoint
+    unknown = checkpoint.keys() - (FIRST_RELEASE_KEYS if is_old else KEYS)
+    if unknown:
+        raise UserError(f"checkpoint {path} holds {_shown(unknown.pop())}, as none does: refused")
+    if not is_old and not _is_plain(checkpoint["format_version"], FORMAT_VERSION):
+        raise UserError(
+            f"checkpoint {path} is of format {_shown(checkpoint['format_version'])}, this program "
+            f"reads {FORMAT_VERSION}: use the release that wrote it"
+        )
+    try:
+        why = _unsound_tensors(checkpoint["model_state"], path.stat().st_size)
+        if why is None and is_old:
+            checkpoint = from_first_release(checkpoint)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError) as error:
+        raise UserError(
+            f"checkpoint {path} is no complete first-release one ({_first_words(error)}): "
+            "use another"
+        ) from None
+    config = checkpoint.get("config")
+    if why is None and not is_old and isinstance(config, dict):  # older ones do not say
+        config.setdefault("retardation", "layers.0.attn.retardation" in checkpoint["model_state"])
+    try:
+        why = why or _contradiction(checkpoint)
+    except (KeyError, TypeError, RuntimeError, AttributeError, OverflowError, UserError) as error:
+        why = _first_words(error)
+    if why:
+        raise UserError(f"checkpoint {path} contradicts itself ({why}): use another")
+    return checkpoint
+
+
+def _read_plain(path):
+    """What a file holds, if its bytes are right and it holds tensors and plain types alone."""
     if path.is_dir():
         raise UserError(f"checkpoint {path} is a directory: name the .pt file in it")
     if not path.exists():
         raise UserError(f"checkpoint {path} does not exist: train one with train_shakespeare.py")
+    if not path.is_file():  # a pipe would be waited for
+        raise UserError(f"checkpoint {path} is no ordinary file: name a .pt file")
     try:
-        with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise UserError(f"checkpoint {path} is compressed, as none is: refused")
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise UserError(f"checkpoint {path} is damaged (checksum of {damaged}): use another")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        check_archive(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except DamagedArchive as error:
+        raise UserError(f"checkpoint {path} {error}: use another") from None
     except OSError as error:
         raise UserError(f"checkpoint {path} cannot be read: {error.strerror or error}") from None
     except pickle.UnpicklingError:
@@ -128,62 +163,46 @@ def read_checkpoint(path):
             f"checkpoint {path} holds more than tensors and plain types: refused, since loading "
             "it could run code"
         ) from None
-    except UserError:
-        raise
     except Exception:  # what a damaged pickle raises is anybody's guess
         raise UserError(f"checkpoint {path} is truncated, or no checkpoint: use another") from None
-    if not isinstance(checkpoint, dict) or not {"model_state", "vocab"} <= checkpoint.keys():
-        raise UserError(f"checkpoint {path} lacks model_state or vocab: it is of another program")
-    try:
-        if "format_version" not in checkpoint:
-            checkpoint = _from_first_release(checkpoint)
-            _check(checkpoint, path)
-            return checkpoint
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise UserError(f"checkpoint {path} is no complete first-release one ({error})") from None
-    if checkpoint["format_version"] != FORMAT_VERSION:
-        raise UserError(
-            f"checkpoint {path} is of format {checkpoint['format_version']}, this program reads "
-            f"{FORMAT_VERSION}: use the release that wrote it"
-        )
-    if isinstance(checkpoint.get("config"), dict):  # older ones do not say
-        retarded = "layers.0.attn.retardation" in checkpoint["model_state"]
-        checkpoint["config"].setdefault("retardation", retarded)
-    unknown = sorted(str(key) for key in checkpoint.keys() - KEYS)
-    if unknown:
-        raise UserError(f"checkpoint {path} holds {unknown[0][:80]!r}, as none does: refused")
-    _check(checkpoint, path)
-    return checkpoint
 
 
-def _check(checkpoint, path):
-    """Refuse what contradicts itself, before memory is taken for it."""
-    try:
-        why = _contradiction(checkpoint["config"], checkpoint["model_state"])
-        for name, kinds in (("iter", (int,)), ("best_val", (int, float))):
-            if why is None and type(checkpoint.get(name, 0)) not in kinds:
-                why = f"{name} is no number"
-    except (KeyError, TypeError, RuntimeError, AttributeError, OverflowError, UserError) as error:
-        why = _first_words(error)
-    if why:
-        raise UserError(f"checkpoint {path} contradicts itself ({why}): use another")
+def _unsound_tensors(state, file_size):
+    """Why these are no weights that a file of this size can hold; None where they are."""
+    if not isinstance(state, dict):
+        return "model_state is no dictionary"
+    total = 0
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            return "model_state holds more than named tensors"
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+            return f"{_shown(name)} is no tensor of weights"
+        if not tensor.is_contiguous():
+            return f"{_shown(name)} repeats its numbers"
+        total += tensor.numel() * tensor.element_size()
+    # a tied head is named twice
+    return "its tensors hold more than the file does" if total > 2 * file_size else None
 
 
-def _contradiction(config, state):
-    """Why these weights cannot be of such a model, in a few words; None where they can."""
-    if not isinstance(config, dict) or not isinstance(state, dict):
-        return "config or model_state is no dictionary"
+def _contradiction(checkpoint):
+    """Why this cannot be a checkpoint, in a few words; None where it can."""
+    config, state = checkpoint["config"], checkpoint["model_state"]
+    if not isinstance(config, dict):
+        return "config is no dictionary"
     if not isinstance(config.get("model_type"), str) or config["model_type"] not in MODELS:
         return "its model_type is unknown"
     for field in fields(MODELS[config["model_type"]][1]):
         value = config.get(field.name, field.default)
         if not _is_of_type(value, getattr(field.type, "__name__", str(field.type))):
-            return f"{field.name} is {str(value)[:40]!r}"
-    for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            return "model_state holds more than named tensors"
-        if not tensor.is_floating_point() or tensor.layout != torch.strided:
-            return f"{name[:80]} is no tensor of weights"
+            return f"{field.name} is {_shown(value)}"
+    step, best_val = checkpoint.get("iter", 0), checkpoint.get("best_val", 0)
+    if type(step) is not int or not 0 <= step < 1 << 62:
+        return f"iter is {_shown(step)}"
+    if type(best_val) not in (int, float) or math.isnan(best_val):
+        return f"best_val is {_shown(best_val)}"
+    directory = config.get("token_directory")
+    if not isinstance(directory, str | None):
+        return f"token_directory is {_shown(directory)}"
     layers = {name.split(".")[1] for name in state if name.startswith("layers.")}
     if len(layers) != config["num_layers"]:
         return f"{len(layers)} layers of weights for num_layers {config['num_layers']}"
@@ -193,13 +212,28 @@ def _contradiction(config, state):
         expected = build_model(config).state_dict()
     if expected.keys() != state.keys():
         name = sorted(expected.keys() ^ state.keys())[0]
-        return f"{name[:80]} is {'missing' if name in expected else 'of no such model'}"
+        return f"{_shown(name)} is {'missing' if name in expected else 'of no such model'}"
     for name, tensor in expected.items():
         if tensor.shape != state[name].shape:
             return f"{name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
         if not bool(torch.isfinite(state[name]).all()):
             return f"{name} holds NaN or infinity"
     return None
+
+
+def _is_plain(value, expected):
+    return type(value) is type(expected) and value == expected
+
+
+def _shown(value):
+    """A stranger's value in an error: short, on one line, and never written out where it is deep."""
+    if isinstance(value, str):
+        return repr(value[:40])
+    if value is None or isinstance(value, bool | float):
+        return repr(value)
+    if isinstance(value, int):
+        return repr(value) if abs(value) < 10**40 else "a very large number"
+    return f"a {type(value).__name__}"
 
 
 def _is_of_type(value, name):
@@ -209,7 +243,7 @@ def _is_of_type(value, name):
     if name.startswith("int"):
         return type(value) is int and abs(value) < LARGEST_SIZE
     if name.startswith("float"):
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and abs(value) < 1e300
     return type(value).__name__ == name
 
 
@@ -240,45 +274,6 @@ def load_model(path, device="cpu"):
 
 def _first_words(error):
     return " ".join(str(error).split())[:200]
-
-
-def _from_first_release(checkpoint):
-    """Give a first-release checkpoint (design: law `published`) this release's names."""
-    old = {
-        name.replace("_orig_mod.", "").removeprefix("module."): tensor
-        for name, tensor in checkpoint["model_state"].items()
-    }
-    state = {}
-    for name, tensor in old.items():
-        name = name.replace(".ffn.net.0.", ".ffn.up_proj.")
-        name = name.replace(".ffn.net.3.", ".ffn.down_proj.")
-        name = name.replace(".attn.coord_proj_next.", ".coord_proj_next.")
-        name = name.replace(".attn.radius_param", ".attn.radius_raw")
-        if name.endswith(".attn.gamma"):
-            name, tensor = name + "_raw", tensor.flatten()
-        elif name.endswith(".attn.gravity_bias"):
-            tensor = tensor.flatten()
-        state[name] = tensor
-    config = dict(checkpoint["config"])
-    config["block_size"] = config.pop("max_seq_len")
-    config["mlp_dim"] = state["layers.0.ffn.up_proj.weight"].shape[0]
-    config["vocab_size"] = state["token_emb.weight"].shape[0]
-    config["tie_head"] = torch.equal(state["head.weight"], state["token_emb.weight"])
-    config.setdefault("model_type", "ngt" if "coord_emb.weight" in state else "vanilla")
-    if config["model_type"] == "ngt":
-        points = state["layers.0.attn.coord_proj_attn.weight"].shape[0]
-        config["head_coord_dim"] = points // config["num_heads"]
-        config["law"] = "published"
-        if "layers.0.attn.radius_raw" not in state:
-            config["use_radius_cutoff"] = False
-            for layer in range(config["num_layers"]):
-                state[f"layers.{layer}.attn.radius_raw"] = torch.tensor(4.0)
-        if not config.get("use_radius_cutoff", True):
-            config["use_soft_cutoff"] = False
-    else:
-        config["pos"] = "learned"
-        config["head_bias"] = "head.bias" in state
-    return {**checkpoint, "model_state": state, "config": config, "format_version": 1}
 
 
 def is_first_release(checkpoint):

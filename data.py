@@ -130,7 +130,7 @@ def _directory(corpus, tokenizer, bpe_vocab_size, given):
 def _all_meta(pattern):
     """`(directory, meta)` of prepared corpora whose names match."""
     for path in sorted(TOKENS.glob(f"{pattern}/meta.json")):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
             meta = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(meta, dict):
                 yield path.parent, meta

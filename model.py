@@ -26,6 +26,7 @@ from gravity_blocked import TINY, reach
 LAWS = ("newton", "published")
 PUBLISHED_RADIUS = math.log1p(math.exp(4.0))  # softplus(4), where the first release starts
 NEWTON_RADIUS = 16.0
+LARGEST_EXPONENT = 1024  # a Gaussian in all but name
 NEAREST_TIME_SCALE = 0.35  # softenings a token, of a layer's first head at the start
 
 
@@ -83,6 +84,8 @@ class NGTConfig:
             *("num_layers", "num_heads", "mlp_dim", "exponent"),
         )
         check_divisible(self.hidden_dim, self.num_heads)
+        if self.exponent > LARGEST_EXPONENT:
+            raise UsageError(f"--exponent is {self.exponent}: give at most {LARGEST_EXPONENT}")
         if self.law not in LAWS:
             raise UsageError(f"--law is {self.law!r}: choose one of {', '.join(LAWS)}")
         if self.use_soft_cutoff and not self.use_radius_cutoff:

@@ -161,7 +161,7 @@ def reference_section(path):
         head = list(reference["rows"][0])
         lines = [[row[key] for key in head] for row in reference["rows"]]
         title, setting = reference["title"], reference["setting"]
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(
             f"--reference {path} cannot be used ({error}): name a file in the form of "
             "reports/first_release.json"

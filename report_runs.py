@@ -64,7 +64,7 @@ def load_run(directory, name):
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         label_of(config), config["seed"], config["command"], config["parameters"]
         rows = read_metrics(directory / "metrics.jsonl")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"--runs: {directory} is no run ({error}): train it first") from None
     if not rows:
         raise UserError(f"--runs: {directory} has no evaluation yet: train it further")
@@ -73,6 +73,12 @@ def load_run(directory, name):
         if missing:
             raise UserError(
                 f"--runs: {directory}/metrics.jsonl line {number} has no {missing[0]}: "
+                "remove that line, or train the run anew"
+            )
+        wrong = [key for key in NEEDED if not isinstance(row[key], int | float | None)]
+        if wrong:
+            raise UserError(
+                f"--runs: {directory}/metrics.jsonl line {number}: {wrong[0]} is no number: "
                 "remove that line, or train the run anew"
             )
     return Run(name, config, rows)

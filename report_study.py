@@ -331,7 +331,7 @@ def _evaluation(run):
         found = json.loads(path.read_text(encoding="utf-8"))
         for key in ("by_length", "by_place", "by_frequency", "repeats"):
             found[key]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): write it anew with evaluate.py") from None
     return found
 

@@ -26,6 +26,8 @@ FORMAT_VERSION = 1
 BATCH_PIECES = 32
 NOTE_SECONDS = 5.0  # between notes of how far the encoding is
 CHECKED_AT_ONCE = 1 << 22
+DTYPES = ("<u2", "<u4")
+COUNTS = ("pieces", "tokens", "bytes", "encoded_bytes")
 
 
 class TokenFilesError(UserError):
@@ -75,9 +77,13 @@ def open_token_data(directory):
             raise TokenFilesError(f"{directory}/meta.json is of another program", directory)
         if tokenizer.fingerprint != meta["tokenizer_sha256"]:
             raise TokenFilesError(f"{directory}/vocab.json is not what encoded it", directory)
+        if meta["dtype"] not in DTYPES or not {*meta["splits"]} <= {"train", "valid", "test"}:
+            raise TokenFilesError(f"{directory}/meta.json is of another program", directory)
         dtype = np.dtype(meta["dtype"])
         splits = {}
         for name, split in meta["splits"].items():
+            if not all(type(split[key]) is int and split[key] > 0 for key in ("tokens", "bytes")):
+                raise TokenFilesError(f"{directory}/meta.json counts nonsense", directory)
             path = directory / f"{name}.bin"
             count = path.stat().st_size / dtype.itemsize
             if count != split["tokens"]:
@@ -91,7 +97,7 @@ def open_token_data(directory):
         raise
     except UserError as error:
         raise TokenFilesError(f"{directory}/vocab.json: {error}", directory) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TokenFilesError(f"{directory} is damaged ({error})", directory) from None
     return TokenData(directory, meta, tokenizer, splits)
 
@@ -192,10 +198,15 @@ class _Progress:
         try:
             noted = json.loads((directory / "progress.json").read_text(encoding="utf-8"))
             vocab = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
-            if noted["source"] == self.source and noted["splits"].keys() == corpus.readers.keys():
+            is_same = noted["splits"].keys() == corpus.readers.keys()
+            counts = [split[key] for split in noted["splits"].values() for key in COUNTS]
+            are_counts = all(type(count) is int and count >= 0 for count in counts)
+            if noted["source"] == self.source and is_same and are_counts:
                 self.tokenizer, self.splits = tokenizer_from_vocab(vocab), noted["splits"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
+        except (OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError):
             pass  # nothing to go on with: it is begun anew
+        except UserError:
+            pass
 
     @property
     def dtype(self):
@@ -204,9 +215,7 @@ class _Progress:
     def begin(self, sizes, tokenizer):
         """Empty the directory and keep the tokenizer, so that it is trained once."""
         self.tokenizer = tokenizer
-        self.splits = {s: {"pieces": 0, "tokens": 0, "bytes": n} for s, n in sizes.items()}
-        for split in self.splits.values():
-            split["encoded_bytes"] = 0
+        self.splits = {s: dict.fromkeys(COUNTS, 0) | {"bytes": n} for s, n in sizes.items()}
         shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir(parents=True)
         vocab = json.dumps(tokenizer.to_vocab(), ensure_ascii=False)

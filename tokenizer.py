@@ -115,6 +115,9 @@ class BPETokenizer(_Tokenizer):
             raise UserError(f"its model is {kind}, not BPE")
         self._json = tokenizer_json
         self.vocab_size = self._tokenizer.get_vocab_size()
+        ids = self._tokenizer.get_vocab().values()
+        if not ids or max(ids) != self.vocab_size - 1:
+            raise UserError(f"its {self.vocab_size:,} ids are not those from 0 on")
 
     @classmethod
     def train(cls, texts, vocab_size, show_progress=False):
@@ -235,6 +238,8 @@ def tokenizer_from_vocab(vocab):
     """
     try:
         kind = vocab.get("type", "char" if "itos" in vocab else None)
+        if not isinstance(kind, str | None):  # it may be too deep to write out
+            raise TypeError("its type is no text")
         if kind == "char":
             return CharTokenizer(_char_list(vocab))
         if kind == "bpe":
