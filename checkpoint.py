@@ -8,7 +8,7 @@ A checkpoint is a dict of tensors and plain types with the keys `model_state`, `
 import math
 import pickle
 import tempfile
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import torch
@@ -193,6 +193,8 @@ def _contradiction(checkpoint):
         return "its model_type is unknown"
     for field in fields(MODELS[config["model_type"]][1]):
         value = config.get(field.name, field.default)
+        if value is MISSING:
+            return f"it has no {field.name}"
         if not _is_of_type(value, getattr(field.type, "__name__", str(field.type))):
             return f"{field.name} is {_shown(value)}"
     step, best_val = checkpoint.get("iter", 0), checkpoint.get("best_val", 0)
@@ -226,7 +228,7 @@ def _is_plain(value, expected):
 
 
 def _shown(value):
-    """A stranger's value in an error: short, on one line, and never written out where it is deep."""
+    """A stranger's value in an error: short, and never written out where it is deep."""
     if isinstance(value, str):
         return repr(value[:40])
     if value is None or isinstance(value, bool | float):

@@ -11,9 +11,12 @@ import math
 import torch
 
 from checkpoint import MODELS, build_model, model_fields
-from errors import UsageError, warn
+from errors import UsageError, UserError, warn
 from model import LAWS
 from vanilla_model import POSITIONS
+
+MOST_TOKENS = 1 << 28  # a micro-step that a checkpoint may ask for
+LONGEST_SETTING = 4096
 
 DEFAULTS = {
     "model": "ngt",
@@ -359,6 +362,33 @@ def resolve(args, resumed=None):
         if config["mlp_dim"] is None:
             config["mlp_dim"] = _mlp_dim(config, given, matched)
     return config
+
+
+def check_settings(config, path):
+    """Refuse settings of a checkpoint that the command line would not take.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    for action in train_parser("", "")._actions:
+        value = config.get(action.dest)
+        if value is not None and not _is_acceptable(action, value):
+            raise UserError(f"{path} has a {action.dest} that no run has: use another checkpoint")
+    tokens = config.get("batch_size", 1) * config.get("block_size", 1)
+    if tokens > MOST_TOKENS:
+        raise UserError(f"{path} trains on {tokens:,} tokens at once: use another checkpoint")
+
+
+def _is_acceptable(action, value):
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return type(value) is bool
+    if type(value) not in (int, float, str) or len(str(value)) > LONGEST_SETTING:
+        return False
+    try:
+        parsed = (action.type or str)(str(value))
+    except argparse.ArgumentTypeError:
+        return False
+    return parsed == value and (action.choices is None or value in action.choices)
 
 
 def _mlp_dim(config, given, matched):

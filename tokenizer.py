@@ -243,12 +243,18 @@ def tokenizer_from_vocab(vocab):
         if kind == "char":
             return CharTokenizer(_char_list(vocab))
         if kind == "bpe":
-            return BPETokenizer(vocab["tokenizer_json"])
+            return BPETokenizer(_text(vocab["tokenizer_json"]))
         if kind == "tiktoken":
-            return TiktokenTokenizer(vocab["encoding_name"])
+            return TiktokenTokenizer(_text(vocab["encoding_name"]))
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"the vocabulary is damaged ({type(error).__name__}: {error})") from None
     raise UserError(f"the vocabulary is of an unknown type: {kind!r}")
+
+
+def _text(value):
+    if not isinstance(value, str):
+        raise TypeError(f"a {type(value).__name__} where a text belongs")
+    return value
 
 
 def _char_list(vocab):

@@ -1,9 +1,8 @@
 """Train a Newton Gravity Transformer, or the vanilla one it is compared with, on any corpus."""
 
-import contextlib
 import math
 import os
-import signal
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -24,8 +23,9 @@ from data import check_long_enough, check_tokenizer_file, prepare_data
 from errors import UsageError, UserError, run_script, warn
 from metrics import HEADER, RunLog, code_version, evaluate, machine, peak_memory_bytes, table_row
 from model import NGT
-from options import choose_device, resolve, train_parser, warn_of_no_effect
+from options import check_settings, choose_device, resolve, train_parser, warn_of_no_effect
 from ranks import is_restarted, joined
+from stop_request import StopRequest
 from trainer import Trainer
 
 EXAMPLES = """examples:
@@ -38,49 +38,6 @@ EXAMPLES = """examples:
 
 
 STEPS_TO_ESTIMATE = 20
-
-
-class StopRequest:
-    """Within it Ctrl-C and SIGTERM let the current step finish; a second one stops at once.
-
-    SIGUSR1 asks for a checkpoint and stops nothing.
-    """
-
-    def __init__(self):
-        self.signal = None
-        self.save = False
-        self._before = {}
-
-    def __enter__(self):
-        handlers = {signal.SIGINT: self._asked, signal.SIGTERM: self._asked}
-        if hasattr(signal, "SIGUSR1"):  # not on Windows
-            handlers[signal.SIGUSR1] = self._asked_to_save
-        for number, handler in handlers.items():
-            with contextlib.suppress(ValueError):  # only the main thread may
-                self._before[number] = signal.signal(number, handler)
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _asked(self, number, _frame):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
-
-    def _asked_to_save(self, *_):
-        self.save = True
-
-    def agree(self, ranks):
-        """All ranks stop where one was asked to; returns whether a checkpoint was asked for."""
-        asked, self.save = self.save, False
-        agreed = int(ranks.largest(2 * (self.signal or 0) + asked))
-        self.signal = agreed // 2 or None
-        return bool(agreed % 2)
-
-    @property
-    def exit_code(self):
-        return 128 + self.signal
 
 
 def find_resume_file(args, path):
@@ -104,10 +61,19 @@ def read_to_resume(path):
             f"{path} is of the first release: it can be chatted with and mapped, not resumed; "
             "start anew with --law published and another --checkpoint-path"
         )
-    wanted = {"config", "optimizer_state", "iter", "best_val", "rng_state", "data_state"}
-    if not wanted <= checkpoint.keys() or "source_sha256" not in checkpoint["config"]:
+    wanted = {"optimizer_state", "iter", "best_val", "rng_state", "scaler_state", "data_state"}
+    settings = {"model", "dataset", "max_steps", "source_sha256", "tokenizer_sha256"}
+    if not wanted <= checkpoint.keys() or not settings <= checkpoint["config"].keys():
         raise UserError(f"{path} lacks what resuming needs: name another with --resume-from")
+    check_settings(checkpoint["config"], path)
     return checkpoint
+
+
+def check_tokenizer_is_here(args, config):
+    """Refuse to train a tokenizer anew where a checkpoint says it was a file."""
+    path = config["tokenizer_path"]
+    if args.tokenizer_path is None and path is not None and not Path(path).exists():
+        raise UserError(f"the tokenizer {path} is not here: say where with --tokenizer-path")
 
 
 def checkpoint_path(args, config):
@@ -118,6 +84,11 @@ def checkpoint_path(args, config):
         return args.resume_from.removesuffix("_last.pt").removesuffix("_best.pt")
     suffix = "_vanilla" if config["model"] == "vanilla" else ""
     return f"checkpoints/{config['dataset']}{suffix}.pt"
+
+
+def default_run_directory(path):
+    """Where a run's metrics go unless --run-name says otherwise."""
+    return Path("runs") / Path(path).name.removesuffix(".pt")
 
 
 def check_nothing_is_lost(path, run_directory, source):
@@ -154,7 +125,9 @@ def run(args, ranks, argv=None):
     check_tokenizer_file(args.tokenizer_path, args.bpe_vocab_size)
     config = resolve(args)
     path = checkpoint_path(args, config)
-    run_directory = Path("runs") / (args.run_name or Path(path).name.removesuffix(".pt"))
+    run_directory = default_run_directory(path)
+    if args.run_name:
+        run_directory = Path("runs") / args.run_name
     source = checkpoint = None
     if args.resume or args.resume_from:
         source = find_resume_file(args, path)
@@ -163,6 +136,7 @@ def run(args, ranks, argv=None):
         else:
             checkpoint = read_to_resume(source)
             config = resolve(args, checkpoint["config"])
+            check_tokenizer_is_here(args, config)
             other_end = config["max_steps"] != checkpoint["config"]["max_steps"]
             if other_end and config["use_cosine_schedule"]:
                 warn("another --max-steps changes the learning-rate cosine from here on")
@@ -174,7 +148,10 @@ def run(args, ranks, argv=None):
             f"--batch-size {config['batch_size']} cannot be shared out among {ranks.size} "
             f"processes: give a multiple of {ranks.size}"
         )
-    trainer = set_up(config, checkpoint, path, ranks)
+    trainer = set_up(config, path, ranks)
+    if checkpoint is not None:
+        trainer.restore(checkpoint, source)
+    announce(trainer)
     ranks.wait()  # all have looked at what is on disk before one of them writes
     if args.dry_run:
         return 0
@@ -190,8 +167,8 @@ def set_up_torch(config):
         torch.use_deterministic_algorithms(True)
 
 
-def set_up(config, checkpoint, path, ranks):
-    """The trainer of a run, at the step where it starts or goes on; says what it will train."""
+def set_up(config, path, ranks):
+    """The trainer of a run, before its first step."""
     # sizes that cannot be are refused before any text is fetched
     model_config({**config, "model_type": config["model"], "vocab_size": 1})
     device = choose_device(config["device"])
@@ -209,16 +186,19 @@ def set_up(config, checkpoint, path, ranks):
     trainer = Trainer(config, data, device, ranks)
     if ranks.is_main:
         check_writable(path)
-    if checkpoint is not None:
-        trainer.restore(checkpoint, path)
-    print(f"text: {data.meta['source']}")
+    return trainer
+
+
+def announce(trainer):
+    """Say what will be trained."""
+    config, ranks = trainer.config, trainer.ranks
+    print(f"text: {trainer.data.meta['source']}")
     kind = config["pos"] if config["model"] == "vanilla" else config["law"]
     print(
         f"{config['model']} ({kind}): {trainer.parameters:,} parameters; "
-        f"{trainer.tokens_per_step:,} tokens a step, {config['max_steps']:,} steps; {device}"
+        f"{trainer.tokens_per_step:,} tokens a step, {config['max_steps']:,} steps; {trainer.device}"
         + (f", {ranks.size} processes" if ranks.size > 1 else "")
     )
-    return trainer
 
 
 def train(trainer, checkpoint, path, run_directory, argv=None):
@@ -229,8 +209,9 @@ def train(trainer, checkpoint, path, run_directory, argv=None):
         return 0
     if trainer.iter:
         print(f"resuming at step {trainer.iter}")
+    go_on = resume_command(path, run_directory, trainer.ranks)
     if not trainer.ranks.is_main:
-        return loop(trainer, None, path)
+        return loop(trainer, None, path, go_on)
     log = RunLog(
         run_directory,
         {
@@ -250,17 +231,32 @@ def train(trainer, checkpoint, path, run_directory, argv=None):
         for old in (best_path(path), last_path(path)):  # of a run that --overwrite gives up
             old.unlink(missing_ok=True)
     try:
-        return loop(trainer, log, path)
+        return loop(trainer, log, path, go_on)
     finally:
         log.close()
 
 
-def loop(trainer, log, path):
-    """Step, evaluate, save, until done or asked to stop; `log` is None on ranks but the main."""
+def resume_command(path, run_directory, ranks):
+    """What a user types to go on with a run; everything else is in its checkpoint."""
+    start = ["python"] if ranks.size == 1 else ["torchrun", f"--nproc_per_node={ranks.size}"]
+    words = [*start, sys.argv[0], "--resume", "--checkpoint-path", path]
+    if run_directory != default_run_directory(path):
+        words += ["--run-name", os.path.relpath(run_directory, "runs")]
+    return shlex.join(words)
+
+
+def loop(trainer, log, path, go_on):
+    """Step, evaluate, save, until done or asked to stop.
+
+    Args:
+        log: where evaluations go; None on ranks but the main one.
+        go_on: the command that resumes this run.
+    """
     c, ranks = trainer.config, trainer.ranks
     print(HEADER)
     trained, seconds = 0, 0.0
-    first_step, first_second = trainer.iter, trainer.progress["wall_time"]
+    saved_at = first_step = trainer.iter
+    first_second = trainer.progress["wall_time"]
     bar = tqdm(
         total=c["max_steps"],
         initial=trainer.iter,
@@ -305,8 +301,12 @@ def loop(trainer, log, path):
             due = due or save_now
             if due and sound and trainer.is_sound():
                 save(trainer, last_path(path))
+                saved_at = trainer.iter
     if stop.signal is not None and trainer.iter < c["max_steps"]:
-        print(f"stopped at step {trainer.iter}; go on with --resume")
+        where = f"stopped at step {trainer.iter}"
+        if saved_at != trainer.iter:
+            where += f", whose numbers are in doubt; {last_path(path)} is of step {saved_at}"
+        print(f"{where}; go on with: {go_on}", flush=True)
         return stop.exit_code
     if log is None:
         return 0

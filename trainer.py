@@ -84,6 +84,18 @@ def make_optimizer(model, config, device, ranks):
     return torch.optim.AdamW(groups, **settings)
 
 
+def _numbers(named):
+    """A dict, if it is one of finite numbers.
+
+    Raises:
+        ValueError: where it is not.
+    """
+    for name, value in named.items():
+        if type(value) not in (int, float) or not -1e300 < value < 1e300:
+            raise ValueError(f"{name[:40]} is no number")
+    return named
+
+
 def learning_rate(step, config):
     """The learning rate of a step: linear warm-up, then constant or a cosine to the minimum."""
     peak, warmup = config["learning_rate"], config["warmup_steps"]
@@ -180,7 +192,11 @@ class Trainer:
         return self.optimizer.param_groups[0]["lr"]
 
     def restore(self, checkpoint, path):
-        """Continue from a checkpoint that `state` made."""
+        """Continue from a checkpoint that `state` made, read from `path`.
+
+        Raises:
+            UserError: where it is of another text or tokenizer, or damaged in what it holds.
+        """
         for name, mine in (
             ("source_sha256", self.data.meta["source_sha256"]),
             ("tokenizer_sha256", self.data.tokenizer.fingerprint),
@@ -194,14 +210,42 @@ class Trainer:
                 )
         try:
             self.raw_model.load_state_dict(checkpoint["model_state"])
-            self.optimizer.load_state_dict(checkpoint["optimizer_state"])
-            self.scaler.load_state_dict(checkpoint["scaler_state"])
+            self._restore_optimizer(checkpoint["optimizer_state"]["state"])
+            self.scaler.load_state_dict(_numbers(checkpoint["scaler_state"]))
             self._restore_rng(checkpoint["rng_state"], checkpoint["iter"])
             self.iter, self.best_val = checkpoint["iter"], checkpoint["best_val"]
-            self.progress |= checkpoint["data_state"]
-        except (KeyError, TypeError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path} cannot be resumed ({reason}): use another") from None
+            progress = _numbers(checkpoint["data_state"])
+            self.progress = {name: progress.get(name, 0) for name in self.progress}
+        except (LookupError, TypeError, RuntimeError, ValueError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{path} cannot be resumed ({reason}): name another with --resume-from"
+            ) from None
+
+    def _restore_optimizer(self, state):
+        """AdamW's averages; its settings are this run's own.
+
+        Raises:
+            ValueError: where they are not of these parameters.
+        """
+        groups, parameters = [], []
+        for group in self.optimizer.param_groups:
+            numbers = range(len(parameters), len(parameters) + len(group["params"]))
+            groups.append(group | {"params": [*numbers]})
+            parameters += group["params"]
+        for number, averages in state.items():
+            if number not in range(len(parameters)):
+                raise ValueError("optimizer_state is of more parameters than there are")
+            parameter = parameters[number]
+            if averages.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+                raise ValueError("optimizer_state is not AdamW's")
+            for name, average in averages.items():
+                shape = () if name == "step" else parameter.shape
+                if average.shape != shape or average.dtype != torch.float32:
+                    raise ValueError(f"optimizer_state is of other parameters than number {number}")
+                if not bool(torch.isfinite(average).all()) or average.layout != torch.strided:
+                    raise ValueError("optimizer_state holds NaN or infinity")
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def _restore_rng(self, states, step):
         """Every rank its own; one that the checkpoint's run did not have gets a new one."""

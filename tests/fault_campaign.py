@@ -20,32 +20,35 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checkpoint import read_checkpoint  # noqa: E402
+from checkpoint import read_checkpoint
+from errors import UserError
 
 CHECKPOINT_INTERVAL = 7
-STEPS = 400
+STEPS = 300
 SMALL = (
     *("--hidden-dim", 32, "--num-layers", 2, "--num-heads", 2, "--block-size", 32),
-    *("--batch-size", 4, "--gradient-accumulation-steps", 2, "--max-steps", STEPS),
-    *("--dropout", 0.1, "--warmup-steps", 20, "--repulsion-interval", 3, "--device", "cpu"),
-    *("--eval-interval", 50, "--eval-iters", 1, "--checkpoint-interval", CHECKPOINT_INTERVAL),
+    *("--batch-size", 4, "--gradient-accumulation-steps", 2),
+    *("--dropout", 0.1, "--warmup-steps", 20, "--device", "cpu"),
+    *("--eval-interval", 25, "--eval-iters", 1, "--checkpoint-interval", CHECKPOINT_INTERVAL),
 )
 VARIANTS = {
-    "newton": ("--use-soft-cutoff",),
-    "published": ("--law", "published"),
+    "newton": ("--use-soft-cutoff", "--repulsion-interval", 3),
+    "published": ("--law", "published", "--repulsion-interval", 3),
     "vanilla": ("--model", "vanilla"),
+    "bf16": ("--use-amp", "--no-radius-cutoff"),
 }
 SENTENCE = "The mass of a word is what draws the next one near, and far is what it cannot reach. "
+RESUMED = ("model_state", "optimizer_state", "scheduler_state", "iter", "best_val", "rng_state")
 
 
 def training(folder, name, flags):
     """A training process, to go on where an earlier one of that name was killed."""
-    command = [ROOT / "train_shakespeare.py", *SMALL, *flags, "--data-path", "text.txt"]
-    command += ["--checkpoint-path", f"{name}.pt", "--run-name", name, "--resume"]
+    command = [Path(__file__).parent / "counted_training.py", *SMALL, *flags]
+    command += ["--data-path", "text.txt", "--checkpoint-path", f"{name}.pt", "--run-name", name]
     return subprocess.Popen(
-        [sys.executable, *map(str, command)],
+        [sys.executable, *map(str, command), "--resume"],
         cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "STEPS_FILE": f"{name}.steps"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -53,16 +56,28 @@ def training(folder, name, flags):
 
 
 def finished(process):
+    """What a training says that ends by itself."""
     output, _ = process.communicate(timeout=300)
     if process.returncode:
         raise RuntimeError(f"a training ended with {process.returncode}: {output}")
     return output
 
 
-def step_of(folder, name):
-    """The step that a resumed run starts from."""
-    path = folder / f"{name}.pt_last.pt"
-    return read_checkpoint(path)["iter"] if path.exists() else 0
+def saved_step(folder, name):
+    """The step that a resumed run starts from. Raises `UserError` where a file is damaged."""
+    steps = [0]
+    for kind in ("best", "last"):
+        path = folder / f"{name}.pt_{kind}.pt"
+        if path.exists():
+            steps.append(read_checkpoint(path)["iter"])
+    return steps[-1]
+
+
+def last_step(folder, name):
+    """The last step that was finished before the kill, saved or not."""
+    path = folder / f"{name}.steps"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return int(lines[-1]) if lines else 0
 
 
 def rows(folder, name):
@@ -85,51 +100,71 @@ def same(a, b):
     return a == b
 
 
-def campaign(folder, variant, kills, seed=0, say=lambda line: None):
-    """Kill one run `kills` times, let it end, and compare it with an undisturbed one.
+def wait_for_kill(process, folder, name, until, while_writing):
+    """Kill a training at a moment, or at the first checkpoint that it is writing after that.
 
     Returns:
-        A dict: `kills`, `in_writing` (while a checkpoint was being written), `most_repeated`
-        (steps done again after one kill), `mismatches` (of weights, optimizer, evaluations).
+        "step", "writing", or None where it ended first.
+    """
+    while time.monotonic() < until + 30:
+        if process.poll() is not None:
+            return None
+        late = time.monotonic() >= until
+        writing = late and any(folder.glob(f"{name}.pt*.partial"))
+        if late and (writing or not while_writing):
+            process.kill()
+            process.communicate()
+            return "writing" if any(folder.glob(f"{name}.pt*.partial")) else "step"
+        time.sleep(0.0005)
+    raise RuntimeError("no checkpoint was written in 30 seconds")
+
+
+def campaign(folder, variant, kills, seed=0, say=lambda line: None, steps=STEPS):
+    """Kill one run `kills` times, let it end, and compare it with an undisturbed one.
+
+    Every second kill waits for the moment in which a checkpoint is being written.
+
+    Returns:
+        A dict: `kills`; `in_writing`, those that left a checkpoint half written; `resumes`;
+        `most_repeated`, steps done again after one kill; `damaged` checkpoints after a kill;
+        `mismatches` of weights, optimizer, random numbers or evaluations at the end.
     """
     folder = Path(folder)
     (folder / "text.txt").write_text(SENTENCE * 300)
-    flags, clock = VARIANTS[variant], random.Random(seed)
+    flags = (*VARIANTS[variant], "--max-steps", steps)
+    clock = random.Random(f"{variant} {seed}")
     whole, cut = f"{variant}_whole", f"{variant}_cut"
     started = time.monotonic()
     finished(training(folder, whole, flags))
     duration = time.monotonic() - started
-    result = {"kills": 0, "in_writing": 0, "most_repeated": 0, "mismatches": 0}
+    counts = ("kills", "in_writing", "resumes", "most_repeated", "damaged", "mismatches")
+    result = dict.fromkeys(counts, 0)
     while result["kills"] < kills:
-        if step_of(folder, cut) >= STEPS - 2 * CHECKPOINT_INTERVAL:  # nearly done: start over
-            for path in (*folder.glob(f"{cut}.pt*"), folder / "runs" / cut / "metrics.jsonl"):
+        if saved_step(folder, cut) >= steps - 4 * CHECKPOINT_INTERVAL:  # nearly done: start over
+            for path in (*folder.glob(f"{cut}.*"), folder / "runs" / cut / "metrics.jsonl"):
                 path.unlink(missing_ok=True)
+        result["resumes"] += saved_step(folder, cut) > 0
         process = training(folder, cut, flags)
-        try:
-            output, _ = process.communicate(timeout=clock.uniform(0.3, 1.0) * duration)
-            if process.returncode:
-                raise RuntimeError(f"a resumed training ended by itself: {output}")
-            continue  # it was quicker than the clock
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, _ = process.communicate()
+        moment = time.monotonic() + clock.uniform(0.2, 0.9) * duration
+        how = wait_for_kill(process, folder, cut, moment, while_writing=result["kills"] % 2)
+        if how is None:
+            finished(process)
+            continue
         result["kills"] += 1
-        result["in_writing"] += any(folder.glob(f"{cut}.pt*.partial"))
-        reached = last_step_said(output)
-        result["most_repeated"] = max(result["most_repeated"], reached - step_of(folder, cut))
-        say(f"{variant}: killed at step {reached} or later")
+        result["in_writing"] += how == "writing"
+        try:
+            repeated = last_step(folder, cut) - saved_step(folder, cut)
+        except UserError:
+            result["damaged"] += 1
+            break
+        result["most_repeated"] = max(result["most_repeated"], repeated)
+        say(f"{variant}: {how} {last_step(folder, cut)}, {repeated} to be done again")
+    result["resumes"] += saved_step(folder, cut) > 0
     finished(training(folder, cut, flags))
     ours, expected = (read_checkpoint(folder / f"{name}.pt_last.pt") for name in (cut, whole))
-    for key in ("model_state", "optimizer_state", "iter", "best_val", "rng_state"):
-        result["mismatches"] += not same(ours[key], expected[key])
+    result["mismatches"] += sum(not same(ours[key], expected[key]) for key in RESUMED)
     result["mismatches"] += rows(folder, cut) != rows(folder, whole)
     return result
-
-
-def last_step_said(output):
-    """The last step that a training's table shows; 0 where it shows none."""
-    steps = [line.split()[0] for line in output.splitlines() if line[:7].strip().isdigit()]
-    return int(steps[-1]) if steps else 0
 
 
 def main():
@@ -140,14 +175,25 @@ def main():
     parser.add_argument("--kills", type=int, default=50, help="in all (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     args = parser.parse_args()
-    mismatches = 0
+    total = {}
     for number, variant in enumerate(VARIANTS):
         kills = args.kills // len(VARIANTS) + (number < args.kills % len(VARIANTS))
         with tempfile.TemporaryDirectory() as folder, tqdm(total=kills, desc=variant) as bar:
-            result = campaign(folder, variant, kills, args.seed, lambda _, bar=bar: bar.update())
-        print(f"{variant}: {result}")
-        mismatches += result["mismatches"]
-    return int(mismatches > 0)
+
+            def say(line, bar=bar):
+                bar.update()
+                bar.write(line)
+
+            result = campaign(folder, variant, kills, args.seed, say)
+        print(f"{variant}: {result}", flush=True)
+        for key, value in result.items():
+            total[key] = (
+                max(total.get(key, 0), value)
+                if key == "most_repeated"
+                else total.get(key, 0) + value
+            )
+    print(f"all: {total}")
+    return int(total["mismatches"] + total["damaged"] > 0)
 
 
 if __name__ == "__main__":

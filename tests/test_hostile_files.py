@@ -1,0 +1,106 @@
+"""Files made to do harm or to waste memory: each is refused in one line, and quickly."""
+
+import os
+import time
+
+import pytest
+import torch
+
+import hostile_files
+from checkpoint import load_model, read_checkpoint
+from hostile_files import CONTENTS, FILES, RUNS, TOKEN_FILES, TRAINING, Malice
+from metrics import peak_memory_bytes
+from test_chat import LETTERS, make_checkpoint
+
+CPU = torch.device("cpu")
+MOST_SECONDS = 20
+MOST_BYTES = 400_000_000
+
+
+@pytest.fixture
+def watched(in_tmp):
+    """Within it nothing may run, take long or take memory."""
+    started, before = time.monotonic(), peak_memory_bytes(CPU)
+    yield
+    assert time.monotonic() - started < MOST_SECONDS
+    assert peak_memory_bytes(CPU) - before < MOST_BYTES
+    assert not os.path.exists("pwned") and not os.path.exists("planted.json")
+
+
+def is_one_clear_line(message, name="evil"):
+    return name in message and "\n" not in message and len(message) < 500 and message.isprintable()
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_contents(name, watched):
+    assert is_one_clear_line(hostile_files.attempt_checkpoint(CONTENTS[name]))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files(name, watched):
+    assert is_one_clear_line(hostile_files.attempt_file(FILES[name]()))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """`(directory, checkpoint)` of a short real run."""
+    folder = tmp_path_factory.mktemp("trained")
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        return folder, hostile_files.train_a_little()
+    finally:
+        os.chdir(before)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_resumed(name, trained, watched, monkeypatch):
+    monkeypatch.chdir(trained[0])
+    message = hostile_files.attempt_resume(trained[1], TRAINING[name])
+    assert is_one_clear_line(message, "planted" if "elsewhere" in name else "evil")
+    assert not (trained[0] / "planted.json").exists()
+
+
+def test_the_trained_checkpoint_itself_goes_on(trained, monkeypatch, capsys):
+    """So that what the others are refused for is what was changed."""
+    monkeypatch.chdir(trained[0])
+    assert hostile_files.attempt_resume(trained[1], lambda checkpoint: None) == ""
+    assert "resuming at step 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", TOKEN_FILES)
+def test_token_files(name, watched):
+    assert is_one_clear_line(hostile_files.attempt_tokens(TOKEN_FILES[name]), "data/tokens")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_runs(name, trained, watched):
+    assert is_one_clear_line(hostile_files.attempt_report(trained[0], *RUNS[name]))
+
+
+def test_a_pipe_is_not_waited_for(watched):
+    os.mkfifo("evil.pt")
+    assert "ordinary" in hostile_files._said_of(lambda: load_model("evil.pt"))
+
+
+def test_a_global_in_the_pickle(watched):
+    """What `torch.load` itself would run without `weights_only`."""
+    message = hostile_files.attempt_checkpoint(lambda checkpoint: checkpoint.update(vocab=Malice()))
+    assert "could run code" in message
+    torch.load("evil.pt", weights_only=False)
+    assert os.path.exists("pwned")
+    os.rmdir("pwned")
+
+
+def test_older_checkpoints_are_read(in_tmp):
+    """One written before there was retardation says nothing of it, and has none."""
+    make_checkpoint("x.pt")
+    good = torch.load("x.pt", weights_only=True)
+    config = {k: v for k, v in good["config"].items() if k != "retardation"}
+    torch.save(good | {"config": config}, "quiet.pt")
+    assert load_model("quiet.pt")[0].config.retardation
+    weights = {k: v for k, v in good["model_state"].items() if "retardation" not in k}
+    torch.save(good | {"config": config, "model_state": weights}, "older.pt")
+    model, tokenizer, _ = load_model("older.pt")
+    assert not model.config.retardation and tokenizer.vocab_size == LETTERS.vocab_size
+    assert read_checkpoint("older.pt")["iter"] == 7
