@@ -47,7 +47,7 @@ def write_archive(path, contents):
     check_may_be_replaced(path)
     try:
         with open(partial, "w+b") as file:
-            torch.save(contents, file)
+            _save(contents, file)
             _seal(file)
             file.flush()
             os.fsync(file.fileno())
@@ -57,6 +57,28 @@ def write_archive(path, contents):
             partial.unlink()
         raise
     _flush_directory(path.parent)
+
+
+def _save(contents, file):
+    """`torch.save`, which would hide why a disk refused behind an error of its own."""
+    refused = []
+
+    class Writer:
+        """What `torch.save` needs of a file."""
+
+        flush = file.flush
+
+        def write(self, data):
+            try:
+                return file.write(data)
+            except OSError as error:
+                refused.append(error)
+                raise
+
+    try:
+        torch.save(contents, Writer())
+    except RuntimeError as error:
+        raise (refused or [error])[0] from None
 
 
 def _seal(file):

@@ -196,8 +196,8 @@ def announce(trainer):
     kind = config["pos"] if config["model"] == "vanilla" else config["law"]
     print(
         f"{config['model']} ({kind}): {trainer.parameters:,} parameters; "
-        f"{trainer.tokens_per_step:,} tokens a step, {config['max_steps']:,} steps; {trainer.device}"
-        + (f", {ranks.size} processes" if ranks.size > 1 else "")
+        f"{trainer.tokens_per_step:,} tokens a step, {config['max_steps']:,} steps; "
+        f"{trainer.device}" + (f", {ranks.size} processes" if ranks.size > 1 else "")
     )
 
 

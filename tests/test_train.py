@@ -71,11 +71,19 @@ def curve(directory):
         ("--model", "ngt", *NGT),
         ("--model", "ngt", "--law", "published", "--mass-in-value"),
         ("--model", "vanilla", "--pos", "rotary"),
+        ("--model", "ngt", *NGT, "--use-amp"),
+        ("--model", "vanilla", "--use-amp"),
+        pytest.param(("--model", "ngt", *NGT, "--compile"), marks=pytest.mark.slow),
+        pytest.param(("--model", "vanilla", "--compile", "--use-amp"), marks=pytest.mark.slow),
     ],
-    ids=["newton", "published", "vanilla"],
+    ids=[
+        *("newton", "published", "vanilla", "newton-amp", "vanilla-amp"),
+        *("newton-compiled", "vanilla-compiled-amp"),
+    ],
 )
 def test_resuming_is_bit_identical(kind, in_tmp, small_text):
-    """60 steps in one go against 30 and, in a new process, 30 more."""
+    """60 steps in one go against 30 and, in a new process, 30 more: with accumulation, warm-up,
+    dropout and evaluations on the way, and where the hardware has it in bf16."""
     flags = (*kind, "--data-path", small_text, "--no-use-cosine-schedule")
     train(*flags, "--max-steps", 60, "--checkpoint-path", "c/one", cwd=in_tmp)
     train(*flags, "--max-steps", 30, "--checkpoint-path", "c/two", cwd=in_tmp)
