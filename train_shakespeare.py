@@ -149,6 +149,7 @@ def run(args, ranks, argv=None):
             f"processes: give a multiple of {ranks.size}"
         )
     trainer = set_up(config, path, ranks)
+    check_same_files(trainer, checkpoint)
     if checkpoint is not None:
         trainer.restore(checkpoint, source)
     announce(trainer)
@@ -187,6 +188,20 @@ def set_up(config, path, ranks):
     if ranks.is_main:
         check_writable(path)
     return trainer
+
+
+def check_same_files(trainer, checkpoint):
+    """Refuse to train where one host sees other files than another."""
+    here = (
+        checkpoint and checkpoint["iter"],
+        trainer.data.meta["source_sha256"],
+        trainer.data.tokenizer.fingerprint,
+    )
+    if any(there != here for there in trainer.ranks.gathered(here)):
+        raise UserError(
+            "the hosts see different texts or checkpoints: put --data-path and --checkpoint-path "
+            "on a file system that all of them share"
+        )
 
 
 def announce(trainer):

@@ -135,3 +135,88 @@ def test_batches_that_cannot_be_shared_out(in_tmp, small_text):
 def test_half_of_torchruns_environment(in_tmp, small_text):
     result = run("train_shakespeare.py", *SMALL, cwd=in_tmp, check=2, env={"WORLD_SIZE": "2"})
     assert "start with torchrun" in result.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_under_torchrun_saves(in_tmp, small_text):
+    """The terminal tells every process, and torchrun tells its own again: that is one request."""
+    process = torchrun(in_tmp, 2, "--max-steps", 100_000, *named("cut"))
+    last = in_tmp / "cut.pt_last.pt"
+    deadline = time.monotonic() + 90
+    while not last.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    step = read_checkpoint(last)["iter"]
+    assert f"stopped at step {step}; go on with: torchrun --nproc_per_node=2" in output
+    assert process.returncode != 0
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces with a cable between them; skips where none may be made.
+
+    Yields:
+        The words that run a command on each, and the first one's address.
+    """
+    names, address = [f"ngt{os.getpid()}{end}" for end in "ab"], "10.99.87.1"
+
+    def ip(*words):
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "cable0", "netns", names[0], "type", "veth", "peer", "name", "cable1")
+        ip("link", "set", "cable1", "netns", names[1])
+        for number, name in enumerate(names):
+            ip("-n", name, "addr", "add", f"10.99.87.{number + 1}/24", "dev", f"cable{number}")
+            ip("-n", name, "link", "set", f"cable{number}", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield [("ip", "netns", "exec", name) for name in names], address
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no network namespaces here: {error}")
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def on_a_host(cwd, host, number, address):
+    """The process of a training on one of two hosts, which goes on where there is a checkpoint."""
+    launch = [*host, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
+    launch += ["--nproc_per_node", "1", "--node_rank", number]
+    launch += ["--master_addr", address, "--master_port", "29511"]
+    command = [*launch, ROOT / "train_shakespeare.py", *SMALL, *named("two"), "--resume"]
+    return subprocess.Popen(
+        [str(word) for word in command],
+        cwd=cwd / f"host{number}",
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": f"cable{number}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_two_hosts_give_the_curve_of_one_process(two_hosts, in_tmp, small_text):
+    """Two nodes that see each other over a network alone, each with a directory of its own."""
+    run("train_shakespeare.py", *SMALL, *named("one"), cwd=in_tmp, check=0)
+    hosts, address = two_hosts
+    for number in range(2):
+        (in_tmp / f"host{number}").mkdir()
+        (in_tmp / f"host{number}" / "small.txt").write_text(small_text.read_text())
+
+    def start():
+        return [on_a_host(in_tmp, host, number, address) for number, host in enumerate(hosts)]
+
+    for process in start():
+        finish(process)
+    found, expected = curve(in_tmp / "host0", "two"), curve(in_tmp, "one")
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    for row, other in zip(found, expected, strict=True):
+        assert row["val_loss"] == pytest.approx(other["val_loss"], abs=1e-5)
+    assert not (in_tmp / "host1" / "runs").exists()  # the first rank alone writes
+    # the second host would start anew where the first goes on
+    outputs = [finish(process, code=1) for process in start()]
+    assert any("on a file system that all of them share" in output for output in outputs)
