@@ -56,6 +56,7 @@ def distribute(model, device, ranks):
         model,
         device_ids=[device] if device.type == "cuda" else None,
         find_unused_parameters=unused,
+        gradient_as_bucket_view=True,  # else every gradient is in memory twice
     )
 
 
