@@ -148,7 +148,10 @@ class Chat(Conversation):
         say(f"{labels[-1]} was pulled by, of the last {len(labels):,} tokens:", "dim")
         if what is None:
             shares = weights.mean((0, 1))
-            lines = (*strip_lines(shares, labels), *pull_lines(shares, labels))
+            lines = (
+                *strip_lines(shares, labels),
+                *pull_lines(shares, labels, full=float(shares.max()) or 1.0),
+            )
         elif what == "heads":
             lines = head_lines(weights, labels)
         else:

@@ -113,9 +113,9 @@ def bar(share, width):
 
 
 def level(share):
-    """One column's height for `share` (0 to 1); what is above 0 is never blank."""
+    """One column's height for `share` (0 to 1), the faintest of them blank."""
     levels = LEVELS if can_show(LEVELS) else LEVELS_ASCII
-    return levels[max(round(min(share, 1.0) * 8), share > 0.002)]
+    return levels[round(min(share, 1.0) * 8)]
 
 
 def columns():

@@ -7,20 +7,21 @@ from terminal import bar, cells, columns, encodable, fit, level, printable, styl
 SHOWN_PULLS = 8  # of one row of weights
 SHOWN_PULLS_OF_HEAD = 3  # where there are many heads
 LONGEST_LABEL = 16  # columns
+SHORTEST_BAR = 6  # columns
+LONGEST_MASS = 24  # columns of the heaviest token's bar
 
 
 def label_width(labels):
     """Columns that a list of labels needs, within reason."""
-    return min(
-        max((cells(encodable(printable(label))) for label in labels), default=1), LONGEST_LABEL
-    )
+    widest = max((cells(encodable(printable(label))) for label in labels), default=1)
+    return min(widest, LONGEST_LABEL, columns() // 6)
 
 
 def token_lines(tokens, labels, masses):
     """A line a token: id, label and, where there is one, its mass as a number and a bar."""
     width = label_width(labels)
     heaviest = max(masses) if masses else 1.0
-    room = columns() - 9 - width - 15
+    room = min(columns() - 9 - width - 15, LONGEST_MASS)
     for n, (token, label) in enumerate(zip(tokens, labels, strict=True)):
         line = f"{token:>7}  {fit(label, width)}"
         if masses:
@@ -28,12 +29,13 @@ def token_lines(tokens, labels, masses):
         yield line.rstrip()
 
 
-def pull_lines(shares, labels, count=SHOWN_PULLS, indent=""):
+def pull_lines(shares, labels, count=SHOWN_PULLS, indent="", full=1.0):
     """The tokens that pulled hardest, a line each: share, label, how far back, bar.
 
     Args:
         shares: (N,) of a tensor, adding up to 1.
         labels: the N tokens as people read them, the newest last.
+        full: the share that the longest bar stands for.
     """
     places = [
         place
@@ -49,7 +51,7 @@ def pull_lines(shares, labels, count=SHOWN_PULLS, indent=""):
     for place in places:
         share = float(shares[place])
         line = f"{indent}{share:6.1%}  {fit(labels[place], width)}  {wheres[place]:<{where_width}}"
-        yield f"{line}  {bar(share, room)}"
+        yield f"{line}  {bar(share / full, room)}"
 
 
 def _where(back):
@@ -93,17 +95,21 @@ def layer_lines(weights, labels, layer):
 
 
 def head_lines(weights, labels):
-    """A line a head of all layers: how far back it looks, and at what in the first place.
+    """A line a head, `layer.head`: how far back it looks, and at what in the first place.
 
     Args:
         weights: (num_layers, num_heads, N).
     """
     width = label_width([labels[place] for place in weights.argmax(-1).flatten().tolist()])
-    yield styled("layer head  mean back  hardest pull", "dim")
+    yield styled(" head  mean back  hardest pull", "dim")
     for layer, heads in enumerate(weights, 1):
         for head, shares in enumerate(heads, 1):
             place = int(shares.argmax())
-            line = f"{layer:>5} {head:>4} {mean_back(shares):>10,.1f}"
-            line += f"  {float(shares[place]):6.1%}  {fit(labels[place], width)}"
-            line += f"  {_where(len(labels) - 1 - place):<9} "
-            yield line + bar(float(shares[place]), columns() - cells(line))
+            if not shares[place]:
+                yield f"{f'{layer}.{head}':>5} nothing within reach"
+                continue
+            line = f"{f'{layer}.{head}':>5} {mean_back(shares):>8,.1f} "
+            line += f"{float(shares[place]):6.1%} {fit(labels[place], width)} "
+            line += f"{_where(len(labels) - 1 - place):<9} "
+            room = columns() - cells(line)
+            yield line + (bar(float(shares[place]), room) if room >= SHORTEST_BAR else "")
