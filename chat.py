@@ -20,7 +20,7 @@ from errors import UserError, run_script
 from line_input import LineInput
 from model import NGT
 from options import choose_device, positive, script_parser, whole, whole_or_zero
-from terminal import columns, printable, say
+from terminal import columns, one_line, say
 from token_bars import head_lines, layer_lines, pull_lines, strip_lines, token_lines
 
 EXAMPLES = """examples:
@@ -34,7 +34,7 @@ def temperature(text):
     """0 or more."""
     value = float(text)
     if not 0 <= value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text} must be 0 (greedy) or more")
+        raise argparse.ArgumentTypeError(f"{text} must be a number from 0 (greedy) to a million")
     return value
 
 
@@ -292,9 +292,7 @@ def find_checkpoint(path):
         return path
     for found in (best_path(path), last_path(path)):
         if found.exists():
-            print(
-                f"{printable(path)} is not there: this is {printable(str(found))}", file=sys.stderr
-            )
+            print(f"{one_line(path)} is not there: reading {one_line(str(found))}", file=sys.stderr)
             return found
     if path == DEFAULT_CHECKPOINT:
         raise UserError(

@@ -88,7 +88,8 @@ class Conversation:
         if isinstance(self.tokenizer, CharTokenizer):
             unknown = self.tokenizer.num_unknown(text)
             if unknown:
-                warn(f"{unknown} characters are new to this model's vocabulary")
+                are = "character is" if unknown == 1 else "characters are"
+                warn(f"{unknown} {are} new to this model's vocabulary")
         tokens = self.tokenizer.encode(text)
         if not tokens and self.stream.logits is None:
             tokens = self.tokenizer.encode("\n") or [0]

@@ -42,7 +42,7 @@ class LineInput:
     """
 
     def __init__(self, prompt, complete):
-        self.is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        self.is_interactive = all(s and s.isatty() for s in (sys.stdin, sys.stdout))
         self._prompt = prompt if self.is_interactive else ""
         self._complete = complete
         self._readline = self._history = None
@@ -63,7 +63,7 @@ class LineInput:
         """
         if self._readline is None:
             print(self._prompt, end="", flush=True)
-            line = sys.stdin.readline()
+            line = "" if sys.stdin is None else sys.stdin.readline()
             if not line:
                 raise EOFError
             return without_broken_bytes(line.removesuffix("\n"))
@@ -83,7 +83,12 @@ class LineInput:
         readline.set_completer_delims(" ")
         readline.set_completer(self._completion)
         is_libedit = "libedit" in (readline.__doc__ or "")
-        readline.parse_and_bind("bind ^I rl_complete" if is_libedit else "tab: complete")
+        if is_libedit:
+            readline.parse_and_bind("bind ^I rl_complete")
+        else:
+            readline.parse_and_bind("tab: complete")
+            # what is pasted is one text, line ends and all, and never keys that are pressed
+            readline.parse_and_bind("set enable-bracketed-paste on")
         with contextlib.suppress(OSError, RuntimeError):
             path = history_path()
             path.parent.mkdir(parents=True, exist_ok=True)

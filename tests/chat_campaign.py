@@ -149,7 +149,8 @@ class Conversation:
         if at_terminal:
             self._end, slave = pty.openpty()
             modes = termios.tcgetattr(slave)
-            modes[1] &= ~termios.OPOST  # line ends stay as chat.py writes them,
+            modes[0] &= ~termios.IXON  # no byte of a prompt stops the output,
+            modes[1] &= ~termios.OPOST  # line ends stay as chat.py writes them
             modes[3] &= ~termios.ECHO  # and nothing comes back but what it writes
             termios.tcsetattr(slave, termios.TCSANOW, modes)
             streams = dict(stdin=slave, stdout=slave, stderr=slave)
