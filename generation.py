@@ -261,7 +261,7 @@ class TokenStream:
                 hook.remove()
         count = max(row.shape[-1] for row in rows)
         weights = torch.stack([F.pad(row, (count - row.shape[-1], 0)) for row in rows])
-        return weights.cpu(), self.context[-count:]
+        return weights.nan_to_num().cpu(), self.context[-count:]
 
     def generate(self, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
         """Yield new token ids one by one, each already part of the context.

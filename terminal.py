@@ -106,6 +106,8 @@ def fit(text, width):
 def bar(share, width):
     """A bar of `share` (0 to 1) of `width` columns, in eighths of one where they can be shown."""
     share = min(max(share, 0.0), 1.0)
+    if width < 1:
+        return ""
     if not can_show(EIGHTHS):
         return "#" * max(round(share * width), share > 0)
     whole, eighths = divmod(max(round(share * width * 8), share > 0), 8)

@@ -20,7 +20,7 @@ def label_width(labels):
 def token_lines(tokens, labels, masses):
     """A line a token: id, label and, where there is one, its mass as a number and a bar."""
     width = label_width(labels)
-    heaviest = max(masses) if masses else 1.0
+    heaviest = max(masses or [1.0]) or 1.0
     room = min(columns() - 9 - width - 15, LONGEST_MASS)
     for n, (token, label) in enumerate(zip(tokens, labels, strict=True)):
         line = f"{token:>7}  {fit(label, width)}"
@@ -61,7 +61,7 @@ def _where(back):
 def strip_lines(shares, labels):
     """The newest text as far as it fits one line, and under it how hard each token pulled.
 
-    Heights are shares of the hardest pull in sight.
+    Heights are shares of the hardest pull of all.
     """
     text, heights, room = [], [], columns()
     hardest = float(shares.max()) or 1.0

@@ -140,6 +140,7 @@ def test_bars_are_as_long_as_the_shares_say(monkeypatch):
     assert [bar(share, 10) for share in (0, 1e-9, 0.5, 0.5625, 1, 7)] == [
         *("", "▏", "█████", "█████▋", "██████████", "██████████")
     ]
+    assert bar(0.5, 0) == bar(0.5, -3) == ""
     monkeypatch.setattr(terminal, "can_show", lambda text: text.isascii())
     assert [bar(share, 10) for share in (0, 1e-9, 0.5, 1)] == ["", "#", "#####", "##########"]
     assert fit("a⏎", 4) == "a\\n " and terminal.level(1) == "@" and terminal.level(0) == " "
@@ -264,10 +265,26 @@ def test_the_path_that_training_was_given_will_do(in_tmp, capsys):
     assert "checkpoints/shakespeare.pt_best.pt" in line and "python train_shakespeare.py" in line
 
 
-def test_weights_that_overflow_are_one_line(in_tmp):
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("norm.weight", 3e38, "not finite"),
+        ("layers.0.attn.probe_proj.weight", 3e38, "not finite"),
+        ("layers.1.attn.time_scale_raw", -3e38, None),  # a head that reaches for ever
+        ("layers.1.attn.time_offset", 3e38, None),  # one that reaches nothing
+        ("mass_emb.weight", -3e38, None),  # masses of 0
+    ],
+)
+def test_weights_that_are_finite_and_absurd(name, value, error, in_tmp):
+    """One line says so, or the chat and its figures go on."""
     make_checkpoint("x.pt")
     checkpoint = torch.load("x.pt", weights_only=True)
-    checkpoint["model_state"]["norm.weight"].fill_(3e38)
+    checkpoint["model_state"][name].fill_(value)
     save_checkpoint("x.pt", checkpoint)
-    result = run("chat.py", "--checkpoint-path", "x.pt", "--prompt", "a", cwd=in_tmp, check=1)
-    assert "not finite" in error_line(result)
+    asked = "hello\n/tokens\n/pull\n/pull 2\n/pull heads\n"
+    flags = ("--checkpoint-path", "x.pt", "--max-new-tokens", 30)
+    result = run("chat.py", *flags, cwd=in_tmp, stdin=asked, check=1 if error else 0)
+    if error:
+        assert error in error_line(result)
+    else:
+        assert "nan" not in result.stdout and "2.2 " in result.stdout and not result.stderr
