@@ -1,25 +1,27 @@
 """Talk to a checkpoint. It goes on writing where your text ends, as the text it learned from does.
 
 Commands: /help, /retry, /more, /tokens, /pull, /save FILE, /set NAME VALUE, /reset, /quit. Ctrl-C
-stops an answer, Ctrl-D leaves.
+stops an answer, Ctrl-D leaves. What you write is kept for the next time (arrow up) in
+~/.local/state/newton-gravity/chat_history, or under XDG_STATE_HOME. NO_COLOR=1 switches colour off.
 """
 
 import argparse
-import contextlib
+import difflib
 import signal
 import sys
-import threading
-import time
+import textwrap
+from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from checkpoint import load_model
-from errors import run_script, warn
-from generation import TokenStream
+from checkpoint import best_path, last_path, load_model
+from conversation import Conversation
+from errors import UserError, run_script
+from line_input import LineInput
 from model import NGT
 from options import choose_device, positive, script_parser, whole, whole_or_zero
-from tokenizer import CharTokenizer, TextStream
+from terminal import columns, one_line, say
+from token_bars import head_lines, layer_lines, pull_lines, strip_lines, token_lines
 
 EXAMPLES = """examples:
   python chat.py --checkpoint-path checkpoints/shakespeare.pt_best.pt
@@ -27,24 +29,12 @@ EXAMPLES = """examples:
   echo "ROMEO:" | python chat.py --temperature 0
 """
 
-HELP = """/help                 this list
-/retry                answer again, otherwise
-/more                 go on writing
-/tokens               how what you wrote was split, with the tokens' masses
-/pull                 which earlier tokens pulled the newest one, and how hard
-/save FILE            write the conversation to a new file
-/set                  show the settings
-/set NAME VALUE       change temperature, top_k, top_p, max_new_tokens or seed
-/reset                forget the conversation
-/quit                 leave (Ctrl-D does too)
-Ctrl-C                stop the answer that is being written"""
-
 
 def temperature(text):
     """0 or more."""
     value = float(text)
     if not 0 <= value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text} must be 0 (greedy) or more")
+        raise argparse.ArgumentTypeError(f"{text} must be a number from 0 (greedy) to a million")
     return value
 
 
@@ -56,14 +46,39 @@ def probability(text):
     return value
 
 
-PULL_CONTEXT = 256  # tokens
-SHOWN_PULLS = 8
+def random_seed(text):
+    """What a PyTorch generator takes."""
+    value = whole_or_zero(text)
+    if value >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text} is too large: give less than 2^63")
+    return value
+
+
+DEFAULT_CHECKPOINT = "checkpoints/shakespeare.pt_best.pt"
+SHOWN_TOKENS = 100
+COMMANDS = {
+    "/help": "this list",
+    "/retry": "answer again, otherwise",
+    "/more": "go on writing",
+    "/tokens": "how what you wrote was split, with the tokens' masses (/tokens all: however long)",
+    "/pull": "which earlier tokens pulled the newest one, and how hard; mean over layers and heads",
+    "/pull heads": "a line a head: how far back it looks, and at what",
+    "/pull N": "the heads of layer N",
+    "/save FILE": "write the conversation to a new file",
+    "/set": "show the settings",
+    "/set NAME VALUE": "change temperature, top_k, top_p, max_new_tokens or seed; off: none",
+    "/reset": "forget the conversation",
+    "/quit": "leave (Ctrl-D does too)",
+    "//TEXT": "what you write begins with a slash",
+    "Ctrl-C": "stop the answer that is being written",
+}
+OPTIONAL_SETTINGS = ("top_k", "top_p", "seed")
 SETTINGS = {
     "temperature": temperature,
     "top_k": whole,
     "top_p": probability,
     "max_new_tokens": whole,
-    "seed": whole_or_zero,
+    "seed": random_seed,
 }
 
 
@@ -72,8 +87,9 @@ def make_parser():
     add = parser.add_argument
     add(
         "--checkpoint-path",
-        default="checkpoints/shakespeare.pt_best.pt",
-        help="an NGT or a vanilla checkpoint, of this or the first release (default: %(default)s)",
+        default=DEFAULT_CHECKPOINT,
+        help="an NGT or a vanilla checkpoint, of this or the first release; of PATH_best.pt and "
+        "PATH_last.pt, PATH will do (default: %(default)s)",
     )
     add("--prompt", help="answer this text once, on standard output, and leave")
     add(
@@ -89,265 +105,227 @@ def make_parser():
         help="draw from the likeliest tokens that together have this probability (default: all)",
     )
     add("--max-new-tokens", type=whole, default=300, help="(default: %(default)s)")
-    add("--seed", type=whole_or_zero, help="the same seed gives the same answer (default: chance)")
+    add("--seed", type=random_seed, help="the same seed gives the same answer (default: chance)")
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
     return parser
 
 
-def printable(text):
-    """Text that cannot steer a terminal: control characters are shown, not sent."""
-    return "".join(
-        c if c in "\n\t" or c.isprintable() or (c.isspace() and c > "\x85") else f"\\x{ord(c):02x}"
-        for c in text
-    )
+class Chat(Conversation):
+    """A conversation whose commands show what the model does."""
 
-
-class Chat:
-    """One conversation: a model's token stream with text around it."""
-
-    def __init__(self, model, tokenizer, settings):
-        self.stream = TokenStream(model)
-        self.tokenizer = tokenizer
-        self.settings = settings
-        self.reseed()
-        self.forget()
-
-    def forget(self):
-        """Start a conversation."""
-        self.stream.reset()
-        self.said_sliding = False
-        self.tokens, self.prompt, self.transcript = [], [], []
-        self.before_answer = None
-
-    def reseed(self):
-        self.generator = torch.Generator()
-        if self.settings["seed"] is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(self.settings["seed"])
-
-    def reply(self, text):
-        """Read `text` and answer it on standard output; returns whether Ctrl-C stopped that."""
-        with stop_on_interrupt() as stopped:
-            self.read(text, stopped)
-        return stopped.is_set() or self.more()
-
-    def remember(self):
-        """Keep this moment, so that /retry can come back to it."""
-        kept = len(self.tokens), len(self.transcript)
-        self.before_answer = (self.stream.copy_of_state(), *kept)
-
-    def retry(self):
-        """Answer the last text again."""
-        if self.before_answer is None:
-            print("nothing was answered yet")
-            return
-        state, tokens, pieces = self.before_answer
-        self.stream.return_to(state)
-        del self.tokens[tokens:], self.transcript[pieces:]
-        self.more()
-
-    def more(self):
-        """Go on writing where the text ends; returns whether Ctrl-C stopped that."""
-        if self.stream.logits is None:
-            print("write something first")
-            return False
-        self.remember()
-        with stop_on_interrupt() as stopped:
-            self.answer(print_now, stopped)
-        return stopped.is_set()
-
-    def show_tokens(self):
+    def show_tokens(self, everything=False):
         """How the last text was split."""
         if not self.prompt:
-            print("write something first")
+            say("write something first")
             return
-        masses = [None] * len(self.prompt)
+        tokens, hidden = self.prompt, 0
+        if len(tokens) > SHOWN_TOKENS and not everything:
+            tokens, hidden = tokens[:SHOWN_TOKENS], len(tokens) - SHOWN_TOKENS
+        masses = None
         if isinstance(self.stream.model, NGT):
-            ids = torch.tensor(self.prompt, device=self.stream.device)
+            ids = torch.tensor(tokens, device=self.stream.device)
             masses = self.stream.model.mass(ids).tolist()
-        for token, mass in zip(self.prompt, masses, strict=True):
-            label = printable(self.tokenizer.label(token))
-            print(f"{token:>7}  {label}" + ("" if mass is None else f"  (mass {mass:.3f})"))
+        for line in token_lines(tokens, [self.label(token) for token in tokens], masses):
+            say(line)
+        if hidden:
+            say(f"(and {hidden:,} more; /tokens all shows them)", "dim")
 
-    def show_pull(self):
-        """The earlier tokens that pulled the newest one hardest, mean over layers and heads."""
+    def show_pull(self, what=None):
+        """What pulled the newest token: in the mean, or head by head."""
         model = self.stream.model
         if getattr(model.config, "law", None) != "newton":
-            print("only the law newton has a pull to show")
+            say("only the law newton has a pull to show")
             return
-        if not self.tokens:
-            print("write something first")
+        if self.stream.logits is None:
+            say("write something first")
             return
-        recent = self.tokens[-PULL_CONTEXT:]
-        weights = model.pull_weights(torch.tensor([recent], device=self.stream.device))
-        shares = weights[:, :, -1].mean((0, 1))
-        label = printable(self.tokenizer.label(recent[-1]))
-        print(f"{label} was pulled by, of the last {len(recent)} tokens:")
-        for place in shares.argsort(descending=True)[:SHOWN_PULLS].tolist():
-            share, back = float(shares[place]), len(recent) - 1 - place
-            bar = "#" * max(1, round(share * 40))
-            where = f"{back} back" if back else "itself"
-            label = printable(self.tokenizer.label(recent[place]))
-            print(f"{share:6.1%}  {label:<16} {where:<9} {bar}")
+        num_layers = model.config.num_layers
+        if what not in (None, "heads", *map(str, range(1, num_layers + 1))):
+            say(f"/pull, /pull heads, or /pull N for one of the layers 1 to {num_layers}")
+            return
+        weights, tokens = self.stream.pulls()
+        labels = [self.label(token) for token in tokens]
+        say(f"{labels[-1]} was pulled by, of the last {len(labels):,} tokens:", "dim")
+        if what is None:
+            shares = weights.mean((0, 1))
+            lines = (
+                *strip_lines(shares, labels),
+                *pull_lines(shares, labels, full=float(shares.max()) or 1.0),
+            )
+        elif what == "heads":
+            lines = head_lines(weights, labels)
+        else:
+            lines = layer_lines(weights[int(what) - 1], labels, int(what))
+        for line in lines:
+            print(line)
 
     def save(self, path):
         """Write the conversation to a file that is not there yet."""
+        if not path:
+            say("/save FILE: name one file")
+            return
         try:
-            with open(path, "x", encoding="utf-8") as file:
-                file.write("".join(self.transcript))
+            path = Path(path).expanduser()
+            with open(path, "x", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(self.transcript.getvalue())
         except FileExistsError:
-            print(f"{path} exists already: give another name")
-        except OSError as error:
-            print(f"{path} cannot be written: {error.strerror or error}")
+            say(f"{path} exists already: give another name")
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            say(f"{str(path)[:200]} cannot be written: {reason}")
         else:
-            print(f"saved in {path}")
-
-    def read(self, text, stopped):
-        """Let the model read what the user wrote."""
-        text = text.encode("utf-8", "replace").decode("utf-8")
-        if isinstance(self.tokenizer, CharTokenizer):
-            unknown = self.tokenizer.num_unknown(text)
-            if unknown:
-                warn(f"{unknown} characters are new to this model's vocabulary")
-        tokens = self.tokenizer.encode(text)
-        if not tokens and self.stream.logits is None:
-            tokens = self.tokenizer.encode("\n") or [0]
-        self.prompt = tokens
-        self.transcript.append(text)
-        for start in tqdm(
-            range(0, len(tokens), 512), desc="reading", disable=None, delay=2, leave=False
-        ):
-            self.stream.feed(tokens[start : start + 512])
-            self.tokens += tokens[start : start + 512]
-            if stopped.is_set() and start + 512 < len(tokens):
-                print(f"(read as far as token {start + 512} of {len(tokens)})")
-                return
-
-    def answer(self, write, stopped):
-        """Stream an answer to `write(text)` until it is long enough or stopped."""
-        s, started, count = self.settings, time.perf_counter(), 0
-        text = TextStream(self.tokenizer)
-        tokens = self.stream.generate(
-            s["max_new_tokens"], s["temperature"], s["top_k"], s["top_p"], self.generator
-        )
-        for token in tokens:
-            count += 1
-            self.tokens.append(token)
-            self._write(text.push(token), write)
-            if stopped.is_set():
-                break
-        self._write(text.flush(), write)
-        write("\n")
-        if sys.stdout.isatty():
-            seconds = time.perf_counter() - started
-            print(f"({count} tokens, {count / seconds:,.0f} tokens/s)")
-        if self.stream.slides and not self.said_sliding:
-            self.said_sliding = True
-            warn("the context was full: its older half is forgotten whenever that happens")
-
-    def _write(self, text, write):
-        self.transcript.append(text)
-        write(printable(text))
+            say(f"saved in {path}")
 
     def command(self, line):
-        """Carry out a /command; returns False where the user wants to leave."""
-        name, *words = line.split()
+        """Carry out a /command.
+
+        Returns:
+            Whether to go on, and whether Ctrl-C stopped it.
+        """
+        name, _, rest = line.partition(" ")
+        name, rest = name.strip(), rest.strip()
+        stopped = False
         if name in ("/quit", "/exit"):
-            return False
+            return False, False
         if name == "/help":
-            print(HELP)
+            show_help()
         elif name == "/reset":
             self.forget()
-            print("(forgotten)")
+            say("(forgotten)", "dim")
         elif name == "/retry":
-            self.retry()
+            stopped = self.retry()
         elif name == "/more":
-            self.more()
+            stopped = self.more()
         elif name == "/tokens":
-            self.show_tokens()
+            self.show_tokens(rest == "all")
         elif name == "/pull":
-            self.show_pull()
+            self.show_pull(rest or None)
         elif name == "/save":
-            self.save(words[0]) if len(words) == 1 else print("/save FILE: name one file")
-        elif name == "/set" and not words:
-            for key, value in self.settings.items():
-                print(f"{key:15} {'-' if value is None else value}")
-        elif name == "/set" and len(words) == 2 and words[0].replace("-", "_") in SETTINGS:
-            self._set(words[0].replace("-", "_"), words[1])
+            self.save(rest)
+        elif name == "/set":
+            self.set(*rest.split())
         else:
-            print(f"no such command: {printable(line)}; /help lists them")
-        return True
+            near = difflib.get_close_matches(name[:20], command_names(), 1, 0.7)
+            hint = f"did you mean {near[0]}?" if near else "/help lists them"
+            say(f"no such command: {line[:60].strip()}; {hint}")
+        return True, stopped
 
-    def _set(self, key, text):
+    def set(self, *words):
+        """Show the settings, or change one."""
+        if not words:
+            for key, value in self.settings.items():
+                say(f"{key:15} {'off' if value is None else value}")
+            return
+        key = words[0].replace("-", "_")
+        if len(words) != 2 or key not in SETTINGS:
+            say(f"/set NAME VALUE, where NAME is one of {', '.join(SETTINGS)}")
+            return
         try:
-            self.settings[key] = SETTINGS[key](text)
+            is_off = words[1] == "off" and key in OPTIONAL_SETTINGS
+            self.settings[key] = None if is_off else SETTINGS[key](words[1])
         except (ValueError, argparse.ArgumentTypeError) as error:
-            print(f"{key} stays as it is: {error}")
+            say(f"{key} stays as it is: {str(error)[:200]}")
             return
         if key == "seed":
             self.reseed()
-        print(f"{key} is now {self.settings[key]}")
+        say(f"{key} is now {'off' if is_off else self.settings[key]}")
 
 
-def print_now(text):
-    print(text, end="", flush=True)
+def command_names():
+    return sorted({name.split()[0] for name in COMMANDS if name[:2] != "//" and name[0] == "/"})
 
 
-@contextlib.contextmanager
-def stop_on_interrupt():
-    """Ctrl-C sets the event instead of cutting a token in half."""
-    stopped = threading.Event()
-    before = signal.signal(signal.SIGINT, lambda *_: stopped.set())
-    try:
-        yield stopped
-    finally:
-        signal.signal(signal.SIGINT, before)
+def completions(line):
+    """The words that may stand where the last one of `line` is being written."""
+    *before, word = line.split(" ")
+    if not before:
+        words = command_names() if word.startswith("/") else []
+    else:
+        words = {"/set": list(SETTINGS), "/pull": ["heads"], "/tokens": ["all"]}.get(before[0], [])
+        words = words if len(before) == 1 else []
+    return [known + " " for known in words if known.startswith(word)]
 
 
-def converse(chat):
-    """Read lines until the user leaves."""
-    interactive = sys.stdin.isatty()
-    if interactive:
-        with contextlib.suppress(ImportError):  # line editing and history, where there is any
-            import readline  # noqa: F401
+def show_help():
+    """The commands, side by side with what they do where there is room."""
+    left = max(map(len, COMMANDS)) + 2
+    for name, what in COMMANDS.items():
+        for n, line in enumerate(textwrap.wrap(what, columns() - left)):
+            say(f"{'' if n else name:{left}}{line}")
+
+
+def converse(chat, lines):
+    """Answer lines until the user leaves; returns the exit code."""
+    if lines.is_interactive:
         # a shell that starts its jobs with Ctrl-C ignored would leave this prompt deaf to it
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("write something; /help lists the commands, Ctrl-D leaves")
+        say("write something; /help lists the commands, Ctrl-D leaves", "dim")
     while True:
         try:
-            line = input("you> " if interactive else "")
+            goes_on, stopped = turn(chat, lines.read())
         except EOFError:
-            if interactive:
-                print()
-            return
+            if lines.is_interactive:
+                say()
+            return 0
         except KeyboardInterrupt:
-            print("\n(Ctrl-D or /quit leaves)")
+            if not lines.is_interactive:
+                raise
+            say("\n(Ctrl-D or /quit leaves)", "dim")
             continue
-        except UnicodeDecodeError:
-            warn("that line is not UTF-8 and was left out")
-            continue
-        if line.startswith("/"):
-            if not chat.command(line):
-                return
-            continue
-        chat.reply(line + "\n")
+        if not goes_on:
+            return 0
+        if stopped and not lines.is_interactive:
+            return 130
+        sys.stdout.flush()
+
+
+def turn(chat, line):
+    """Answer one line; returns as `Chat.command`."""
+    if line.startswith("/") and not line.startswith("//"):
+        return chat.command(line)
+    return True, chat.reply(line.removeprefix("/") + "\n")
+
+
+def find_checkpoint(path):
+    """The path, or what training made of it: it writes PATH_best.pt and PATH_last.pt."""
+    if Path(path).exists():
+        return path
+    for found in (best_path(path), last_path(path)):
+        if found.exists():
+            print(f"{one_line(path)} is not there: reading {one_line(str(found))}", file=sys.stderr)
+            return found
+    if path == DEFAULT_CHECKPOINT:
+        raise UserError(
+            f"checkpoint {path} does not exist: `python train_shakespeare.py` trains one in "
+            "minutes, or name yours with --checkpoint-path"
+        )
+    return path
+
+
+def introduction(model, checkpoint, path):
+    """A line on what one talks to."""
+    config = checkpoint["config"]
+    kind = f"NGT ({config.get('law', 'newton')})" if config["model_type"] == "ngt" else "vanilla"
+    size = sum(parameter.numel() for parameter in model.parameters())
+    return f"{path}: {kind}, {size:,} parameters, step {checkpoint.get('iter', '?')}"
 
 
 def main(argv=None):
     """Chat; returns the exit code."""
     args = make_parser().parse_args(argv)
-    model, tokenizer, checkpoint = load_model(args.checkpoint_path, choose_device(args.device))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    path = find_checkpoint(args.checkpoint_path)
+    model, tokenizer, checkpoint = load_model(path, choose_device(args.device))
     chat = Chat(model, tokenizer, {name: getattr(args, name) for name in SETTINGS})
     if args.prompt is not None:
         return 130 if chat.reply(args.prompt) else 0
-    if sys.stdin.isatty():
-        kind = checkpoint["config"]["model_type"]
-        print(f"{args.checkpoint_path}: {kind}, step {checkpoint.get('iter', '?')}")
+    lines = LineInput("you> ", completions)
+    if lines.is_interactive:
+        say(introduction(model, checkpoint, path), "dim")
         chat.stream.feed([0])  # what has to be compiled is, before anyone waits for an answer
         chat.stream.reset()
-    converse(chat)
-    return 0
+    return converse(chat, lines)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import contextlib
 import os
 import sys
 
+from terminal import one_line
+
 
 class UserError(Exception):
     """Something that the user can put right.
@@ -28,7 +30,7 @@ def warn(message):
     """Print one warning line on stderr; of several processes the first alone does."""
     if os.environ.get("RANK", "0") != "0":
         return
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    print(f"warning: {one_line(str(message))}", file=sys.stderr, flush=True)
 
 
 def run_script(main):
@@ -36,10 +38,9 @@ def run_script(main):
     try:
         sys.exit(main())
     except UserError as error:
-        message = " ".join(str(error).split())
         rank = os.environ.get("RANK", "0")
         who = "" if rank == "0" else f"rank {rank}: "
-        print(f"{who}error: {message}", file=sys.stderr, flush=True)
+        print(f"{who}error: {one_line(str(error))}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
@@ -60,7 +61,7 @@ def run_script(main):
         sys.exit(1)
     except OSError as error:
         # a full disk, say, met where nothing more could be said about it
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {one_line(str(error))}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 

@@ -1,8 +1,14 @@
 """Token ids in, token ids out: the KV cache, sampling and the stream. Knows nothing of text."""
 
 import copy
+import math
 
 import torch
+import torch.nn.functional as F
+
+from errors import UserError
+from gravity import gravity_field
+from gravity_blocked import TINY
 
 PREFILL_CHUNK = 512
 MIN_CAPACITY = 256  # tokens
@@ -56,6 +62,24 @@ class KVCache:
         """Tokens that a layer still remembers."""
         return self._layers[layer].stop - self._layers[layer].start
 
+    def most_remembered(self):
+        """Tokens that the layer with the longest memory remembers."""
+        return max(map(self.num_remembered, self._layers), default=0)
+
+    def remembered(self, layer):
+        """`(positions, *entries)` of a layer; views, good until the next `append`."""
+        return self._layers[layer].remembered()
+
+    def snapshot(self):
+        """This moment, at the cost of no copy: it shares memory that is only ever added to.
+
+        Copy it deeply before anything is appended to it.
+        """
+        cache = KVCache()
+        cache.length, cache._newest = self.length, dict(self._newest)
+        cache._layers = {layer: copy.copy(memory) for layer, memory in self._layers.items()}
+        return cache
+
     def num_bytes(self):
         """Memory that the layers hold, in bytes."""
         entries = [entry for memory in self._layers.values() for entry in memory.entries]
@@ -76,7 +100,7 @@ class _Memory:
         for entry, tokens in zip(self.entries, new, strict=True):
             entry.narrow(_token_dim(entry), self.stop, count).copy_(tokens)
         self.stop += count
-        return self._remembered()
+        return self.remembered()
 
     def _make_room(self, count):
         """Move what is remembered to the front of new memory, larger where half is not free."""
@@ -84,14 +108,14 @@ class _Memory:
         if 2 * (kept + count) > self.capacity:
             self.capacity = max(MIN_CAPACITY, 2 * (kept + count))
         moved = []
-        for entry, old in zip(self.entries, self._remembered(), strict=True):
+        for entry, old in zip(self.entries, self.remembered(), strict=True):
             shape = list(entry.shape)
             shape[_token_dim(entry)] = self.capacity
             moved.append(entry.new_empty(shape))
             moved[-1].narrow(_token_dim(entry), 0, kept).copy_(old)
         self.entries, self.start, self.stop = moved, 0, kept
 
-    def _remembered(self):
+    def remembered(self):
         length = self.stop - self.start
         return tuple(e.narrow(_token_dim(e), self.start, length) for e in self.entries)
 
@@ -112,8 +136,13 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 
     Returns:
         The token id, an int.
+
+    Raises:
+        UserError: where the logits are not finite.
     """
     logits = logits.float().cpu()
+    if not logits.isfinite().all():
+        raise UserError("the model's logits are not finite: its weights are damaged, use another")
     if temperature == 0:
         return int(logits.argmax())
     logits = (logits - logits.max()) / temperature
@@ -131,7 +160,8 @@ class TokenStream:
     """A conversation with a model: feed tokens, draw tokens, over one KV cache.
 
     A model without absolute positions goes on for ever. One with them slides: when its context is
-    full, the newer half of it starts a fresh cache (`slides` counts how often).
+    full, the newer half of it starts a fresh cache (`slides` counts how often). `context` lists
+    the tokens that the model still remembers (of a slow start twice as many at most).
     """
 
     def __init__(self, model):
@@ -141,7 +171,7 @@ class TokenStream:
 
     def reset(self):
         """Forget everything."""
-        self.cache = KVCache()
+        self.cache, self._before_newest = KVCache(), None
         self.context = []
         self.logits = None
         self.slides = 0
@@ -154,26 +184,84 @@ class TokenStream:
         """Go back to where `copy_of_state` was called; it may be gone back to again."""
         cache, context, self.logits, self.slides = state
         self.cache, self.context = copy.deepcopy(cache), list(context)
+        self._before_newest = None
 
     @torch.inference_mode()
     def feed(self, tokens):
         """Let the model read token ids; `logits` (vocab_size,) is then its next prediction."""
         tokens = list(tokens)
-        limit = self.model.max_context
+        if self.model.max_context is not None:
+            tokens = self._slide(tokens, self.model.max_context)
         while tokens:
-            room = PREFILL_CHUNK
-            if limit is not None:
-                if self.cache.length == limit:
-                    self.slides += 1
-                    kept = self.context[-(limit // 2) :] if limit > 1 else []
-                    self.cache, self.context = KVCache(), []
-                    tokens = kept + tokens
-                room = min(room, limit - self.cache.length)
-            chunk, tokens = tokens[:room], tokens[room:]
+            # the newest token alone, so that what it met can be kept for `pulls`
+            count = min(PREFILL_CHUNK, max(len(tokens) - 1, 1))
+            chunk, tokens = tokens[:count], tokens[count:]
+            if not tokens:
+                self._before_newest = self.cache.snapshot()
             batch = torch.tensor([chunk], device=self.device)
             self.logits = self.model(batch, kv_cache=self.cache)[0, -1]
-            if limit is not None:
-                self.context += chunk
+            self.context += chunk
+            remembered = self.cache.most_remembered()
+            if len(self.context) > 2 * remembered:
+                del self.context[:-remembered]
+
+    def _slide(self, tokens, limit):
+        """Start afresh as often as `tokens` fill the context.
+
+        Returns:
+            What is left to be fed; a full context is read once, however long the text was.
+        """
+        surplus = len(self.context) + len(tokens) - limit
+        if surplus <= 0:
+            return tokens
+        forgotten = limit - limit // 2
+        slides = math.ceil(surplus / forgotten)
+        tokens = (self.context + tokens)[slides * forgotten :]
+        self.slides += slides
+        self.cache, self.context = KVCache(), []
+        return tokens
+
+    @torch.inference_mode()
+    def pulls(self):
+        """Which share of the pull on the newest token comes from which that are remembered.
+
+        Returns:
+            `(weights, tokens)`: (num_layers, num_heads, N) on the CPU, each row summing to 1 where
+            anything reaches, and the N token ids, the newest last.
+
+        Raises:
+            ValueError: under another law than newton, and where nothing was fed yet.
+        """
+        if getattr(self.model.config, "law", None) != "newton":
+            raise ValueError("only the law newton has pulls")
+        if self._before_newest is None:
+            raise ValueError("feed at least one token first")
+        rows = []
+
+        def record(attn, inputs, _):
+            _, z, _, positions, cache = inputs
+            key_positions, k, _, mass = cache.remembered(attn.layer)
+            q = attn.probe_proj(z).view(1, 1, attn.config.num_heads, -1).transpose(1, 2)
+            field = gravity_field(
+                q.float(),
+                k.float(),
+                mass,
+                query_positions=positions,
+                key_positions=key_positions,
+                **attn.law(),
+            )[0, :, 0]
+            rows.append(field / (field.sum(-1, keepdim=True) + TINY))
+
+        hooks = [layer.attn.register_forward_hook(record) for layer in self.model.layers]
+        try:
+            newest = torch.tensor([self.context[-1:]], device=self.device)
+            self.model(newest, kv_cache=copy.deepcopy(self._before_newest))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        count = max(row.shape[-1] for row in rows)
+        weights = torch.stack([F.pad(row, (count - row.shape[-1], 0)) for row in rows])
+        return weights.nan_to_num().cpu(), self.context[-count:]
 
     def generate(self, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
         """Yield new token ids one by one, each already part of the context.

@@ -254,8 +254,11 @@ class GravityAttention(nn.Module):
             **law,
         )
         if kv_cache is not None and law["radius"] is not None:
-            window = reach(law["time_scale"], law["time_offset"], law["radius"])
-            kv_cache.keep_newest(self.layer, max(1, math.ceil(float(window.detach().max()))))
+            window = float(
+                reach(law["time_scale"], law["time_offset"], law["radius"]).detach().max()
+            )
+            if math.isfinite(window):  # a time scale that is 0 in floating point reaches for ever
+                kv_cache.keep_newest(self.layer, max(1, math.ceil(window)))
         return self.dropout(self.out_proj(merge_heads(pull)))
 
 

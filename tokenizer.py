@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from errors import UserError, write_whole
 
+LONGEST_CHARACTER = 4  # bytes, in UTF-8
 UNKNOWN = "\ufffd"  # what a char tokenizer writes for a character that it never saw
 
 
@@ -216,11 +217,17 @@ class TextStream:
         """Take one id; returns the text that is now certain, often with nothing held back."""
         self._pending.append(token)
         text = self._tokenizer.decode(self._pending)
-        # tokens may straddle characters in a chain: only what ends in an unknown may still change
-        certain = text.rstrip(UNKNOWN)
-        new, self._given = certain[self._given :], len(certain)
+        # tokens may straddle characters in a chain; only the last unknown may still become one
+        certain = text.removesuffix(UNKNOWN)
+        new = certain[self._given :]
         if certain == text:
             self._pending, self._given = [], 0
+        else:
+            # the bytes of what is incomplete are in the newest tokens: no chain is kept for ever
+            if len(self._pending) > LONGEST_CHARACTER:
+                self._pending = self._pending[-LONGEST_CHARACTER:]
+                certain = self._tokenizer.decode(self._pending).removesuffix(UNKNOWN)
+            self._given = len(certain)
         return new
 
     def flush(self):

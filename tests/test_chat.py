@@ -16,6 +16,7 @@ import torch
 import chat
 from checkpoint import FORMAT_VERSION, build_model, save_checkpoint
 from conftest import ROOT, error_line, run
+from terminal import printable
 from tokenizer import BPETokenizer, CharTokenizer
 
 LETTERS = CharTokenizer.train("abcdefghijklmnopqrstuvwxyz :\n\x1b")
@@ -56,7 +57,7 @@ def test_greedy_answer_is_what_the_model_says_without_a_cache(config, in_tmp, ca
     tokens = LETTERS.encode("hello")
     for _ in range(10):
         tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
-    expected = chat.printable(LETTERS.decode(tokens[5:]))
+    expected = printable(LETTERS.decode(tokens[5:]))
     flags = ("--prompt", "hello", "--temperature", 0, "--max-new-tokens", 10)
     assert answer(capsys, "--checkpoint-path", "x.pt", *flags).out == expected + "\n"
 
@@ -186,6 +187,8 @@ def test_save_overwrites_nothing(in_tmp):
 def terminal(cwd, *flags, interrupt=signal.SIG_DFL):
     """chat.py on a pseudo-terminal, started with Ctrl-C as a shell leaves it, or ignored.
 
+    Its history has nowhere to go: a file is where its folder would be.
+
     Returns:
         The process, the terminal's other end, a function that reads until a text shows up.
     """
@@ -198,6 +201,7 @@ def terminal(cwd, *flags, interrupt=signal.SIG_DFL):
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "chat.py"), *map(str, flags)],
         cwd=cwd,
+        env=os.environ | {"TERM": "xterm", "NO_COLOR": "1", "XDG_STATE_HOME": f"{cwd}/x.pt"},
         stdin=slave,
         stdout=slave,
         stderr=slave,

@@ -150,3 +150,58 @@ def test_prompts_longer_than_the_context():
     newton.reset()
     with pytest.raises(ValueError, match="feed"):
         next(newton.generate(1))
+
+
+@pytest.mark.parametrize("name", ["vanilla learned", "published soft"])
+def test_a_long_text_is_read_at_the_cost_of_one_context(name):
+    """Slides that fill up at once are skipped: the same logits and count as token by token."""
+    model, tokens = lively(name), ids(23 * BLOCK + 3)[0].tolist()
+    slowly, at_once = TokenStream(model), TokenStream(model)
+    for token in tokens:
+        slowly.feed([token])
+    read = []
+    hook = model.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].numel()))
+    at_once.feed(tokens)
+    hook.remove()
+    assert sum(read) <= BLOCK and at_once.slides == slowly.slides > 30
+    assert at_once.context == slowly.context
+    torch.testing.assert_close(at_once.logits, slowly.logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NEWTON)
+def test_pulls_on_the_newest_token(name):
+    """From the cache as it is they are the last row of the weights of a full pass."""
+    model = lively(name)
+    stream = TokenStream(model)
+    tokens = ids(3 * BLOCK)[0].tolist()
+    with pytest.raises(ValueError, match="feed"):
+        stream.pulls()
+    for start, end in ((0, 1), (1, BLOCK), (BLOCK, 3 * BLOCK - 2), (3 * BLOCK - 2, 3 * BLOCK)):
+        stream.feed(tokens[start:end])
+        weights, labels = stream.pulls()
+        expected = model.pull_weights(torch.tensor([tokens[:end]]))[:, :, -1]
+        count = weights.shape[-1]
+        assert labels == tokens[end - count : end]
+        assert (expected[:, :, : end - count] == 0).all()
+        torch.testing.assert_close(weights, expected[:, :, end - count :], rtol=1e-3, atol=1e-5)
+    state, logits = stream.copy_of_state(), stream.logits
+    stream.pulls()
+    stream.feed([1])
+    moved = stream.logits
+    stream.return_to(state)
+    assert torch.equal(stream.logits, logits)
+    stream.feed([1])
+    torch.testing.assert_close(stream.logits, moved)  # looking changed nothing
+
+
+def test_a_conversation_of_any_length_takes_constant_memory():
+    """What the stream keeps after 2,000 tokens it kept after 500."""
+    stream = TokenStream(lively("newton soft"))
+    stream.feed([1])
+    sizes = []
+    for _ in range(4):
+        for _ in stream.generate(500, generator=torch.Generator().manual_seed(1)):
+            pass
+        sizes.append((stream.cache.num_bytes(), len(stream.context) <= 2 * 256))
+        stream.pulls()
+    assert stream.cache.length == 2001 and set(sizes) == {sizes[0]} and sizes[0][1]

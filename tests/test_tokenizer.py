@@ -136,6 +136,16 @@ def test_stream_survives_broken_bytes(byte_ids):
         assert streamed(tokenizer, [ids[byte] for byte in data]) == data.decode(errors="replace")
 
 
+def test_a_stream_of_broken_bytes_alone_goes_on(byte_ids):
+    """Each is out once the next is in, and no more than a character's bytes are kept."""
+    tokenizer, ids = byte_ids
+    stream, out = TextStream(tokenizer), ""
+    for n in range(300):
+        out += stream.push(ids[0x80 + n % 64])
+        assert out == "\ufffd" * n and len(stream._pending) <= 4
+    assert stream.push(ids[ord("A")]) == "\ufffdA"
+
+
 def test_flush_empties_the_stream(byte_ids):
     """What was flushed does not come again, and a stream can be used on."""
     tokenizer, ids = byte_ids

@@ -1,0 +1,115 @@
+"""Tokens with bars beside them, as lines for a terminal: masses, and what pulled the newest one."""
+
+import torch
+
+from terminal import bar, cells, columns, encodable, fit, level, printable, styled
+
+SHOWN_PULLS = 8  # of one row of weights
+SHOWN_PULLS_OF_HEAD = 3  # where there are many heads
+LONGEST_LABEL = 16  # columns
+SHORTEST_BAR = 6  # columns
+LONGEST_MASS = 24  # columns of the heaviest token's bar
+
+
+def label_width(labels):
+    """Columns that a list of labels needs, within reason."""
+    widest = max((cells(encodable(printable(label))) for label in labels), default=1)
+    return min(widest, LONGEST_LABEL, columns() // 6)
+
+
+def token_lines(tokens, labels, masses):
+    """A line a token: id, label and, where there is one, its mass as a number and a bar."""
+    width = label_width(labels)
+    heaviest = max(masses or [1.0]) or 1.0
+    room = min(columns() - 9 - width - 15, LONGEST_MASS)
+    for n, (token, label) in enumerate(zip(tokens, labels, strict=True)):
+        line = f"{token:>7}  {fit(label, width)}"
+        if masses:
+            line += f"  (mass {masses[n]:.3f}) {bar(masses[n] / heaviest, room)}"
+        yield line.rstrip()
+
+
+def pull_lines(shares, labels, count=SHOWN_PULLS, indent="", full=1.0):
+    """The tokens that pulled hardest, a line each: share, label, how far back, bar.
+
+    Args:
+        shares: (N,) of a tensor, adding up to 1.
+        labels: the N tokens as people read them, the newest last.
+        full: the share that the longest bar stands for.
+    """
+    places = [
+        place
+        for place in shares.topk(min(count, len(shares))).indices.tolist()
+        if shares[place] > 0
+    ]
+    if not places:
+        yield f"{indent}nothing within reach"
+    width = label_width([labels[place] for place in places])
+    wheres = {place: _where(len(labels) - 1 - place) for place in places}
+    where_width = max(map(len, wheres.values()), default=0)
+    room = columns() - len(indent) - 6 - 2 - width - 2 - where_width - 2
+    for place in places:
+        share = float(shares[place])
+        line = f"{indent}{share:6.1%}  {fit(labels[place], width)}  {wheres[place]:<{where_width}}"
+        yield f"{line}  {bar(share / full, room)}"
+
+
+def _where(back):
+    return f"{back:,} back" if back else "itself"
+
+
+def strip_lines(shares, labels):
+    """The newest text as far as it fits one line, and under it how hard each token pulled.
+
+    Heights are shares of the hardest pull of all.
+    """
+    text, heights, room = [], [], columns()
+    hardest = float(shares.max()) or 1.0
+    for label, share in zip(reversed(labels), reversed(shares.tolist()), strict=True):
+        label = encodable(printable(label))
+        width = max(cells(label), 1)
+        if width > room:
+            break
+        room -= width
+        text.append(fit(label, width))
+        heights.append(level(share / hardest) * width)
+    return "".join(reversed(text)), "".join(reversed(heights)).rstrip()
+
+
+def mean_back(shares):
+    """How far back the pull comes from on average, in tokens."""
+    return float(torch.arange(len(shares) - 1, -1, -1.0) @ shares.float())
+
+
+def layer_lines(weights, labels, layer):
+    """Every head of a layer with its hardest pulls.
+
+    Args:
+        weights: (num_heads, N).
+        layer: its number, from 1.
+    """
+    for head, shares in enumerate(weights, 1):
+        where = f"{mean_back(shares):,.1f} tokens back on average"
+        yield styled(f"layer {layer} head {head}, {where}", "dim")
+        yield from pull_lines(shares, labels, SHOWN_PULLS_OF_HEAD, "  ")
+
+
+def head_lines(weights, labels):
+    """A line a head, `layer.head`: how far back it looks, and at what in the first place.
+
+    Args:
+        weights: (num_layers, num_heads, N).
+    """
+    width = label_width([labels[place] for place in weights.argmax(-1).flatten().tolist()])
+    yield styled(" head  mean back  hardest pull", "dim")
+    for layer, heads in enumerate(weights, 1):
+        for head, shares in enumerate(heads, 1):
+            place = int(shares.argmax())
+            if not shares[place]:
+                yield f"{f'{layer}.{head}':>5} nothing within reach"
+                continue
+            line = f"{f'{layer}.{head}':>5} {mean_back(shares):>8,.1f} "
+            line += f"{float(shares[place]):6.1%} {fit(labels[place], width)} "
+            line += f"{_where(len(labels) - 1 - place):<9} "
+            room = columns() - cells(line)
+            yield line + (bar(float(shares[place]), room) if room >= SHORTEST_BAR else "")
