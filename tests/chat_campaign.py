@@ -28,8 +28,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from test_chat import make_checkpoint  # noqa: E402
-from tokenizer import BPETokenizer, CharTokenizer  # noqa: E402
+from test_chat import make_checkpoint
+from tokenizer import BPETokenizer, CharTokenizer
 
 TERMINAL_SHARE = 0.2
 BATCH = 25  # prompts between two looks at the process

@@ -20,6 +20,7 @@ from checkpoint import best_path, last_path, read_checkpoint, save_checkpoint
 from conftest import ROOT, error_line, run
 from errors import UserError
 from fault_campaign import CHECKPOINT_INTERVAL, campaign
+from soak import soak
 
 SMALL = (
     *("--data-path", "small.txt", "--hidden-dim", 32, "--num-layers", 1, "--num-heads", 2),
@@ -283,3 +284,11 @@ def test_fp16_overflow_is_no_skipped_step(in_tmp, small_text):
         trainer.step()
     assert trainer.progress["skipped"] == 0 and trainer.is_sound()
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads Linux's /proc")
+def test_nothing_grows(tmp_path):
+    """`soak.py --minutes 60` is the long version: memory and open files of a training stay flat."""
+    result = soak(tmp_path, "ngt", seconds=6)
+    assert result["growth"] < 0.05 and result["files"] <= result["files_after_warm_up"], result
+    assert result["exit_code"] == 143 and result["steps"] >= 50

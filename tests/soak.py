@@ -1,0 +1,136 @@
+"""Trains for a long time at small size and watches what a process may not let grow.
+
+python tests/soak.py --minutes 60
+"""
+
+import argparse
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+SENTENCE = "The mass of a word is what draws the next one near, and far is what it cannot reach. "
+SMALL = (
+    *("--hidden-dim", 32, "--num-layers", 2, "--num-heads", 2, "--block-size", 32),
+    *("--batch-size", 4, "--dropout", 0.1, "--device", "cpu", "--max-steps", 10_000_000),
+    *("--eval-interval", 50, "--eval-iters", 2, "--checkpoint-interval", 50),
+)
+MODELS = {"ngt": (), "vanilla": ("--model", "vanilla")}
+WARM_UP = 0.2  # of the time
+SLACK = 0.02  # of the memory
+
+
+def start(folder, name):
+    """A training that ends when it is told to."""
+    command = [ROOT / "train_shakespeare.py", *SMALL, *MODELS[name], "--data-path", "text.txt"]
+    command += ["--checkpoint-path", f"{name}.pt", "--run-name", name]
+    with open(Path(folder) / f"{name}.log", "w") as log:
+        return subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def resident_bytes(pid):
+    """Memory of a process now, pages of files it maps left out (Linux)."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return sum(int(x.split()[1]) * 1024 for x in lines if x.startswith("RssAnon"))
+
+
+def open_files(pid):
+    """How many file descriptors a process has."""
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def event_bytes(folder, name):
+    """What the run has written for TensorBoard."""
+    run = Path(folder) / "runs" / name
+    return sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+
+
+def steps_of(folder, name):
+    """The last evaluation's step."""
+    lines = (Path(folder) / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return int(lines[-1].split('"step": ')[1].split(",")[0]) if lines else 0
+
+
+def soak(folder, name, seconds, say=lambda line: None):
+    """Train so long, then ask it to stop.
+
+    Returns:
+        A dict: `steps`, `memory` and `memory_after_warm_up` (bytes, medians of the last and the
+        first samples after the warm-up), `growth` (their ratio, less 1), `files_after_warm_up` and
+        `files` (open ones, likewise), `run_bytes`, `exit_code`.
+    """
+    folder = Path(folder)
+    (folder / "text.txt").write_text(SENTENCE * 300)
+    process = start(folder, name)
+    metrics = folder / "runs" / name / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()):
+        if process.poll() is not None:
+            raise RuntimeError((folder / f"{name}.log").read_text())
+        time.sleep(0.1)
+    started, samples = time.monotonic(), []
+    while (now := time.monotonic() - started) < seconds:
+        if process.poll() is not None:
+            raise RuntimeError((folder / f"{name}.log").read_text())
+        samples.append((now, resident_bytes(process.pid), open_files(process.pid)))
+        say(f"{name} {samples[-1][1] / 2**20:,.0f} MiB, {samples[-1][2]} files")
+        time.sleep(seconds / 200)
+    process.send_signal(signal.SIGTERM)
+    exit_code = process.wait(timeout=60)
+    kept = [sample for sample in samples if sample[0] >= WARM_UP * seconds]
+    part = max(1, len(kept) // 4)
+    ends = kept[:part], kept[-part:]
+    first, last = (statistics.median(sample[1] for sample in end) for end in ends)
+    files = [int(statistics.median(sample[2] for sample in end)) for end in ends]
+    return {
+        "steps": steps_of(folder, name),
+        "memory_after_warm_up": int(first),
+        "memory": int(last),
+        "growth": last / first - 1,
+        "files_after_warm_up": files[0],
+        "files": files[1],
+        "run_bytes": event_bytes(folder, name),
+        "exit_code": exit_code,
+    }
+
+
+def main():
+    """Soak each model in turn; returns 1 where something grew."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--minutes", type=float, default=60.0, help="of each model (default: %(default)s)")
+    add("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="(default: both)")
+    args = parser.parse_args()
+    grown = 0
+    for name in args.models:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            tqdm(total=200, desc=name, bar_format="{desc} {percentage:3.0f}% {postfix}") as bar,
+        ):
+
+            def say(line, bar=bar):
+                bar.set_postfix_str(line)
+                bar.update()
+
+            result = soak(folder, name, 60 * args.minutes, say)
+        print(f"{name}: {result}", flush=True)
+        grown += result["growth"] > SLACK or result["files"] > result["files_after_warm_up"]
+    return int(grown > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
