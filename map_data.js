@@ -9,6 +9,10 @@ const unpacked = (base64, ArrayType) => {
   return new ArrayType(bytes.buffer);
 };
 
+// The lowest and highest of points, by axis.
+const boxAround = (points) => [Math.min, Math.max].map((extreme) => [0, 1, 2].map((axis) =>
+  points.reduce((found, point) => extreme(found, point[axis]), points[0][axis])));
+
 class Run {
   constructor(given) {
     Object.assign(this, given);
@@ -16,6 +20,24 @@ class Run {
     this.z = unpacked(given.z, Int16Array);
     this.sources = unpacked(given.sources, Uint16Array);
     this.weights = unpacked(given.weights, Uint16Array);
+    this.boxes = this.points.map(boxAround);
+    const [low, high] = boxAround(this.boxes.flat());
+    this.box = [low, high];
+    this.half = low.map((x, axis) => 1.06 * (high[axis] - x) / 2 || 0.5);
+    // Of the whole picture's size, how much each layer fills.
+    this.fills = this.boxes.map(([from, to]) => Math.max(...from.map((x, axis) => 1.06 * (to[axis] - x) / 2 / this.half[axis])) || 1);
+    this.isUneven = Math.min(...this.fills) < 0.4;
+  }
+
+  // Middle and half width of what is drawn, by axis: of all layers, or of one (or between two).
+  frame(at, isFit) {
+    const middleOf = ([low, high]) => low.map((x, axis) => (x + high[axis]) / 2);
+    if (!isFit) return { middle: middleOf(this.box), half: this.half, size: 1 };
+    const [before, after] = [Math.floor, Math.ceil].map((round) => round(this.layerOf(at)));
+    const share = this.layerOf(at) - before;
+    const [from, to] = [before, after].map((layer) => middleOf(this.boxes[layer]));
+    const size = this.fills[before] ** (1 - share) * this.fills[after] ** share;
+    return { middle: from.map((x, axis) => x + (to[axis] - x) * share), half: this.half.map((x) => x * size), size };
   }
 
   layerOf(layer) {
@@ -96,8 +118,9 @@ const shade = (share) => {
 const plain = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const number = (x, digits = 3) => {
   if (x === null || x === undefined) return "none";
-  if (x !== 0 && Math.abs(x) < 0.001) return x.toExponential(1);
-  return Math.abs(x) >= 1000 ? plain.format(x) : String(Number(x.toPrecision(digits)));
+  if (x === 0) return "0";
+  if (Math.abs(x) < 0.001) return x.toExponential(1);
+  return Math.abs(x) >= 100 ? plain.format(x) : x.toPrecision(digits);
 };
 const percent = (x) => (x >= 0.0995 ? `${Math.round(100 * x)} %` : `${(100 * x).toFixed(1)} %`);
 const plural = (count, word) => `${plain.format(count)} ${word}${count === 1 ? "" : "s"}`;

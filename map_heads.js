@@ -2,7 +2,7 @@
 
 const COLUMNS = [
   { key: "name", title: "head", of: (row) => `block ${row.layer} · head ${row.head + 1}`, order: (row) => row.layer * 1000 + row.head },
-  { key: "most_distance", title: "looks mostly", of: (row) => back(row.most_distance, row.most_share), hint: "the distance that most of its pull comes from in this text, and how much" },
+  { key: "most_distance", title: "looks mostly", of: (row) => back(row.most_distance, row.most_share), hint: "the distance that most of its pull comes from in this text, and how much; far and wide: none gives a tenth" },
   { key: "one_back", title: "from 1 back", of: (row) => (row.one_back === null ? "none" : percent(row.one_back)), hint: "share of its pull in this text that comes from one token back" },
   { key: "mean_distance", title: "mean distance", of: (row) => number(row.mean_distance), hint: "tokens back, mean over its pull in this text" },
   { key: "within", title: "90 % within", of: (row) => (row.within === null ? "none" : plain.format(row.within)), hint: "tokens back from within which 90 % of its pull comes in this text" },
@@ -14,7 +14,11 @@ const COLUMNS = [
   { key: "gamma", title: "gamma", of: (row) => number(row.gamma), hint: "scales the score -gamma / r²" },
   { key: "bias", title: "bias", of: (row) => number(row.bias), hint: "added to the score" },
 ];
-const back = (distance, share) => (distance === null ? "nothing" : `${distance ? `${plain.format(distance)} back` : "itself"} (${percent(share)})`);
+const back = (distance, share) => {
+  if (distance === null) return "nothing";
+  if (share < 0.1) return "far and wide";
+  return `${distance ? `${plain.format(distance)} back` : "itself"} (${percent(share)})`;
+};
 const log1p = (distance) => Math.log10(1 + distance);
 const TICKS = [0, 1, 2, 3, 5, 10, 20, 50, 100, 300, 1000, 3000, 10000, 30000, 100000];
 
@@ -115,11 +119,13 @@ class Heads {
       hovertemplate: `head ${head + 1}: %{y:.3g} ${unit} %{customdata} back<extra></extra>`,
     }));
     const axis = { tickvals: TICKS.map(log1p), ticktext: TICKS.map((tick) => plain.format(tick)) };
-    const layout = (y, longest) => chartLayout("tokens back (log)", y, { xaxis: { ...axis, range: [0, log1p(longest)] }, yaxis: { rangemode: "tozero" } });
-    if (run.field) Plotly.react(this.field, curves(run.field, "at"), layout("field", run.field.back.at(-1)), QUIET);
-    Plotly.react(this.pull, curves(run.pull, "of the pull from"), layout("share of the pull", run.pull.back.at(-1)), QUIET);
+    const layout = (y, longest, yaxis) => chartLayout("tokens back (log)", y, { xaxis: { ...axis, range: [-0.02, log1p(longest)] }, yaxis });
+    if (run.field) Plotly.react(this.field, curves(run.field, "at"), layout("field", run.field.back.at(-1), { range: [-0.02, 1.04 * Math.max(...run.field.of[layer - 1].flat())] }), QUIET);
+    Plotly.react(this.pull, curves(run.pull, "of the pull from"), layout("share of the pull (log)", run.pull.back.at(-1), { type: "log", range: [-4.2, 0.05], tickvals: [0.0001, 0.001, 0.01, 0.1, 1], ticktext: ["0.01 %", "0.1 %", "1 %", "10 %", "100 %"] }), QUIET);
   }
 }
+
+const NAMED = 90;
 
 class Vocabulary {
   constructor(run) {
@@ -143,14 +149,38 @@ class Vocabulary {
         table("Heaviest", order.slice(0, listed)), table("Lightest", order.slice(-listed).reverse())));
   }
 
+  // Points whose names fit without touching another: from the edges of the cloud inwards.
+  #named() {
+    const { labels, masses, counts } = this.run.vocabulary;
+    const [width, height] = [this.chart.clientWidth - 70, this.chart.clientHeight - 54];
+    const decades = Math.log10(Math.max(...counts, 1)) + 0.8;
+    const spread = masses[0] - masses.at(-1) || 1;
+    const often = [...labels.keys()].sort((a, b) => counts[b] - counts[a]);
+    const edges = [...labels.keys()].flatMap((n) => [n, labels.length - 1 - n, often[n], often[labels.length - 1 - n]]);
+    const taken = [];
+    const found = new Set();
+    for (const n of new Set(edges)) {
+      if (found.size >= NAMED) break;
+      const x = (width * (Math.log10(counts[n] || 0.5) + 0.3)) / decades;
+      const y = (height * (masses[n] - masses.at(-1))) / spread;
+      const half = 4 * labels[n].length + 3;
+      if (taken.some((other) => Math.abs(other.x - x) < other.half + half && Math.abs(other.y - y) < 17)) continue;
+      taken.push({ x, y, half });
+      found.add(n);
+    }
+    return found;
+  }
+
   draw() {
     const { labels, masses, counts } = this.run.vocabulary;
+    const named = this.#named();
     const never = 0.5; // where a log axis can show what does not occur
     const trace = {
-      type: "scatter", mode: "markers", x: counts.map((count) => count || never), y: masses,
-      text: labels.map(escaped), customdata: counts,
-      marker: { size: 7, opacity: 0.65, color: masses, colorscale: [0, 0.25, 0.5, 0.75, 1].map((x) => [x, shade(x)]), line: { width: 0.5, color: css("--page") } },
-      hovertemplate: "<b>%{text}</b><br>mass %{y:.4g}<br>%{customdata:,} times<extra></extra>",
+      type: "scatter", mode: "markers+text", x: counts.map((count) => count || never), y: masses,
+      text: labels.map((label, n) => (named.has(n) ? escaped(label) : "")), textposition: "top center", textfont: { size: 11, color: css("--soft") },
+      customdata: counts.map((count, n) => [count, escaped(labels[n])]),
+      marker: { size: 7, opacity: 0.85, color: masses, colorscale: [0, 0.25, 0.5, 0.75, 1].map((x) => [x, shade(x)]), line: { width: 0.5, color: css("--page") } },
+      hovertemplate: "<b>%{customdata[1]}</b><br>mass %{y:.4g}<br>%{customdata[0]:,} times<extra></extra>",
     };
     const most = Math.max(1, Math.ceil(Math.log10(Math.max(...counts, 1))));
     const powers = Array.from({ length: most + 1 }, (_, n) => 10 ** n);

@@ -1,7 +1,7 @@
 // What is shown now, the controls that change it, and the tabs.
 
 const SECONDS_A_LAYER = 1.1;
-const state = { at: GIVEN.layer, shown: GIVEN.layer, head: "mean", colour: "mass", trails: true, selected: null };
+const state = { at: GIVEN.layer, shown: GIVEN.layer, head: "mean", colour: "mass", trails: true, selected: null, isFit: RUNS.some((run) => run.isUneven) };
 const $ = (id) => document.getElementById(id);
 const views = [];
 let [playing, drawn] = [false, { map: true, heads: false, vocabulary: false }];
@@ -16,7 +16,7 @@ function describe() {
   $("layer-name").textContent = name;
   $("layer").setAttribute("aria-valuetext", name);
   $("explained").textContent = layer
-    ? `After block ${layer}: its pull moved the tokens here. Lines of a selected token go to what pulled it in this block; the thicker, the more of the pull.`
+    ? `After block ${layer}: its pull moved the tokens here. Lines of a selected token go to what pulled it in this block; the thicker, the more of the pull. Blue rings: the same token elsewhere.`
     : "Before the first block: each token is where its embedding puts it, so the same token is always at the same place.";
   if (RUNS[0].law === "published" && !layer) $("explained").textContent = "Before the first block: each token is where its position's embedding puts it.";
 }
@@ -135,6 +135,7 @@ function listen() {
   $("layer").oninput = () => setLayer(Number($("layer").value));
   $("colour").onchange = () => { state.colour = $("colour").value; refresh(); };
   $("head").onchange = () => { state.head = $("head").value === "mean" ? "mean" : Number($("head").value); refresh(); };
+  $("scale").onchange = () => { state.isFit = $("scale").value === "fit"; refresh(); };
   $("trails").onchange = () => { state.trails = $("trails").checked; refresh(); };
   dark.addEventListener("change", () => {
     refresh();
@@ -145,6 +146,7 @@ function listen() {
 function start() {
   const given = RUNS[0];
   $("subtitle").textContent = `${RUNS.map((run) => `${run.name}, step ${plain.format(run.step)}, law ${run.law}`).join(" · ")} — ${plural(given.count, "token")} of ${given.source}`;
+  $("scale").value = state.isFit ? "fit" : "one";
   $("layer").max = DEEPEST;
   $("layers").append(...Array.from({ length: DEEPEST + 1 }, (_, n) => element("option", { value: n })));
   const most = Math.max(...RUNS.map((run) => run.numHeads));
@@ -165,7 +167,11 @@ function start() {
   $("panel-vocabulary").append(...others.vocabulary.map((part) => part.node));
   describe();
   listen();
-  Promise.all(views.map(({ scene }) => scene.draw(state))).then(() => { document.body.dataset.ready = "yes"; });
+  // Plotly comes last in the page, so that the text is there while it loads.
+  document.addEventListener("DOMContentLoaded", async () => {
+    await Promise.all(views.map(({ scene }) => scene.draw(state)));
+    document.body.dataset.ready = "yes";
+  });
 }
 
 start();

@@ -71,7 +71,7 @@ def run_data(run):
         "weights": _packed(pulls.weights * LARGEST_SHARE, "<u2"),
         "heads": run.heads,
         "field": None if back is None else {"back": back.tolist(), "of": _significant(field, 4)},
-        "pull": {"back": run.pull[0].tolist(), "of": _significant(run.pull[1], 4)},
+        "pull": {"back": run.pull[0].tolist(), "of": _significant(run.pull[1], 6)},
         "vocabulary": run.vocabulary,
     }
 

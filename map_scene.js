@@ -28,7 +28,7 @@ class Scene {
       line(5),
       marks("markers", { symbol: "circle-open", size: 13, line: { width: 2 } }),
       marks("markers+text", { size: 5 }, { text: [], textposition: "top center" }),
-      marks("markers+text", { symbol: "circle-open", size: 22, line: { width: 4 } }, { text: [], textposition: "top center" }),
+      marks("markers+text", { symbol: "circle-open", size: 18, line: { width: 3 } }, { text: [], textposition: "top center" }),
       ...Array.from({ length: this.run.numStored }, () => line(2)),
     ];
     this.state = state;
@@ -43,9 +43,11 @@ class Scene {
   }
 
   #layout() {
+    const { middle, half } = this.run.frame(this.state.at, this.state.isFit);
+    const longest = Math.max(...half);
     const axis = (n) => ({
-      title: { text: escaped(this.run.axes[n]), font: { size: 11, color: css("--soft") } },
-      range: this.#range(n),
+      title: { text: this.#axisTitle(n), font: { size: 11, color: css("--soft") } },
+      range: [middle[n] - half[n], middle[n] + half[n]],
       showspikes: false,
       showbackground: false,
       gridcolor: css("--line"),
@@ -56,8 +58,9 @@ class Scene {
     return {
       scene: {
         ...Object.fromEntries(AXES.map((name, n) => [`${name}axis`, axis(n)])),
-        aspectmode: "data",
-        camera: this.camera ?? { eye: { x: 1.25, y: 1.25, z: 0.75 }, center: { x: 0, y: 0, z: -0.08 } },
+        aspectmode: "manual",
+        aspectratio: Object.fromEntries(AXES.map((name, n) => [name, (1.1 * half[n]) / longest])),
+        camera: this.camera ?? this.#firstCamera(),
         dragmode: "turntable",
       },
       font: { family: css("--font"), color: css("--ink") },
@@ -69,17 +72,18 @@ class Scene {
     };
   }
 
-  // One range for all layers; an axis that all share one value of gets a little room.
-  #range(axis) {
-    let [low, high] = [Infinity, -Infinity];
-    for (const layer of this.run.points) {
-      for (const point of layer) {
-        low = Math.min(low, point[axis]);
-        high = Math.max(high, point[axis]);
-      }
-    }
-    const room = 0.04 * (high - low) || 0.5;
-    return [low - room, high + room];
+  #isNarrow() {
+    return this.node.clientWidth < 480;
+  }
+
+  #axisTitle(axis) {
+    const title = escaped(this.run.axes[axis]);
+    return this.#isNarrow() ? title.replace("component ", "").replace(" of variance", "") : title;
+  }
+
+  #firstCamera() {
+    const far = this.#isNarrow() ? 1.3 : 1;
+    return { eye: { x: 1.2 * far, y: 1.2 * far, z: 0.75 * far }, center: { x: 0, y: 0, z: -0.1 } };
   }
 
   // What depends on the layer alone, by trace.
@@ -120,10 +124,10 @@ class Scene {
     marked[TRACES.trail] = trail;
     marked[TRACES.twins] = places(run.twins(token).filter((twin) => !sources.includes(twin)));
     marked[TRACES.sources] = { ...places(sources), text: sources.map((source) => escaped(run.labels[source])) };
-    marked[TRACES.selected] = { ...places([token]), text: [`<b>${escaped(run.labels[token])}</b>`] };
+    marked[TRACES.selected] = { ...places([token]), text: [`<b>${escaped(run.labels[token])}</b><br> `] };
     pulls.forEach((pull, n) => {
       const ends = pull.token === token ? nothing : places([token, pull.token]);
-      marked[TRACES.pull + n] = { ...ends, width: Math.max(1.5, 14 * Math.sqrt(pull.weight)) };
+      marked[TRACES.pull + n] = { ...ends, width: Math.max(1.5, 26 * Math.sqrt(pull.weight)) };
     });
     return marked;
   }
@@ -174,7 +178,9 @@ class Scene {
     this.legend.querySelector("i").style.background =
       `linear-gradient(to right, ${[0, 0.25, 0.5, 0.75, 1].map(shade).join(",")})`;
     const masses = [Math.min(...this.run.mass), Math.max(...this.run.mass)].map((mass) => number(mass));
-    this.legend.querySelector("b").textContent = `colour: ${title} · size: mass, ${masses.join(" to ")}`;
+    const { size } = this.run.frame(this.state.shown, this.state.isFit);
+    const larger = size < 0.995 ? ` · drawn ${number(1 / size, 2)} × larger than the widest layer` : "";
+    this.legend.querySelector("b").textContent = `colour: ${title} · size: mass, ${masses.join(" to ")}${larger}`;
   }
 
   // Where every token is on the screen, in pixels of the scene: [x, y, depth].

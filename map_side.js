@@ -1,7 +1,7 @@
 // Beside the map: the text, token by token, and what is known of the selected one.
 
 const LISTED = 6;
-const CONTEXT = 12; // tokens
+const CONTEXT = 26; // characters, of which the last are the token's own
 
 class Side {
   constructor(run, root, actions) {
@@ -66,9 +66,12 @@ class Side {
   }
 
   // What came before a token, for those who look for it in the text.
-  #context(token) {
+  #context(token, room = CONTEXT) {
+    const { labels } = this.run;
+    let first = token;
+    for (let left = room - labels[token].length; first > 0 && left >= labels[first - 1].length; first--) left -= labels[first - 1].length;
     return element("span", { className: "context" },
-      "…", ...this.run.labels.slice(Math.max(0, token - CONTEXT), token).flatMap(tokenText), element("mark", {}, ...tokenText(this.run.labels[token])));
+      first ? "…" : "", ...labels.slice(first, token).flatMap(tokenText), element("mark", {}, ...tokenText(labels[token])));
   }
 
   #overview() {
@@ -84,7 +87,7 @@ class Side {
       element("h3", { textContent: "Heaviest in this text" }),
       list(heaviest, (token) => number(run.mass[token]), (token) => [element("span", { className: "context", textContent: plural(run.twins(token).length + 1, "place") })]),
       element("h3", { textContent: "Highest loss" }),
-      list(hardest, (token) => number(run.loss[token]), (token) => [this.#context(token)]),
+      list(hardest, (token) => number(run.loss[token]), (token) => [this.#context(token, CONTEXT - run.labels[token].length)]),
       element("p", {
         className: "note",
         textContent: `Loss in nats, of a token given those before it; mean ${number(losses.reduce((a, b) => a + b, 0) / losses.length)}. ` +
