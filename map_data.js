@@ -119,7 +119,7 @@ const plain = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const number = (x, digits = 3) => {
   if (x === null || x === undefined) return "none";
   if (x === 0) return "0";
-  if (Math.abs(x) < 0.001) return x.toExponential(1);
+  if (Math.abs(x) < 0.0001) return x.toExponential(1);
   return Math.abs(x) >= 100 ? plain.format(x) : x.toPrecision(digits);
 };
 const percent = (x) => (x >= 0.0995 ? `${Math.round(100 * x)} %` : `${(100 * x).toFixed(1)} %`);
@@ -130,7 +130,7 @@ const COLOURS = {
   mass: { title: "mass", of: (run) => run.mass, tick: (x) => number(x) },
   position: { title: "position in the text", of: (run) => run.mass.map((_, n) => n), tick: (x) => plain.format(x) },
   frequency: {
-    title: "times in the corpus (log)",
+    title: "times in the text that was counted (log)",
     of: (run) => run.counts.map((count) => Math.log10(Math.max(count, 0.5))),
     tick: (x) => plain.format(Math.round(10 ** x)),
   },

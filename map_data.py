@@ -90,7 +90,7 @@ def measure(model, tokens):
     mass = geometry.mass[0].double().cpu().numpy()
     if not (np.isfinite(z).all() and np.isfinite(mass).all()):
         raise UserError("the coordinates of this checkpoint are not finite: use another")
-    if float(np.ptp(z, axis=(0, 1)).max()) < 1e-6:
+    if float(np.ptp(z, axis=1).max()) < 1e-6 * max(1.0, float(np.abs(z).max())):
         raise UserError("all tokens are at the same place: there is nothing to show")
     log_chance = F.log_softmax(logits[0].double(), -1).cpu()  # (T, vocab_size)
     if not torch.isfinite(log_chance.exp()).all():

@@ -9,7 +9,7 @@ const COLUMNS = [
   { key: "window", title: "window", of: (row) => number(row.window), hint: "tokens back beyond which it feels exactly nothing" },
   { key: "time_scale", title: "time scale", of: (row) => number(row.time_scale), hint: "softening lengths a token of time: the smaller, the farther it sees" },
   { key: "time_offset", title: "offset", of: (row) => number(row.time_offset), hint: "tokens back at which its field is strongest" },
-  { key: "radius", title: "radius", of: (row) => number(row.radius), hint: "softening lengths beyond which it feels nothing" },
+  { key: "radius", title: "radius", of: (row) => number(row.radius), hint: "distance beyond which it feels nothing, under the law newton in softening lengths" },
   { key: "retardation", title: "retardation", of: (row) => number(row.retardation), hint: "how far a source is felt where its predecessor is (1: wholly), mean over the head's coordinates" },
   { key: "gamma", title: "gamma", of: (row) => number(row.gamma), hint: "scales the score -gamma / r²" },
   { key: "bias", title: "bias", of: (row) => number(row.bias), hint: "added to the score" },
@@ -43,7 +43,9 @@ const answers = (run) => {
   const far = best((row) => row.within ?? -1);
   const reach = best((row) => row.window ?? -1);
   const found = [
-    `Looks one token back: ${called(one)}, ${percent(one.one_back ?? 0)} of whose pull comes from there.`,
+    one.one_back >= 0.1
+      ? `Looks one token back: ${called(one)}, ${percent(one.one_back)} of whose pull comes from there.`
+      : `No head looks one token back: at most ${percent(Math.max(0, one.one_back))} of a pull comes from there (${called(one)}).`,
     `Looks farthest here: ${called(far)}, 90 % of whose pull comes from within ${plural(far.within ?? 0, "token")}, mean distance ${number(far.mean_distance)}.`,
   ];
   if (run.law !== "published") {
@@ -184,7 +186,7 @@ class Vocabulary {
     };
     const most = Math.max(1, Math.ceil(Math.log10(Math.max(...counts, 1))));
     const powers = Array.from({ length: most + 1 }, (_, n) => 10 ** n);
-    Plotly.react(this.chart, [trace], chartLayout("times in the corpus (log)", "mass", {
+    Plotly.react(this.chart, [trace], chartLayout(`times in ${this.run.isCorpus ? "the training text" : "this text"} (log)`, "mass", {
       xaxis: { type: "log", tickvals: [never, ...powers], ticktext: ["never", ...powers.map((x) => plain.format(x))] },
     }), QUIET);
   }

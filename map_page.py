@@ -34,6 +34,7 @@ class Run:
     axes: list
     counts: list
     counted: str
+    is_corpus: bool
     heads: list
     field: tuple
     pull: tuple
@@ -59,6 +60,7 @@ def run_data(run):
         "loss": [None, *_rounded(measured.loss[1:], 4)],
         "counts": run.counts,
         "counted": run.counted,
+        "isCorpus": run.is_corpus,
         "points": _significant(run.points, 5),
         "axes": run.axes,
         "numLayers": layers,

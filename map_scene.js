@@ -24,7 +24,7 @@ class Scene {
     const marks = (mode, marker, extra) => ({ type: "scatter3d", mode, x: [], y: [], z: [], hoverinfo: "skip", marker, ...extra });
     const traces = [
       line(1.5),
-      marks("markers", { size: this.sizes, opacity: 0.92, line: { width: 0.6 } }),
+      marks("markers", { size: this.sizes, opacity: 1, line: { width: 0.6 } }),
       line(5),
       marks("markers", { symbol: "circle-open", size: 13, line: { width: 2 } }),
       marks("markers+text", { size: 5 }, { text: [], textposition: "top center" }),
@@ -94,13 +94,15 @@ class Scene {
     for (let token = 0; token < run.count; token++) {
       const here = run.place(at, token);
       AXES.forEach((name, n) => tokens[name].push(here[n]));
-      if (trails) this.#addTrail(lines, token, at, here);
+      if (trails) this.#addTrail(lines, token, at, here, at % 1 ? 1 : Infinity);
     }
     return { [TRACES.trails]: lines, [TRACES.tokens]: tokens };
   }
 
-  #addTrail(lines, token, at, here) {
-    const passed = this.run.points.slice(0, Math.ceil(this.run.layerOf(at)));
+  // On its way a token draws its last step alone, which every computer can keep up with.
+  #addTrail(lines, token, at, here, steps = Infinity) {
+    const layer = Math.ceil(this.run.layerOf(at));
+    const passed = this.run.points.slice(Math.max(0, layer - steps), layer);
     AXES.forEach((name, n) => lines[name].push(...passed.map((layer) => layer[token][n]), here[n], null));
   }
 
@@ -146,7 +148,7 @@ class Scene {
     traces[TRACES.trails].line.color = faint;
     traces[TRACES.trails].opacity = isSelected ? 0.15 : 0.5;
     traces[TRACES.tokens].marker.color = colouring(this.run, state.colour).colours;
-    traces[TRACES.tokens].marker.opacity = isSelected ? 0.6 : 0.92;
+    traces[TRACES.tokens].marker.opacity = isSelected ? 0.6 : 1;
     traces[TRACES.tokens].marker.line.color = css("--page");
     traces[TRACES.trail].line.color = ink;
     traces[TRACES.twins].marker.color = css("--twin");

@@ -106,7 +106,7 @@ class Side {
         fact("position", String(token)),
         fact("mass", number(run.mass[token])),
         fact("loss", run.loss[token] === null ? "none" : `${number(run.loss[token])} nats`),
-        fact("in the corpus", `${plain.format(run.counts[token])} ×`)),
+        fact(run.isCorpus ? "in training" : "in this text", `${plain.format(run.counts[token])} ×`)),
       ...this.#pulledBy(state, token),
       ...this.#guessed(token),
       ...this.#elsewhere(state, token),

@@ -140,6 +140,7 @@ def read_run(loaded, path, tokens, source, method):
         axes=axes,
         counts=[int(counts[token]) for token in tokens],
         counted=counted,
+        is_corpus=data is not None,
         heads=heads_table(model, measured.pulls.profile),
         field=field_by_distance(model, len(tokens)),
         pull=pull_by_distance(measured.pulls.profile),
