@@ -132,7 +132,7 @@ const COLOURS = {
   frequency: {
     title: "times in the text that was counted (log)",
     of: (run) => run.counts.map((count) => Math.log10(Math.max(count, 0.5))),
-    tick: (x) => plain.format(Math.round(10 ** x)),
+    tick: (x) => plain.format(x < 0 ? 0 : Math.round(10 ** x)),
   },
   loss: { title: "loss in nats", of: (run) => run.loss, tick: (x) => number(x) },
 };
@@ -163,5 +163,8 @@ const tokenText = (label) =>
     /[␣⏎⇥]/.test(part) ? element("i", { className: "mark", textContent: part }) : part);
 const chip = (label) => element("code", { className: "chip" }, ...tokenText(label));
 
-// Plotly reads a little HTML in what it shows.
+const cut = (label) => (label.length > 24 ? `${label.slice(0, 23)}…` : label);
+// Plotly's 3-D text reads a few tags, and no entities: a space of no width after "<" breaks a tag.
+const tagless = (label) => cut(label).replaceAll("<", "<\u200b");
+// Plotly's charts read a little HTML, and entities.
 const escaped = (text) => text.replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);

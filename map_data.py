@@ -73,7 +73,7 @@ def measure(model, tokens):
     bar = tqdm(total=total, unit=" tokens", desc="pulls", delay=PROGRESS_DELAY, leave=False)
 
     def keep(layer, rows, weights):
-        weights = weights.double().cpu()
+        weights = weights.cpu().double()
         _add_to_profile(pulls.profile[layer], rows, weights.numpy())
         weights = torch.cat([weights, weights.mean(0, keepdim=True)])
         strongest = weights.topk(min(STORED_SOURCES, rows.stop))
@@ -86,13 +86,13 @@ def measure(model, tokens):
         ids = torch.tensor([tokens], device=model.token_emb.weight.device)
         logits, geometry = model.visit_pulls(ids, keep)
     pulls.profile /= count
-    z = torch.cat(geometry.layers).double().cpu().numpy()
-    mass = geometry.mass[0].double().cpu().numpy()
+    z = torch.cat(geometry.layers).cpu().double().numpy()
+    mass = geometry.mass[0].cpu().double().numpy()
     if not (np.isfinite(z).all() and np.isfinite(mass).all()):
         raise UserError("the coordinates of this checkpoint are not finite: use another")
     if float(np.ptp(z, axis=1).max()) < 1e-6 * max(1.0, float(np.abs(z).max())):
         raise UserError("all tokens are at the same place: there is nothing to show")
-    log_chance = F.log_softmax(logits[0].double(), -1).cpu()  # (T, vocab_size)
+    log_chance = F.log_softmax(logits[0].cpu().double(), -1)  # (T, vocab_size)
     if not torch.isfinite(log_chance.exp()).all():
         raise UserError("the losses of this checkpoint are not finite: use another")
     best = log_chance[:-1].exp().topk(min(GUESSES, config.vocab_size))

@@ -165,7 +165,7 @@ class Vocabulary {
       if (found.size >= NAMED) break;
       const x = (width * (Math.log10(counts[n] || 0.5) + 0.3)) / decades;
       const y = (height * (masses[n] - masses.at(-1))) / spread;
-      const half = 4 * labels[n].length + 3;
+      const half = 4 * cut(labels[n]).length + 3;
       if (taken.some((other) => Math.abs(other.x - x) < other.half + half && Math.abs(other.y - y) < 17)) continue;
       taken.push({ x, y, half });
       found.add(n);
@@ -179,7 +179,7 @@ class Vocabulary {
     const never = 0.5; // where a log axis can show what does not occur
     const trace = {
       type: "scatter", mode: "markers+text", x: counts.map((count) => count || never), y: masses,
-      text: labels.map((label, n) => (named.has(n) ? escaped(label) : "")), textposition: "top center", textfont: { size: 11, color: css("--soft") },
+      text: labels.map((label, n) => (named.has(n) ? escaped(cut(label)) : "")), textposition: "top center", textfont: { size: 11, color: css("--soft") },
       customdata: counts.map((count, n) => [count, escaped(labels[n])]),
       marker: { size: 7, opacity: 0.85, color: masses, colorscale: [0, 0.25, 0.5, 0.75, 1].map((x) => [x, shade(x)]), line: { width: 0.5, color: css("--page") } },
       hovertemplate: "<b>%{customdata[1]}</b><br>mass %{y:.4g}<br>%{customdata[0]:,} times<extra></extra>",

@@ -38,7 +38,7 @@ function play() {
   if (playing) return setLayer(Math.round(state.at));
   if (state.at >= DEEPEST) state.at = state.shown = 0;
   playing = true;
-  $("play").textContent = "Stop";
+  $("play").textContent = "Pause";
   $("play").setAttribute("aria-pressed", "true");
   let [from, start] = [state.at, performance.now() + 350];
   const step = (now) => {

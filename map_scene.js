@@ -125,8 +125,8 @@ class Scene {
     this.#addTrail(trail, token, at, run.place(at, token));
     marked[TRACES.trail] = trail;
     marked[TRACES.twins] = places(run.twins(token).filter((twin) => !sources.includes(twin)));
-    marked[TRACES.sources] = { ...places(sources), text: sources.map((source) => escaped(run.labels[source])) };
-    marked[TRACES.selected] = { ...places([token]), text: [`<b>${escaped(run.labels[token])}</b><br> `] };
+    marked[TRACES.sources] = { ...places(sources), text: sources.map((source) => tagless(run.labels[source])) };
+    marked[TRACES.selected] = { ...places([token]), text: [`<b>${tagless(run.labels[token])}</b><br> `] };
     pulls.forEach((pull, n) => {
       const ends = pull.token === token ? nothing : places([token, pull.token]);
       marked[TRACES.pull + n] = { ...ends, width: Math.max(1.5, 26 * Math.sqrt(pull.weight)) };
@@ -161,16 +161,21 @@ class Scene {
 
   // Everything anew: the theme, the colours, the selection.
   update(state) {
-    if (!this.node.data) return;
     this.state = state;
+    this.#drawLegend(state);
+    this.hideTooltip();
+    if (!this.#glplot()) return;
     const traces = this.node.data;
     this.#paint(traces);
     this.#put(traces, this.#moving(state));
     this.#put(traces, this.#marked(state));
     this.camera = this.node._fullLayout.scene._scene.getCamera();
     Plotly.react(this.node, traces.map((trace) => ({ ...trace })), this.#layout());
-    this.#drawLegend(state);
-    this.hideTooltip();
+  }
+
+  // None where the browser has no WebGL, which Plotly says in the map's place: the rest works.
+  #glplot() {
+    return this.node._fullLayout?.scene?._scene?.glplot;
   }
 
   #drawLegend({ colour }) {
@@ -187,6 +192,7 @@ class Scene {
 
   // Where every token is on the screen, in pixels of the scene: [x, y, depth].
   screen() {
+    if (!this.#glplot()) return [];
     const scene = this.node._fullLayout.scene._scene;
     const { model, view, projection } = scene.glplot.cameraParams;
     const times = (m, v) => [0, 1, 2, 3].map((i) => m[i] * v[0] + m[4 + i] * v[1] + m[8 + i] * v[2] + m[12 + i] * v[3]);
@@ -239,6 +245,7 @@ class Scene {
 
   showTooltip(token) {
     const { run, state } = this;
+    if (!this.#glplot()) return;
     const [x, y] = this.screen()[token];
     const loss = run.loss[token] === null ? "none: it comes first" : `${number(run.loss[token])} nats`;
     const pulls = run.pulls(state.shown, state.head, token).slice(0, 3);
@@ -262,6 +269,7 @@ class Scene {
 
   // Turn (radians) and zoom by keys.
   move(turn, tilt, zoom) {
+    if (!this.#glplot()) return;
     const camera = this.node._fullLayout.scene._scene.getCamera();
     const { x, y, z } = camera.eye;
     const far = Math.hypot(x, y, z) * zoom;

@@ -8,6 +8,7 @@ class Side {
     Object.assign(this, { run, actions });
     this.details = root.querySelector(".details");
     this.text = root.querySelector(".text");
+    this.spoken = root.querySelector(".spoken");
     this.prefix = `text-${RUNS.indexOf(run)}-`;
     this.spans = run.labels.map((label, token) => {
       const span = element("span", { id: this.prefix + token, className: "token", dataset: { token } }, ...tokenText(label));
@@ -49,6 +50,10 @@ class Side {
       this.text.setAttribute("aria-activedescendant", this.prefix + selected);
       this.#scrollTo(this.spans[selected]);
     }
+    this.spoken.textContent = selected === undefined ? "" : [
+      `${run.labels[selected]}, position ${selected}, mass ${number(run.mass[selected])}`,
+      ...pulls.slice(0, 3).map((pull) => `pulled ${percent(pull.weight)} by ${run.labels[pull.token]}`),
+    ].join(", ");
     this.details.replaceChildren(...(selected === undefined ? this.#overview() : this.#selected(state, selected)));
   }
 

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 NAMED = 10  # heaviest tokens of the text
+LONGEST_NAME = 24
 INK, SOFT, FAINT = "#22262b", "#5b6470", "#8b93a0"
 STYLE = {"grid.color": "#e1e5ea", "grid.linewidth": 0.6, "axes.edgecolor": "#b9c0c9"}
 
@@ -50,7 +51,7 @@ def _draw(figure, axes, run, layer):
     for token in _to_name(run.labels, mass):
         axes.text(
             *points[token],
-            "  " + run.labels[token],
+            "  " + run.labels[token][:LONGEST_NAME],
             fontsize=9,
             color=INK,
             zorder=3,
