@@ -1,4 +1,4 @@
-"""A still of the map, as a PNG file."""
+"""Stills as PNG files: of the map, and of every head's field by distance."""
 
 import io
 
@@ -9,6 +9,9 @@ from matplotlib.patheffects import withStroke
 
 NAMED = 10  # heaviest tokens of the text
 LONGEST_NAME = 24
+# Okabe and Ito 2008, as on the page
+PALETTE = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#f0e442", "#22262b")
+LINES = ("-", "--", ":", "-.")
 INK, SOFT, FAINT = "#22262b", "#5b6470", "#8b93a0"
 STYLE = {"grid.color": "#e1e5ea", "grid.linewidth": 0.6, "axes.edgecolor": "#b9c0c9"}
 
@@ -22,13 +25,64 @@ def still(runs, layer):
     Returns:
         PNG bytes.
     """
-    png = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.2 * len(runs), 7.2), dpi=110, facecolor="white")
         for n, run in enumerate(runs):
             axes = figure.add_subplot(1, len(runs), n + 1, projection="3d", computed_zorder=False)
             _draw(figure, axes, run, min(layer, len(run.points) - 1))
-        figure.savefig(png, format="png", bbox_inches="tight", pad_inches=0.15)
+        return _png(figure)
+
+
+def heads_still(runs):
+    """The field of every head by distance, a panel a block and a row a run.
+
+    Under the published law, which knows no time, the pull that was measured instead.
+
+    Returns:
+        PNG bytes.
+    """
+    columns = max(len(run.points) - 1 for run in runs)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.1 * columns, 3.0 * len(runs)), dpi=110, facecolor="white")
+        panels = figure.subplots(len(runs), columns, squeeze=False)
+        for run, row in zip(runs, panels, strict=True):
+            is_field = run.field[0] is not None
+            back, curves = run.field if is_field else run.pull
+            for block, axes in enumerate(row):
+                if block >= len(curves):
+                    axes.set_visible(False)
+                    continue
+                _draw_heads(axes, back, curves[block])
+                axes.set_title(f"block {block + 1}", fontsize=10, color=INK)
+            row[0].set_ylabel("field" if is_field else "share of the pull", color=SOFT)
+            row[len(curves) - 1].legend(fontsize=7, frameon=False)
+        figure.suptitle(
+            ", ".join(f"{run.name}, step {run.step:,}" for run in runs),
+            fontsize=11,
+            color=INK,
+            parse_math=False,
+        )
+        figure.tight_layout()
+        return _png(figure)
+
+
+def _draw_heads(axes, back, curves):
+    for head, values in enumerate(curves):
+        color, style = PALETTE[head % len(PALETTE)], LINES[head // len(PALETTE) % len(LINES)]
+        axes.plot(1 + back, values, color=color, linestyle=style, label=f"head {head + 1}")
+    ticks = [tick for tick in (0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000) if tick <= back[-1]]
+    axes.set_xscale("log")
+    axes.set_xticks([1 + tick for tick in ticks], [f"{tick:,}" for tick in ticks], rotation=45)
+    axes.minorticks_off()
+    axes.tick_params(labelsize=7, labelcolor=SOFT)
+    axes.set_xlabel("tokens back", fontsize=8, color=SOFT)
+    axes.grid(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _png(figure):
+    png = io.BytesIO()
+    figure.savefig(png, format="png", bbox_inches="tight", pad_inches=0.15)
     return png.getvalue()
 
 

@@ -11,7 +11,7 @@ from errors import UsageError, UserError, run_script, warn, write_whole
 from map_data import measure, project
 from map_heads import field_by_distance, heads_table, pull_by_distance
 from map_page import Run, map_page, run_data
-from map_still import still
+from map_still import heads_still, still
 from map_vocabulary import frequencies, token_data, training_text_or_none, vocabulary
 from options import choose_device, script_parser, whole, whole_or_zero
 from tokenizer import TextStream
@@ -21,7 +21,7 @@ EXAMPLES = """examples:
   python visualize_coords.py --text "To be, or not to be, that is the question" --output be.html
   python visualize_coords.py --split train --offset 1000 --num-tokens 512 --method tsne
   python visualize_coords.py --compare checkpoints/other.pt_best.pt --output two.html
-  python visualize_coords.py --layer 0 --png first.png
+  python visualize_coords.py --layer 0 --png first.png --heads-png heads.png
 """
 MIN_TOKENS = 4  # three axes need four points
 MAX_TOKENS = 1 << 16  # that the page's numbers can count
@@ -38,6 +38,7 @@ def make_parser():
     add("--compare", metavar="CHECKPOINT", help="a second NGT checkpoint, shown beside the first")
     add("--output", default="coords.html", help="the page to write (default: %(default)s)")
     add("--png", metavar="FILE", help="write a still of the map too (default: none)")
+    add("--heads-png", metavar="FILE", help="write each head's field by distance too")
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--text", help="the text to show (default: of the --split)")
     text.add_argument("--text-file", help="a UTF-8 file with the text to show")
@@ -189,6 +190,9 @@ def main(argv=None):
     if args.png is not None:
         write_whole(Path(args.png), still(runs, layer))
         print(f"wrote {args.png}: layer {layer}")
+    if args.heads_png is not None:
+        write_whole(Path(args.heads_png), heads_still(runs))
+        print(f"wrote {args.heads_png}: the field of each head")
     return 0
 
 
