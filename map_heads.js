@@ -20,7 +20,7 @@ const back = (distance, share) => {
   return `${distance ? `${plain.format(distance)} back` : "itself"} (${percent(share)})`;
 };
 const log1p = (distance) => Math.log10(1 + distance);
-const TICKS = [0, 1, 2, 3, 5, 10, 20, 50, 100, 300, 1000, 3000, 10000, 30000, 100000];
+const TICKS = [0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000];
 
 const chartLayout = (x, y, more = {}) => ({
   font: { family: css("--font"), size: 12, color: css("--ink") },

@@ -26,7 +26,7 @@ class Scene {
       line(1.5),
       marks("markers", { size: this.sizes, opacity: 1, line: { width: 0.6 } }),
       line(5),
-      marks("markers", { symbol: "circle-open", size: 13, line: { width: 2 } }),
+      marks("markers", { symbol: "circle-open", size: 11, line: { width: 1.5 } }),
       marks("markers+text", { size: 5 }, { text: [], textposition: "top center" }),
       marks("markers+text", { symbol: "circle-open", size: 18, line: { width: 3 } }, { text: [], textposition: "top center" }),
       ...Array.from({ length: this.run.numStored }, () => line(2)),
@@ -78,7 +78,7 @@ class Scene {
 
   #axisTitle(axis) {
     const title = escaped(this.run.axes[axis]);
-    return this.#isNarrow() ? title.replace("component ", "").replace(" of variance", "") : title;
+    return this.#isNarrow() ? title.replace("component ", "PC ").replace(" of variance", "") : title;
   }
 
   #firstCamera() {
@@ -125,7 +125,7 @@ class Scene {
     this.#addTrail(trail, token, at, run.place(at, token));
     marked[TRACES.trail] = trail;
     marked[TRACES.twins] = places(run.twins(token).filter((twin) => !sources.includes(twin)));
-    marked[TRACES.sources] = { ...places(sources), text: sources.map((source) => tagless(run.labels[source])) };
+    marked[TRACES.sources] = { ...places(sources), text: sources.map((source) => (at % 1 ? "" : tagless(run.labels[source]))) };
     marked[TRACES.selected] = { ...places([token]), text: [`<b>${tagless(run.labels[token])}</b><br> `] };
     pulls.forEach((pull, n) => {
       const ends = pull.token === token ? nothing : places([token, pull.token]);
