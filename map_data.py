@@ -143,6 +143,16 @@ def project(z, method):
     return points.reshape(layers, count, 3), axes
 
 
+def align(points, like):
+    """Mirror axes of a picture so that the same tokens lie on the same sides as in another.
+
+    Args:
+        points, like: (L + 1, T, 3) of the same tokens; of their last layers.
+    """
+    ours, theirs = (x[-1] - x[-1].mean(0) for x in (points, like))
+    return points * np.where((ours * theirs).sum(0) < 0, -1.0, 1.0)
+
+
 def _tsne(points):
     """(N, C) to (N, 3), with a bar: scikit-learn tells how far it is in words alone."""
     bar = tqdm(total=TSNE_STEPS, desc="t-SNE", unit=" steps", delay=PROGRESS_DELAY, leave=False)

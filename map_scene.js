@@ -187,7 +187,8 @@ class Scene {
     const masses = [Math.min(...this.run.mass), Math.max(...this.run.mass)].map((mass) => number(mass));
     const { size } = this.run.frame(this.state.shown, this.state.isFit);
     const larger = size < 0.995 ? ` · drawn ${number(1 / size, 2)} × larger than the widest layer` : "";
-    this.legend.querySelector("b").textContent = `colour: ${title} · size: mass, ${masses.join(" to ")}${larger}`;
+    const last = this.state.shown > this.run.numLayers ? ` · at layer ${this.run.numLayers}, its last` : "";
+    this.legend.querySelector("b").textContent = `colour: ${title} · size: mass, ${masses.join(" to ")}${larger}${last}`;
   }
 
   // Where every token is on the screen, in pixels of the scene: [x, y, depth].

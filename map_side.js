@@ -64,8 +64,14 @@ class Side {
     if (top < scrollTop || top > scrollTop + clientHeight - 30) this.text.scrollTop = top - clientHeight / 2;
   }
 
+  // The button that was pressed goes away with what it stood in: the keyboard goes on in the text.
+  #choose(token) {
+    this.actions.select(this.run, token);
+    this.text.focus({ preventScroll: true });
+  }
+
   #go(token, ...children) {
-    const button = element("button", { className: "go", type: "button", onclick: () => this.actions.select(this.run, token) }, ...children);
+    const button = element("button", { className: "go", type: "button", onclick: () => this.#choose(token) }, ...children);
     button.title = `select position ${token}`;
     return button;
   }
@@ -103,7 +109,7 @@ class Side {
 
   #selected(state, token) {
     const { run } = this;
-    const close = element("button", { className: "close", type: "button", textContent: "Clear", onclick: () => this.actions.select(run, null) });
+    const close = element("button", { className: "close", type: "button", textContent: "Clear", onclick: () => this.#choose(null) });
     const fact = (name, value) => element("div", {}, element("dt", { textContent: name }), element("dd", { textContent: value }));
     return [
       element("div", { className: "title" }, chip(run.labels[token]), close),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from checkpoint import load_model
 from errors import UsageError, UserError, run_script, warn, write_whole
-from map_data import measure, project
+from map_data import align, measure, project
 from map_heads import field_by_distance, heads_table, pull_by_distance
 from map_page import Run, map_page, run_data
 from map_still import heads_still, still
@@ -179,6 +179,9 @@ def main(argv=None):
         same = own.fingerprint == tokenizer.fingerprint
         ids = tokens if same else own.encode(tokenizer.decode(tokens))
         runs.append(read_run(loaded[flag], path, ids, source, args.method))
+    first, second = runs[0], runs[-1]
+    if first.measured.tokens == second.measured.tokens:
+        second.points = align(second.points, first.points)
     layer = deepest if args.layer is None else args.layer
     title = " and ".join(run.name for run in runs)
     page = map_page([run_data(run) for run in runs], f"{title}: where the tokens are", layer)

@@ -248,7 +248,10 @@ def test_by_keyboard_alone_and_in_the_dark(open_map):
     page.locator(".ranked button").first.focus()
     page.keyboard.press("Enter")
     heaviest = int(np.argmax(run["mass"]))
-    assert run["labels"][int(selected(page))] == run["labels"][heaviest]
+    chosen = int(selected(page))
+    assert run["labels"][chosen] == run["labels"][heaviest]
+    page.keyboard.press("ArrowRight")
+    assert selected(page) == str(chosen + 1)
 
 
 def test_on_a_phone_with_tokens_that_look_like_html(open_map):

@@ -211,6 +211,17 @@ def test_two_runs_of_one_text(in_tmp):
         assert TEXT[start : start + len(label)] == label.replace("␣", " ")
 
 
+def test_two_runs_of_the_same_tokens_face_the_same_way(in_tmp):
+    """A mirrored picture of the same run is turned back; distances stay."""
+    points = np.random.default_rng(0).normal(size=(3, 20, 3))
+    mirrored = points * [1, -1, -1]
+    assert np.allclose(map_data.align(mirrored, points), points)
+    make_checkpoint("x.pt")
+    write_map("--text", TEXT, "--compare", "x.pt", "--output", "map.html")
+    one, two = data_of(in_tmp / "map.html")
+    assert one["points"] == two["points"]
+
+
 def test_tsne_is_one_picture_of_all_layers(in_tmp, capsys):
     """Neighbours in coordinates are neighbours in the picture; scikit-learn says nothing itself."""
     generator = np.random.default_rng(0)
