@@ -10,8 +10,12 @@ const unpacked = (base64, ArrayType) => {
 };
 
 // The lowest and highest of points, by axis.
-const boxAround = (points) => [Math.min, Math.max].map((extreme) => [0, 1, 2].map((axis) =>
-  points.reduce((found, point) => extreme(found, point[axis]), points[0][axis])));
+const boxAround = (points) =>
+  [Math.min, Math.max].map((extreme) =>
+    [0, 1, 2].map((axis) =>
+      points.reduce((found, point) => extreme(found, point[axis]), points[0][axis]),
+    ),
+  );
 
 class Run {
   constructor(given) {
@@ -23,9 +27,12 @@ class Run {
     this.boxes = this.points.map(boxAround);
     const [low, high] = boxAround(this.boxes.flat());
     this.box = [low, high];
-    this.half = low.map((x, axis) => 1.06 * (high[axis] - x) / 2 || 0.5);
+    this.half = low.map((x, axis) => (1.06 * (high[axis] - x)) / 2 || 0.5);
     // Of the whole picture's size, how much each layer fills.
-    this.fills = this.boxes.map(([from, to]) => Math.max(...from.map((x, axis) => 1.06 * (to[axis] - x) / 2 / this.half[axis])) || 1);
+    this.fills = this.boxes.map(
+      ([from, to]) =>
+        Math.max(...from.map((x, axis) => (1.06 * (to[axis] - x)) / 2 / this.half[axis])) || 1,
+    );
     this.isUneven = Math.min(...this.fills) < 0.4;
   }
 
@@ -37,7 +44,11 @@ class Run {
     const share = this.layerOf(at) - before;
     const [from, to] = [before, after].map((layer) => middleOf(this.boxes[layer]));
     const size = this.fills[before] ** (1 - share) * this.fills[after] ** share;
-    return { middle: from.map((x, axis) => x + (to[axis] - x) * share), half: this.half.map((x) => x * size), size };
+    return {
+      middle: from.map((x, axis) => x + (to[axis] - x) * share),
+      half: this.half.map((x) => x * size),
+      size,
+    };
   }
 
   layerOf(layer) {
@@ -70,7 +81,8 @@ class Run {
     const start = this.layerOf(layer) * this.count;
     let sum = 0;
     for (let c = 0; c < this.numCoords; c++) {
-      const difference = this.z[(start + one) * this.numCoords + c] - this.z[(start + other) * this.numCoords + c];
+      const difference =
+        this.z[(start + one) * this.numCoords + c] - this.z[(start + other) * this.numCoords + c];
       sum += difference * difference;
     }
     return Math.sqrt(sum) * this.zScale;
@@ -78,7 +90,8 @@ class Run {
 
   twins(token) {
     const same = [];
-    for (let n = 0; n < this.count; n++) if (n !== token && this.labels[n] === this.labels[token]) same.push(n);
+    for (let n = 0; n < this.count; n++)
+      if (n !== token && this.labels[n] === this.labels[token]) same.push(n);
     return same;
   }
 
@@ -96,9 +109,29 @@ const calm = matchMedia("(prefers-reduced-motion: reduce)");
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 // Cividis (Nuñez, Anderton and Renslow 2018), made for readers with any colour vision.
-const CIVIDIS = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838"];
+const CIVIDIS = [
+  "#00224e",
+  "#123570",
+  "#3b496c",
+  "#575d6d",
+  "#707173",
+  "#8a8678",
+  "#a59c74",
+  "#c3b369",
+  "#e1cc55",
+  "#fee838",
+];
 // Okabe and Ito 2008; the black one is the ink of the page.
-const OKABE_ITO = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#f0e442", null];
+const OKABE_ITO = [
+  "#0072b2",
+  "#e69f00",
+  "#009e73",
+  "#d55e00",
+  "#56b4e9",
+  "#cc79a7",
+  "#f0e442",
+  null,
+];
 const DASHES = ["solid", "dash", "dot", "dashdot"];
 const headLine = (head) => ({
   color: OKABE_ITO[head % OKABE_ITO.length] ?? css("--ink"),
@@ -128,7 +161,11 @@ const plural = (count, word) => `${plain.format(count)} ${word}${count === 1 ? "
 // What colour can mean: values (null: none), the range as text, what it is called.
 const COLOURS = {
   mass: { title: "mass", of: (run) => run.mass, tick: (x) => number(x) },
-  position: { title: "position in the text", of: (run) => run.mass.map((_, n) => n), tick: (x) => plain.format(x) },
+  position: {
+    title: "position in the text",
+    of: (run) => run.mass.map((_, n) => n),
+    tick: (x) => plain.format(x),
+  },
   frequency: {
     title: "times in the text that was counted (log)",
     of: (run) => run.counts.map((count) => Math.log10(Math.max(count, 0.5))),
@@ -143,7 +180,12 @@ const colouring = (run, name) => {
   const known = values.filter((x) => x !== null);
   const [low, high] = [Math.min(...known), Math.max(...known)];
   const shares = values.map((x) => (x === null ? null : (x - low) / (high - low || 1)));
-  return { title, low: tick(low), high: tick(high), colours: shares.map((x) => (x === null ? css("--faint") : shade(x))) };
+  return {
+    title,
+    low: tick(low),
+    high: tick(high),
+    colours: shares.map((x) => (x === null ? css("--faint") : shade(x))),
+  };
 };
 
 // Text goes into the page as text, whatever it says.
@@ -159,8 +201,12 @@ const element = (name, properties = {}, ...children) => {
 
 // A label with its marks for spaces and line ends paler than its letters.
 const tokenText = (label) =>
-  label.split(/([␣⏎⇥])/).filter(Boolean).map((part) =>
-    /[␣⏎⇥]/.test(part) ? element("i", { className: "mark", textContent: part }) : part);
+  label
+    .split(/([␣⏎⇥])/)
+    .filter(Boolean)
+    .map((part) =>
+      /[␣⏎⇥]/.test(part) ? element("i", { className: "mark", textContent: part }) : part,
+    );
 const chip = (label) => element("code", { className: "chip" }, ...tokenText(label));
 
 const cut = (label) => (label.length > 24 ? `${label.slice(0, 23)}…` : label);

@@ -1,17 +1,72 @@
-// The second tab, what each head looks at, and the third, what each token weighs.
+// The second tab: what each head looks at.
 
 const COLUMNS = [
-  { key: "name", title: "head", of: (row) => `block ${row.layer} · head ${row.head + 1}`, order: (row) => row.layer * 1000 + row.head },
-  { key: "most_distance", title: "looks mostly", of: (row) => back(row.most_distance, row.most_share), hint: "the distance that most of its pull comes from in this text, and how much; far and wide: none gives a tenth" },
-  { key: "one_back", title: "from 1 back", of: (row) => (row.one_back === null ? "none" : percent(row.one_back)), hint: "share of its pull in this text that comes from one token back" },
-  { key: "mean_distance", title: "mean distance", of: (row) => number(row.mean_distance), hint: "tokens back, mean over its pull in this text" },
-  { key: "within", title: "90 % within", of: (row) => (row.within === null ? "none" : plain.format(row.within)), hint: "tokens back from within which 90 % of its pull comes in this text" },
-  { key: "window", title: "window", of: (row) => number(row.window), hint: "tokens back beyond which it feels exactly nothing" },
-  { key: "time_scale", title: "time scale", of: (row) => number(row.time_scale), hint: "softening lengths a token of time: the smaller, the farther it sees" },
-  { key: "time_offset", title: "offset", of: (row) => number(row.time_offset), hint: "tokens back at which its field is strongest" },
-  { key: "radius", title: "radius", of: (row) => number(row.radius), hint: "distance beyond which it feels nothing, under the law newton in softening lengths" },
-  { key: "retardation", title: "retardation", of: (row) => number(row.retardation), hint: "how far a source is felt where its predecessor is (1: wholly), mean over the head's coordinates" },
-  { key: "gamma", title: "gamma", of: (row) => number(row.gamma), hint: "scales the score -gamma / r²" },
+  {
+    key: "name",
+    title: "head",
+    of: (row) => `block ${row.layer} · head ${row.head + 1}`,
+    order: (row) => row.layer * 1000 + row.head,
+  },
+  {
+    key: "most_distance",
+    title: "looks mostly",
+    of: (row) => back(row.most_distance, row.most_share),
+    hint: "the distance that most of its pull comes from in this text, and how much; far and wide: none gives a tenth",
+  },
+  {
+    key: "one_back",
+    title: "from 1 back",
+    of: (row) => (row.one_back === null ? "none" : percent(row.one_back)),
+    hint: "share of its pull in this text that comes from one token back",
+  },
+  {
+    key: "mean_distance",
+    title: "mean distance",
+    of: (row) => number(row.mean_distance),
+    hint: "tokens back, mean over its pull in this text",
+  },
+  {
+    key: "within",
+    title: "90 % within",
+    of: (row) => (row.within === null ? "none" : plain.format(row.within)),
+    hint: "tokens back from within which 90 % of its pull comes in this text",
+  },
+  {
+    key: "window",
+    title: "window",
+    of: (row) => number(row.window),
+    hint: "tokens back beyond which it feels exactly nothing",
+  },
+  {
+    key: "time_scale",
+    title: "time scale",
+    of: (row) => number(row.time_scale),
+    hint: "softening lengths a token of time: the smaller, the farther it sees",
+  },
+  {
+    key: "time_offset",
+    title: "offset",
+    of: (row) => number(row.time_offset),
+    hint: "tokens back at which its field is strongest",
+  },
+  {
+    key: "radius",
+    title: "radius",
+    of: (row) => number(row.radius),
+    hint: "distance beyond which it feels nothing, under the law newton in softening lengths",
+  },
+  {
+    key: "retardation",
+    title: "retardation",
+    of: (row) => number(row.retardation),
+    hint: "how far a source is felt where its predecessor is (1: wholly), mean over the head's coordinates",
+  },
+  {
+    key: "gamma",
+    title: "gamma",
+    of: (row) => number(row.gamma),
+    hint: "scales the score -gamma / r²",
+  },
   { key: "bias", title: "bias", of: (row) => number(row.bias), hint: "added to the score" },
 ];
 const back = (distance, share) => {
@@ -49,9 +104,11 @@ const answers = (run) => {
     `Looks farthest here: ${called(far)}, 90 % of whose pull comes from within ${plural(far.within ?? 0, "token")}, mean distance ${number(far.mean_distance)}.`,
   ];
   if (run.law !== "published") {
-    found.push(run.heads.some((row) => row.window === null)
-      ? "Without a cutoff every head feels all that came before."
-      : `Could see farthest: ${called(reach)}, whose window ends ${plural(reach.window, "token")} back.`);
+    found.push(
+      run.heads.some((row) => row.window === null)
+        ? "Without a cutoff every head feels all that came before."
+        : `Could see farthest: ${called(reach)}, whose window ends ${plural(reach.window, "token")} back.`,
+    );
   }
   return found;
 };
@@ -61,37 +118,111 @@ class Heads {
     Object.assign(this, { run, actions, layer: 1, order: null, falling: false });
     this.field = element("div", { className: "chart" });
     this.pull = element("div", { className: "chart" });
-    this.picker = element("select", { onchange: () => { this.layer = Number(this.picker.value); this.draw(); } },
-      ...Array.from({ length: run.numLayers }, (_, n) => element("option", { value: n + 1, textContent: `block ${n + 1}` })));
+    this.picker = element(
+      "select",
+      {
+        onchange: () => {
+          this.layer = Number(this.picker.value);
+          this.draw();
+        },
+      },
+      ...Array.from({ length: run.numLayers }, (_, n) =>
+        element("option", { value: n + 1, textContent: `block ${n + 1}` }),
+      ),
+    );
     this.body = element("tbody");
-    this.columns = COLUMNS.filter(({ key, order }) => order || run.heads.some((row) => row[key] !== null && row[key] !== undefined));
+    this.columns = COLUMNS.filter(
+      ({ key, order }) =>
+        order || run.heads.some((row) => row[key] !== null && row[key] !== undefined),
+    );
     this.heads = this.columns.map((column) => {
-      const th = element("th", { scope: "col" }, element("button", { type: "button", textContent: column.title, title: column.hint ?? "", onclick: () => this.#sort(column) }));
+      const th = element(
+        "th",
+        { scope: "col" },
+        element("button", {
+          type: "button",
+          textContent: column.title,
+          title: column.hint ?? "",
+          onclick: () => this.#sort(column),
+        }),
+      );
       return th;
     });
     const isNewton = run.field !== null;
-    this.node = element("section", { className: "heads" },
+    this.node = element(
+      "section",
+      { className: "heads" },
       element("h2", { textContent: `${run.name}: what its heads look at` }),
-      element("ul", { className: "answers" }, ...answers(run).map((line) => element("li", { textContent: line }))),
+      element(
+        "ul",
+        { className: "answers" },
+        ...answers(run).map((line) => element("li", { textContent: line })),
+      ),
       element("label", { className: "picker" }, "Curves of ", this.picker),
-      element("div", { className: "charts" },
-        ...(isNewton ? [element("figure", {}, element("figcaption", { textContent: "The field it could feel: a mass of 1, no farther away than time makes it" }), this.field)] : []),
-        element("figure", {}, element("figcaption", { textContent: "The pull it did feel: share from so many tokens back, mean over this text" }), this.pull)),
-      element("div", { className: "scroller", tabIndex: 0 }, element("table", {},
-        element("caption", { textContent: "Every head. Press a heading to sort, a head to see its pull on the map." }),
-        element("thead", {}, element("tr", {}, ...this.heads)), this.body)),
-      element("dl", { className: "glossary" }, ...this.columns.filter(({ hint }) => hint).flatMap(({ title, hint }) =>
-        [element("dt", { textContent: title }), element("dd", { textContent: hint })])),
-      element("p", { className: "note", textContent: this.#note() }));
+      element(
+        "div",
+        { className: "charts" },
+        ...(isNewton
+          ? [
+              element(
+                "figure",
+                {},
+                element("figcaption", {
+                  textContent:
+                    "The field it could feel: a mass of 1, no farther away than time makes it",
+                }),
+                this.field,
+              ),
+            ]
+          : []),
+        element(
+          "figure",
+          {},
+          element("figcaption", {
+            textContent:
+              "The pull it did feel: share from so many tokens back, mean over this text",
+          }),
+          this.pull,
+        ),
+      ),
+      element(
+        "div",
+        { className: "scroller", tabIndex: 0 },
+        element(
+          "table",
+          {},
+          element("caption", {
+            textContent: "Every head. Press a heading to sort, a head to see its pull on the map.",
+          }),
+          element("thead", {}, element("tr", {}, ...this.heads)),
+          this.body,
+        ),
+      ),
+      element(
+        "dl",
+        { className: "glossary" },
+        ...this.columns
+          .filter(({ hint }) => hint)
+          .flatMap(({ title, hint }) => [
+            element("dt", { textContent: title }),
+            element("dd", { textContent: hint }),
+          ]),
+      ),
+      element("p", { className: "note", textContent: this.#note() }),
+    );
     this.#fill();
   }
 
   #note() {
-    if (this.run.field === null) return "This is the first release's law: a softmax over scores that knows no time. Its positions are learned coordinates, so there is no field by distance; the pull is measured.";
+    if (this.run.field === null)
+      return "This is the first release's law: a softmax over scores that knows no time. Its positions are learned coordinates, so there is no field by distance; the pull is measured.";
     const retarded = this.run.heads.some((row) => row.retardation !== null);
-    return "Blocks and heads are counted from 1." + (retarded
-      ? " A head with retardation near 1 is drawn to a token where that token's predecessor is: it looks for what once followed a token like this one, and not for the token itself. Its field is the same; the distance in space is measured to another place."
-      : "");
+    return (
+      "Blocks and heads are counted from 1." +
+      (retarded
+        ? " A head with retardation near 1 is drawn to a token where that token's predecessor is: it looks for what once followed a token like this one, and not for the token itself. Its field is the same; the distance in space is measured to another place."
+        : "")
+    );
   }
 
   #sort(column) {
@@ -102,92 +233,77 @@ class Heads {
 
   #fill() {
     const value = this.order?.order ?? ((row) => row[this.order?.key] ?? -Infinity);
-    const rows = this.order ? this.run.heads.toSorted((a, b) => (this.falling ? -1 : 1) * (value(a) - value(b))) : this.run.heads;
+    const rows = this.order
+      ? this.run.heads.toSorted((a, b) => (this.falling ? -1 : 1) * (value(a) - value(b)))
+      : this.run.heads;
     this.heads.forEach((th, n) => {
-      if (this.columns[n] === this.order) th.setAttribute("aria-sort", this.falling ? "descending" : "ascending");
+      if (this.columns[n] === this.order)
+        th.setAttribute("aria-sort", this.falling ? "descending" : "ascending");
       else th.removeAttribute("aria-sort");
     });
-    this.body.replaceChildren(...rows.map((row) => element("tr", {}, ...this.columns.map((column, n) => (n
-      ? element("td", { textContent: column.of(row) })
-      : element("th", { scope: "row" }, element("button", { className: "go", type: "button", textContent: column.of(row), onclick: () => this.actions.showHead(row.layer, row.head) })))))));
+    this.body.replaceChildren(
+      ...rows.map((row) =>
+        element(
+          "tr",
+          {},
+          ...this.columns.map((column, n) =>
+            n
+              ? element("td", { textContent: column.of(row) })
+              : element(
+                  "th",
+                  { scope: "row" },
+                  element("button", {
+                    className: "go",
+                    type: "button",
+                    textContent: column.of(row),
+                    onclick: () => this.actions.showHead(row.layer, row.head),
+                  }),
+                ),
+          ),
+        ),
+      ),
+    );
   }
 
   draw() {
     const { run, layer } = this;
     this.picker.value = layer;
-    const curves = (measured, unit) => measured.of[layer - 1].map((values, head) => ({
-      type: "scatter", mode: "lines", name: `head ${head + 1}`, line: headLine(head),
-      x: measured.back.map(log1p), y: values, customdata: measured.back,
-      hovertemplate: `head ${head + 1}: %{y:.3g} ${unit} %{customdata} back<extra></extra>`,
-    }));
+    const curves = (measured, unit) =>
+      measured.of[layer - 1].map((values, head) => ({
+        type: "scatter",
+        mode: "lines",
+        name: `head ${head + 1}`,
+        line: headLine(head),
+        x: measured.back.map(log1p),
+        y: values,
+        customdata: measured.back,
+        hovertemplate: `head ${head + 1}: %{y:.3g} ${unit} %{customdata} back<extra></extra>`,
+      }));
     const axis = { tickvals: TICKS.map(log1p), ticktext: TICKS.map((tick) => plain.format(tick)) };
-    const layout = (y, longest, yaxis) => chartLayout("tokens back (log)", y, { xaxis: { ...axis, range: [-0.02, log1p(longest)] }, yaxis });
-    if (run.field) Plotly.react(this.field, curves(run.field, "at"), layout("field", run.field.back.at(-1), { range: [-0.02, 1.04 * Math.max(...run.field.of[layer - 1].flat())] }), QUIET);
-    Plotly.react(this.pull, curves(run.pull, "of the pull from"), layout("share of the pull (log)", run.pull.back.at(-1), { type: "log", range: [-4.2, 0.05], tickvals: [0.0001, 0.001, 0.01, 0.1, 1], ticktext: ["0.01 %", "0.1 %", "1 %", "10 %", "100 %"] }), QUIET);
-  }
-}
-
-const NAMED = 90;
-
-class Vocabulary {
-  constructor(run) {
-    this.run = run;
-    const { labels, masses, counts, size, median } = run.vocabulary;
-    const listed = Math.min(20, Math.floor(labels.length / 2));
-    const order = [...labels.keys()];
-    const table = (caption, rows) => element("table", {},
-      element("caption", { textContent: caption }),
-      element("thead", {}, element("tr", {}, ...["token", "mass", "times"].map((title) => element("th", { scope: "col", textContent: title })))),
-      element("tbody", {}, ...rows.map((n) => element("tr", {},
-        element("th", { scope: "row" }, chip(labels[n])), element("td", { textContent: number(masses[n], 4) }), element("td", { textContent: plain.format(counts[n]) })))));
-    this.chart = element("div", { className: "chart tall" });
-    const sampled = labels.length < size ? ` Of ${plain.format(size)} tokens ${plain.format(labels.length)} are drawn, evenly over the order of mass.` : "";
-    this.node = element("section", { className: "vocabulary" },
-      element("h2", { textContent: `${run.name}: what its tokens weigh` }),
-      element("p", { className: "note", textContent:
-        `${plain.format(size)} tokens, masses from ${number(masses.at(-1))} to ${number(masses[0])}, median ${number(median)}. Times counted in ${run.counted}.${sampled}` }),
-      element("div", { className: "weights" },
-        element("figure", {}, element("figcaption", { textContent: "Mass against frequency, a point a token" }), this.chart),
-        table("Heaviest", order.slice(0, listed)), table("Lightest", order.slice(-listed).reverse())));
-  }
-
-  // Points whose names fit without touching another: from the edges of the cloud inwards.
-  #named() {
-    const { labels, masses, counts } = this.run.vocabulary;
-    const [width, height] = [this.chart.clientWidth - 70, this.chart.clientHeight - 54];
-    const decades = Math.log10(Math.max(...counts, 1)) + 0.8;
-    const spread = masses[0] - masses.at(-1) || 1;
-    const often = [...labels.keys()].sort((a, b) => counts[b] - counts[a]);
-    const edges = [...labels.keys()].flatMap((n) => [n, labels.length - 1 - n, often[n], often[labels.length - 1 - n]]);
-    const taken = [];
-    const found = new Set();
-    for (const n of new Set(edges)) {
-      if (found.size >= NAMED) break;
-      const x = (width * (Math.log10(counts[n] || 0.5) + 0.3)) / decades;
-      const y = (height * (masses[n] - masses.at(-1))) / spread;
-      const half = 4 * cut(labels[n]).length + 3;
-      if (taken.some((other) => Math.abs(other.x - x) < other.half + half && Math.abs(other.y - y) < 17)) continue;
-      taken.push({ x, y, half });
-      found.add(n);
-    }
-    return found;
-  }
-
-  draw() {
-    const { labels, masses, counts } = this.run.vocabulary;
-    const named = this.#named();
-    const never = 0.5; // where a log axis can show what does not occur
-    const trace = {
-      type: "scatter", mode: "markers+text", x: counts.map((count) => count || never), y: masses,
-      text: labels.map((label, n) => (named.has(n) ? escaped(cut(label)) : "")), textposition: "top center", textfont: { size: 11, color: css("--soft") },
-      customdata: counts.map((count, n) => [count, escaped(labels[n])]),
-      marker: { size: 7, opacity: 0.85, color: masses, colorscale: [0, 0.25, 0.5, 0.75, 1].map((x) => [x, shade(x)]), line: { width: 0.5, color: css("--page") } },
-      hovertemplate: "<b>%{customdata[1]}</b><br>mass %{y:.4g}<br>%{customdata[0]:,} times<extra></extra>",
-    };
-    const most = Math.max(1, Math.ceil(Math.log10(Math.max(...counts, 1))));
-    const powers = Array.from({ length: most + 1 }, (_, n) => 10 ** n);
-    Plotly.react(this.chart, [trace], chartLayout(`times in ${this.run.isCorpus ? "the training text" : "this text"} (log)`, "mass", {
-      xaxis: { type: "log", tickvals: [never, ...powers], ticktext: ["never", ...powers.map((x) => plain.format(x))] },
-    }), QUIET);
+    const layout = (y, longest, yaxis) =>
+      chartLayout("tokens back (log)", y, {
+        xaxis: { ...axis, range: [-0.02, log1p(longest)] },
+        yaxis,
+      });
+    if (run.field)
+      Plotly.react(
+        this.field,
+        curves(run.field, "at"),
+        layout("field", run.field.back.at(-1), {
+          range: [-0.02, 1.04 * Math.max(...run.field.of[layer - 1].flat())],
+        }),
+        QUIET,
+      );
+    Plotly.react(
+      this.pull,
+      curves(run.pull, "of the pull from"),
+      layout("share of the pull (log)", run.pull.back.at(-1), {
+        type: "log",
+        range: [-4.2, 0.05],
+        tickvals: [0.0001, 0.001, 0.01, 0.1, 1],
+        ticktext: ["0.01 %", "0.1 %", "1 %", "10 %", "100 %"],
+      }),
+      QUIET,
+    );
   }
 }

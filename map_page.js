@@ -1,13 +1,28 @@
 // What is shown now, the controls that change it, and the tabs.
 
 const SECONDS_A_LAYER = 1.1;
-const state = { at: GIVEN.layer, shown: GIVEN.layer, head: "mean", colour: "mass", trails: true, selected: null, isFit: RUNS.some((run) => run.isUneven) };
+const state = {
+  at: GIVEN.layer,
+  shown: GIVEN.layer,
+  head: "mean",
+  colour: "mass",
+  trails: true,
+  selected: null,
+  isFit: RUNS.some((run) => run.isUneven),
+};
 const $ = (id) => document.getElementById(id);
 const views = [];
 let [playing, drawn] = [false, { map: true, heads: false, vocabulary: false }];
 
-const refresh = () => views.forEach(({ scene, side }) => { scene.update(state); side.update(state); });
-const moved = () => { views.forEach(({ scene }) => scene.update(state)); describe(); };
+const refresh = () =>
+  views.forEach(({ scene, side }) => {
+    scene.update(state);
+    side.update(state);
+  });
+const moved = () => {
+  views.forEach(({ scene }) => scene.update(state));
+  describe();
+};
 
 function describe() {
   const layer = state.shown;
@@ -18,7 +33,9 @@ function describe() {
   $("explained").textContent = layer
     ? `After block ${layer}: its pull moved the tokens here. Lines of a selected token go to what pulled it in this block; the thicker, the more of the pull. Blue rings: the same token elsewhere.`
     : "Before the first block: each token is where its embedding puts it, so the same token is always at the same place.";
-  if (RUNS[0].law === "published" && !layer) $("explained").textContent = "Before the first block: each token is where its position's embedding puts it.";
+  if (RUNS[0].law === "published" && !layer)
+    $("explained").textContent =
+      "Before the first block: each token is where its position's embedding puts it.";
 }
 
 function setLayer(layer) {
@@ -63,7 +80,12 @@ function play() {
 const actions = {
   // A token of one run, and of the others the one at the same place in the text; null clears.
   select(run, token) {
-    state.selected = token === null ? null : new Map(RUNS.map((other) => [other, other === run ? token : other.tokenAt(run.starts[token])]));
+    state.selected =
+      token === null
+        ? null
+        : new Map(
+            RUNS.map((other) => [other, other === run ? token : other.tokenAt(run.starts[token])]),
+          );
     refresh();
   },
   hover(run, token) {
@@ -85,7 +107,12 @@ function onKey(event, view) {
   const { run, scene } = view;
   const token = state.selected?.get(run);
   const goTo = (next) => actions.select(run, Math.max(0, Math.min(run.count - 1, next)));
-  const turns = { ArrowLeft: [-0.15, 0, 1], ArrowRight: [0.15, 0, 1], ArrowUp: [0, 0.1, 1], ArrowDown: [0, -0.1, 1] };
+  const turns = {
+    ArrowLeft: [-0.15, 0, 1],
+    ArrowRight: [0.15, 0, 1],
+    ArrowUp: [0, 0.1, 1],
+    ArrowDown: [0, -0.1, 1],
+  };
   const keys = {
     ArrowLeft: () => goTo((token ?? run.count) - 1),
     ArrowRight: () => goTo((token ?? -1) + 1),
@@ -98,14 +125,20 @@ function onKey(event, view) {
     ...(onMap ? { "+": () => scene.move(0, 0, 0.9), "-": () => scene.move(0, 0, 1.1) } : {}),
   };
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  const act = onMap && event.shiftKey && turns[event.key] ? () => scene.move(...turns[event.key]) : keys[event.key];
+  const act =
+    onMap && event.shiftKey && turns[event.key]
+      ? () => scene.move(...turns[event.key])
+      : keys[event.key];
   if (!act) return;
   event.preventDefault();
   act();
 }
 
 const tabs = [...document.querySelectorAll("[role=tab]")];
-const others = { heads: RUNS.map((run) => new Heads(run, actions)), vocabulary: RUNS.map((run) => new Vocabulary(run)) };
+const others = {
+  heads: RUNS.map((run) => new Heads(run, actions)),
+  vocabulary: RUNS.map((run) => new Vocabulary(run)),
+};
 
 function openTab(name, focus = false) {
   stop();
@@ -125,7 +158,9 @@ function listen() {
   tabs.forEach((tab, n) => {
     tab.onclick = () => openTab(tab.id.slice(4));
     tab.onkeydown = (event) => {
-      const next = { ArrowLeft: n - 1, ArrowRight: n + 1, Home: 0, End: tabs.length - 1 }[event.key];
+      const next = { ArrowLeft: n - 1, ArrowRight: n + 1, Home: 0, End: tabs.length - 1 }[
+        event.key
+      ];
       if (next === undefined) return;
       event.preventDefault();
       openTab(tabs.at(next % tabs.length).id.slice(4), true);
@@ -133,25 +168,45 @@ function listen() {
   });
   $("play").onclick = play;
   $("layer").oninput = () => setLayer(Number($("layer").value));
-  $("colour").onchange = () => { state.colour = $("colour").value; refresh(); };
-  $("head").onchange = () => { state.head = $("head").value === "mean" ? "mean" : Number($("head").value); refresh(); };
-  $("scale").onchange = () => { state.isFit = $("scale").value === "fit"; refresh(); };
-  $("trails").onchange = () => { state.trails = $("trails").checked; refresh(); };
+  $("colour").onchange = () => {
+    state.colour = $("colour").value;
+    refresh();
+  };
+  $("head").onchange = () => {
+    state.head = $("head").value === "mean" ? "mean" : Number($("head").value);
+    refresh();
+  };
+  $("scale").onchange = () => {
+    state.isFit = $("scale").value === "fit";
+    refresh();
+  };
+  $("trails").onchange = () => {
+    state.trails = $("trails").checked;
+    refresh();
+  };
   dark.addEventListener("change", () => {
     refresh();
-    for (const name of ["heads", "vocabulary"]) if (drawn[name]) others[name].forEach((part) => part.draw());
+    for (const name of ["heads", "vocabulary"])
+      if (drawn[name]) others[name].forEach((part) => part.draw());
   });
 }
 
 function start() {
   const given = RUNS[0];
-  $("subtitle").textContent = `${RUNS.map((run) => `${run.name}, step ${plain.format(run.step)}, law ${run.law}`).join(" · ")} — ${plural(given.count, "token")} of ${given.source}`;
+  $("subtitle").textContent =
+    `${RUNS.map((run) => `${run.name}, step ${plain.format(run.step)}, law ${run.law}`).join(" · ")} · ${plural(given.count, "token")} of ${given.source}`;
   $("scale").value = state.isFit ? "fit" : "one";
   $("layer").max = DEEPEST;
-  $("layers").append(...Array.from({ length: DEEPEST + 1 }, (_, n) => element("option", { value: n })));
+  $("layers").append(
+    ...Array.from({ length: DEEPEST + 1 }, (_, n) => element("option", { value: n })),
+  );
   const most = Math.max(...RUNS.map((run) => run.numHeads));
-  $("head").append(element("option", { value: "mean", textContent: "all heads (mean)" }),
-    ...Array.from({ length: most }, (_, n) => element("option", { value: n, textContent: `head ${n + 1}` })));
+  $("head").append(
+    element("option", { value: "mean", textContent: "all heads (mean)" }),
+    ...Array.from({ length: most }, (_, n) =>
+      element("option", { value: n, textContent: `head ${n + 1}` }),
+    ),
+  );
   $("views").classList.toggle("two", RUNS.length > 1);
   for (const run of RUNS) {
     const root = $("view").content.cloneNode(true).firstElementChild;

@@ -13,7 +13,10 @@ from map_data import Measured
 from page import json_for_script
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = ("map_data.js", "map_scene.js", "map_side.js", "map_heads.js", "map_page.js")
+SCRIPTS = (
+    *("map_data.js", "map_scene.js", "map_side.js", "map_heads.js", "map_vocabulary.js"),
+    "map_page.js",
+)
 LARGEST_SHARE = 65535  # a share of 1 as the page keeps it
 LARGEST_COORDINATE = 32767
 

@@ -20,15 +20,36 @@ class Scene {
   }
 
   async draw(state) {
-    const line = (width) => ({ type: "scatter3d", mode: "lines", x: [], y: [], z: [], hoverinfo: "skip", line: { width } });
-    const marks = (mode, marker, extra) => ({ type: "scatter3d", mode, x: [], y: [], z: [], hoverinfo: "skip", marker, ...extra });
+    const line = (width) => ({
+      type: "scatter3d",
+      mode: "lines",
+      x: [],
+      y: [],
+      z: [],
+      hoverinfo: "skip",
+      line: { width },
+    });
+    const marks = (mode, marker, extra) => ({
+      type: "scatter3d",
+      mode,
+      x: [],
+      y: [],
+      z: [],
+      hoverinfo: "skip",
+      marker,
+      ...extra,
+    });
     const traces = [
       line(1.5),
       marks("markers", { size: this.sizes, opacity: 1, line: { width: 0.6 } }),
       line(5),
       marks("markers", { symbol: "circle-open", size: 11, line: { width: 1.5 } }),
       marks("markers+text", { size: 5 }, { text: [], textposition: "top center" }),
-      marks("markers+text", { symbol: "circle-open", size: 18, line: { width: 3 } }, { text: [], textposition: "top center" }),
+      marks(
+        "markers+text",
+        { symbol: "circle-open", size: 18, line: { width: 3 } },
+        { text: [], textposition: "top center" },
+      ),
       ...Array.from({ length: this.run.numStored }, () => line(2)),
     ];
     this.state = state;
@@ -36,7 +57,10 @@ class Scene {
     this.#put(traces, this.#moving(state));
     this.#put(traces, this.#marked(state));
     await Plotly.newPlot(this.node, traces, this.#layout(), {
-      displayModeBar: false, responsive: true, scrollZoom: true, showTips: false,
+      displayModeBar: false,
+      responsive: true,
+      scrollZoom: true,
+      showTips: false,
     });
     this.#listen();
     this.#drawLegend(state);
@@ -78,7 +102,9 @@ class Scene {
 
   #axisTitle(axis) {
     const title = escaped(this.run.axes[axis]);
-    return this.#isNarrow() ? title.replace("component ", "PC ").replace(" of variance", "") : title;
+    return this.#isNarrow()
+      ? title.replace("component ", "PC ").replace(" of variance", "")
+      : title;
   }
 
   #firstCamera() {
@@ -103,7 +129,9 @@ class Scene {
   #addTrail(lines, token, at, here, steps = Infinity) {
     const layer = Math.ceil(this.run.layerOf(at));
     const passed = this.run.points.slice(Math.max(0, layer - steps), layer);
-    AXES.forEach((name, n) => lines[name].push(...passed.map((layer) => layer[token][n]), here[n], null));
+    AXES.forEach((name, n) =>
+      lines[name].push(...passed.map((layer) => layer[token][n]), here[n], null),
+    );
   }
 
   // What belongs to the selected token, by trace.
@@ -116,7 +144,8 @@ class Scene {
     };
     const token = selected?.get(run);
     const marked = {};
-    for (const [name, trace] of Object.entries(TRACES)) if (trace >= TRACES.trail && name !== "pull") marked[trace] = nothing;
+    for (const [name, trace] of Object.entries(TRACES))
+      if (trace >= TRACES.trail && name !== "pull") marked[trace] = nothing;
     for (let n = 0; n < run.numStored; n++) marked[TRACES.pull + n] = { x: [], y: [], z: [] };
     if (token === undefined) return marked;
     const pulls = run.pulls(shown, head, token);
@@ -125,8 +154,14 @@ class Scene {
     this.#addTrail(trail, token, at, run.place(at, token));
     marked[TRACES.trail] = trail;
     marked[TRACES.twins] = places(run.twins(token).filter((twin) => !sources.includes(twin)));
-    marked[TRACES.sources] = { ...places(sources), text: sources.map((source) => (at % 1 ? "" : tagless(run.labels[source]))) };
-    marked[TRACES.selected] = { ...places([token]), text: [`<b>${tagless(run.labels[token])}</b><br> `] };
+    marked[TRACES.sources] = {
+      ...places(sources),
+      text: sources.map((source) => (at % 1 ? "" : tagless(run.labels[source]))),
+    };
+    marked[TRACES.selected] = {
+      ...places([token]),
+      text: [`<b>${tagless(run.labels[token])}</b><br> `],
+    };
     pulls.forEach((pull, n) => {
       const ends = pull.token === token ? nothing : places([token, pull.token]);
       marked[TRACES.pull + n] = { ...ends, width: Math.max(1.5, 26 * Math.sqrt(pull.weight)) };
@@ -170,7 +205,11 @@ class Scene {
     this.#put(traces, this.#moving(state));
     this.#put(traces, this.#marked(state));
     this.camera = this.node._fullLayout.scene._scene.getCamera();
-    Plotly.react(this.node, traces.map((trace) => ({ ...trace })), this.#layout());
+    Plotly.react(
+      this.node,
+      traces.map((trace) => ({ ...trace })),
+      this.#layout(),
+    );
   }
 
   // None where the browser has no WebGL, which Plotly says in the map's place: the rest works.
@@ -184,11 +223,16 @@ class Scene {
     [first.textContent, second.textContent] = [low, high];
     this.legend.querySelector("i").style.background =
       `linear-gradient(to right, ${[0, 0.25, 0.5, 0.75, 1].map(shade).join(",")})`;
-    const masses = [Math.min(...this.run.mass), Math.max(...this.run.mass)].map((mass) => number(mass));
+    const masses = [Math.min(...this.run.mass), Math.max(...this.run.mass)].map((mass) =>
+      number(mass),
+    );
     const { size } = this.run.frame(this.state.shown, this.state.isFit);
-    const larger = size < 0.995 ? ` · drawn ${number(1 / size, 2)} × larger than the widest layer` : "";
-    const last = this.state.shown > this.run.numLayers ? ` · at layer ${this.run.numLayers}, its last` : "";
-    this.legend.querySelector("b").textContent = `colour: ${title} · size: mass, ${masses.join(" to ")}${larger}${last}`;
+    const larger =
+      size < 0.995 ? ` · drawn ${number(1 / size, 2)} × larger than the widest layer` : "";
+    const last =
+      this.state.shown > this.run.numLayers ? ` · at layer ${this.run.numLayers}, its last` : "";
+    this.legend.querySelector("b").textContent =
+      `colour: ${title} · size: mass, ${masses.join(" to ")}${larger}${last}`;
   }
 
   // Where every token is on the screen, in pixels of the scene: [x, y, depth].
@@ -196,7 +240,8 @@ class Scene {
     if (!this.#glplot()) return [];
     const scene = this.node._fullLayout.scene._scene;
     const { model, view, projection } = scene.glplot.cameraParams;
-    const times = (m, v) => [0, 1, 2, 3].map((i) => m[i] * v[0] + m[4 + i] * v[1] + m[8 + i] * v[2] + m[12 + i] * v[3]);
+    const times = (m, v) =>
+      [0, 1, 2, 3].map((i) => m[i] * v[0] + m[4 + i] * v[1] + m[8 + i] * v[2] + m[12 + i] * v[3]);
     const { clientWidth: width, clientHeight: height } = this.node;
     return Array.from({ length: this.run.count }, (_, token) => {
       const place = this.run.place(this.state.at, token);
@@ -222,25 +267,41 @@ class Scene {
 
   #listen() {
     let [down, waiting] = [null, false];
-    this.node.addEventListener("pointerdown", (event) => { down = [event.clientX, event.clientY]; this.hideTooltip(); }, true);
-    this.node.addEventListener("click", (event) => {
-      const moved = down === null ? 0 : Math.hypot(event.clientX - down[0], event.clientY - down[1]);
-      if (moved > 4) return;
-      const token = this.tokenUnder(event);
-      this.actions.select(this.run, token);
-      if (token !== null) this.showTooltip(token);
-    }, true);
-    this.node.addEventListener("pointermove", (event) => {
-      if (event.buttons || waiting) return;
-      waiting = true;
-      requestAnimationFrame(() => {
-        waiting = false;
+    this.node.addEventListener(
+      "pointerdown",
+      (event) => {
+        down = [event.clientX, event.clientY];
+        this.hideTooltip();
+      },
+      true,
+    );
+    this.node.addEventListener(
+      "click",
+      (event) => {
+        const moved =
+          down === null ? 0 : Math.hypot(event.clientX - down[0], event.clientY - down[1]);
+        if (moved > 4) return;
         const token = this.tokenUnder(event);
-        this.node.classList.toggle("pointing", token !== null);
-        if (token === null) this.hideTooltip();
-        else this.showTooltip(token);
-      });
-    }, true);
+        this.actions.select(this.run, token);
+        if (token !== null) this.showTooltip(token);
+      },
+      true,
+    );
+    this.node.addEventListener(
+      "pointermove",
+      (event) => {
+        if (event.buttons || waiting) return;
+        waiting = true;
+        requestAnimationFrame(() => {
+          waiting = false;
+          const token = this.tokenUnder(event);
+          this.node.classList.toggle("pointing", token !== null);
+          if (token === null) this.hideTooltip();
+          else this.showTooltip(token);
+        });
+      },
+      true,
+    );
     this.node.addEventListener("pointerleave", () => this.hideTooltip());
   }
 
@@ -248,13 +309,24 @@ class Scene {
     const { run, state } = this;
     if (!this.#glplot()) return;
     const [x, y] = this.screen()[token];
-    const loss = run.loss[token] === null ? "none: it comes first" : `${number(run.loss[token])} nats`;
+    const loss =
+      run.loss[token] === null ? "none: it comes first" : `${number(run.loss[token])} nats`;
     const pulls = run.pulls(state.shown, state.head, token).slice(0, 3);
     this.tooltip.replaceChildren(
       chip(run.labels[token]),
-      element("div", { textContent: `position ${token} · mass ${number(run.mass[token])} · loss ${loss}` }),
-      element("div", {}, ...pulls.length ? ["pulled by "] : ["nothing has pulled yet"],
-        ...pulls.flatMap((pull, n) => [n ? ", " : "", chip(run.labels[pull.token]), ` ${percent(pull.weight)}`])),
+      element("div", {
+        textContent: `position ${token} · mass ${number(run.mass[token])} · loss ${loss}`,
+      }),
+      element(
+        "div",
+        {},
+        ...(pulls.length ? ["pulled by "] : ["nothing has pulled yet"]),
+        ...pulls.flatMap((pull, n) => [
+          n ? ", " : "",
+          chip(run.labels[pull.token]),
+          ` ${percent(pull.weight)}`,
+        ]),
+      ),
     );
     this.tooltip.hidden = false;
     const { clientWidth: width } = this.node;
@@ -276,7 +348,11 @@ class Scene {
     const far = Math.hypot(x, y, z) * zoom;
     const around = Math.atan2(y, x) + turn;
     const up = Math.max(-1.5, Math.min(1.5, Math.asin(z / Math.hypot(x, y, z)) + tilt));
-    camera.eye = { x: far * Math.cos(up) * Math.cos(around), y: far * Math.cos(up) * Math.sin(around), z: far * Math.sin(up) };
+    camera.eye = {
+      x: far * Math.cos(up) * Math.cos(around),
+      y: far * Math.cos(up) * Math.sin(around),
+      z: far * Math.sin(up),
+    };
     Plotly.relayout(this.node, { "scene.camera": camera });
     this.hideTooltip();
   }

@@ -10,6 +10,7 @@ import torch
 
 import map_data
 import model as model_module
+import test_first_release
 import visualize_coords
 from conftest import error_line, run
 from data import prepare_data
@@ -141,6 +142,19 @@ def test_published_weights_are_the_first_releases(in_tmp):
             if mass_in_value:
                 expected = expected / mass
             assert torch.allclose(model.pull_weights(tokens)[0], expected.detach(), atol=1e-5)
+
+
+def test_a_first_release_file_has_a_map(in_tmp):
+    size = len(test_first_release.CHARACTERS)
+    config = test_first_release.ngt_config(size)
+    state = test_first_release.ngt_state(size)
+    test_first_release.save(in_tmp / "x.pt", state, config, test_first_release.char_vocab())
+    write_map("--text", test_first_release.TEXT, "--output", "map.html", "--heads-png", "heads.png")
+    (shown,) = data_of(in_tmp / "map.html")
+    assert shown["law"] == "published" and shown["step"] == 1234 and shown["field"] is None
+    sums = unpacked(shown["weights"], "<u2").reshape(-1, 8).sum(-1) / 65535
+    assert 0.5 < sums.mean() <= 1.0001 and shown["heads"][0]["gamma"] > 0
+    assert (in_tmp / "heads.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_field_by_distance_is_the_formula(in_tmp):
