@@ -38,7 +38,11 @@ def make_parser():
     add("--compare", metavar="CHECKPOINT", help="a second NGT checkpoint, shown beside the first")
     add("--output", default="coords.html", help="the page to write (default: %(default)s)")
     add("--png", metavar="FILE", help="write a still of the map too (default: none)")
-    add("--heads-png", metavar="FILE", help="write each head's field by distance too")
+    add(
+        "--heads-png",
+        metavar="FILE",
+        help="write each head's field by distance too (default: none)",
+    )
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--text", help="the text to show (default: of the --split)")
     text.add_argument("--text-file", help="a UTF-8 file with the text to show")
@@ -96,6 +100,24 @@ def tokens_to_show(args, tokenizer, checkpoint):
     if args.offset:
         source += f", from token {args.offset:,}"
     return tokens, source
+
+
+def check_files(args):
+    """Refuse to write over what is read, or twice to one file."""
+    taken = {
+        Path(path).resolve()
+        for path in (args.checkpoint_path, args.compare, args.text_file)
+        if path
+    }
+    for flag in ("output", "png", "heads_png"):
+        path = getattr(args, flag)
+        if path is None:
+            continue
+        if Path(path).resolve() in taken:
+            raise UsageError(
+                f"--{flag.replace('_', '-')} {path} is another flag's file: name another"
+            )
+        taken.add(Path(path).resolve())
 
 
 def check_enough(tokens):
@@ -163,6 +185,7 @@ def main(argv=None):
     args = make_parser().parse_args(argv)
     if args.num_tokens > MAX_TOKENS:
         raise UsageError(f"--num-tokens {args.num_tokens}: a map shows at most {MAX_TOKENS:,}")
+    check_files(args)
     device = choose_device(args.device)
     paths = {"--checkpoint-path": args.checkpoint_path}
     if args.compare is not None:

@@ -282,6 +282,12 @@ def test_bad_input_is_one_line(in_tmp):
         write_map("--text", TEXT, "--num-tokens", 100_000)
     with pytest.raises(UserError, match="--text-file"):
         write_map("--text-file", "nothing.txt")
+    before = (in_tmp / "x.pt").read_bytes()
+    with pytest.raises(UserError, match="--output"):
+        write_map("--text", TEXT, "--output", "x.pt")
+    with pytest.raises(UserError, match="--png"):
+        write_map("--text", TEXT, "--png", "coords.html")
+    assert (in_tmp / "x.pt").read_bytes() == before
     with pytest.raises(UserError, match="cannot be written"):
         write_map("--text", TEXT, "--output", "x.pt/map.html")
     with pytest.raises(UserError, match="same place"):
