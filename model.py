@@ -27,6 +27,7 @@ LAWS = ("newton", "published")
 PUBLISHED_RADIUS = math.log1p(math.exp(4.0))  # softplus(4), where the first release starts
 NEWTON_RADIUS = 16.0
 LARGEST_EXPONENT = 1024  # a Gaussian in all but name
+PULL_PAIRS = 1 << 18  # pairs whose pull is shown at once
 NEAREST_TIME_SCALE = 0.35  # softenings a token, of a layer's first head at the start
 
 
@@ -234,6 +235,22 @@ class GravityAttention(nn.Module):
             mass_in_value=self.config.mass_in_value,
         )
 
+    def pull_rows(self, z, mass, positions, rows):
+        """Shares of the pull on the tokens of a slice, (H, rows, rows.stop): columns are sources.
+
+        Rows sum to 1 where anything reaches.
+        """
+        q, k = self.points(z)
+        field = gravity_field(
+            q[:, :, rows].float(),
+            k[:, :, : rows.stop].float(),
+            mass[:, : rows.stop],
+            query_positions=positions[rows],
+            key_positions=positions[: rows.stop],
+            **self.law(),
+        )[0]
+        return field / (field.sum(-1, keepdim=True) + TINY)
+
     def forward(self, h, z, mass, positions, kv_cache=None):
         q, k = self.points(z, kv_cache)
         v = split_heads(self.v_proj(h), self.config.num_heads)
@@ -289,6 +306,34 @@ class PublishedGravityAttention(nn.Module):
         x = split_heads(self.coord_proj_attn(z), self.config.num_heads)
         return x, x
 
+    def law(self):
+        """The keyword arguments of `gravity.published_gravity_attention` for this layer."""
+        return dict(
+            gamma=F.softplus(self.gamma_raw.float()),
+            bias=self.gravity_bias.float(),
+            radius=self.radius,
+            cutoff=self.config.cutoff,
+            mass_in_value=self.config.mass_in_value,
+            use_rsqrt=self.config.use_rsqrt,
+        )
+
+    def pull_rows(self, z, mass, positions, rows):
+        """Softmax weights of the tokens of a slice, (H, rows, rows.stop): columns are sources."""
+        q, k = (x.float() for x in self.points(z))
+        mass = mass.float()
+        one_hot = torch.eye(rows.stop, device=z.device).expand(*k.shape[:2], -1, -1)
+        weights = published_gravity_attention(
+            q[:, :, rows],
+            k[:, :, : rows.stop],
+            one_hot,  # what a source hands on is its own column
+            mass[:, rows],
+            mass[:, : rows.stop],
+            query_positions=positions[rows],
+            key_positions=positions[: rows.stop],
+            **self.law(),
+        )[0]
+        return weights / mass[0, : rows.stop] if self.config.mass_in_value else weights
+
     def forward(self, h, z, mass, positions, kv_cache=None):
         q, k = self.points(z)
         v = split_heads(self.v_proj(h), self.config.num_heads)
@@ -301,15 +346,10 @@ class PublishedGravityAttention(nn.Module):
             v,
             mass,
             key_mass,
-            gamma=F.softplus(self.gamma_raw.float()),
-            bias=self.gravity_bias.float(),
-            radius=self.radius,
-            cutoff=self.config.cutoff,
-            mass_in_value=self.config.mass_in_value,
-            use_rsqrt=self.config.use_rsqrt,
             dropout=self.config.dropout if self.training else 0.0,
             query_positions=positions,
             key_positions=key_positions,
+            **self.law(),
         )
         return self.out_proj(merge_heads(pull))
 
@@ -418,6 +458,33 @@ class NGT(nn.Module):
         return (logits, Geometry(mass, z, tuple(path))) if return_geometry else logits
 
     @torch.no_grad()
+    def visit_pulls(self, tokens, visit):
+        """A forward pass that shows the pulls of every layer, some rows at a time.
+
+        Args:
+            tokens: (1, T) ids.
+            visit: called with (layer, rows, weights): the slice of tokens that is pulled, and which
+                share of the pull on each comes from which source, (H, rows, rows.stop).
+
+        Returns:
+            `(logits, Geometry)`.
+        """
+        count = tokens.shape[1]
+        step = max(1, PULL_PAIRS // (count * self.config.num_heads))
+
+        def show(attn, inputs):
+            _, z, mass, positions, _ = inputs
+            for start in range(0, count, step):
+                rows = slice(start, min(start + step, count))
+                visit(attn.layer, rows, attn.pull_rows(z, mass, positions, rows))
+
+        hooks = [layer.attn.register_forward_pre_hook(show) for layer in self.layers]
+        try:
+            return self(tokens, return_geometry=True)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def pull_weights(self, tokens):
         """Which share of the pull on each token comes from which other.
 
@@ -426,34 +493,16 @@ class NGT(nn.Module):
 
         Returns:
             (num_layers, num_heads, T, T), each row summing to 1 where anything reaches.
-
-        Raises:
-            ValueError: under the published law.
         """
-        if self.config.law != "newton":
-            raise ValueError("only the law newton has pulls")
-        weights = []
+        count = tokens.shape[1]
+        shape = (self.config.num_layers, self.config.num_heads, count, count)
+        weights = self.token_emb.weight.new_zeros(shape)
 
-        def record(attn, inputs):
-            _, z, mass, positions, _ = inputs
-            q, k = attn.points(z)
-            field = gravity_field(
-                q.float(),
-                k.float(),
-                mass,
-                query_positions=positions,
-                key_positions=positions,
-                **attn.law(),
-            )[0]
-            weights.append(field / (field.sum(-1, keepdim=True) + TINY))
+        def keep(layer, rows, shares):
+            weights[layer, :, rows, : rows.stop] = shares
 
-        hooks = [layer.attn.register_forward_pre_hook(record) for layer in self.layers]
-        try:
-            self(tokens)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return torch.stack(weights)
+        self.visit_pulls(tokens, keep)
+        return weights
 
 
 def check_context(model, length):

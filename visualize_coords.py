@@ -1,25 +1,30 @@
-"""Show where a checkpoint's tokens are: coordinates in 3-D, as one self-contained HTML page."""
+"""The map: where a checkpoint's tokens are, what pulls them, and how far its heads see.
 
-import html
+Writes one self-contained HTML page. Tokens travel through the blocks in 3-D; a click on one shows
+what pulled it. Further tabs show each head's field by distance, and the masses of the vocabulary.
+"""
+
 from pathlib import Path
 
-import numpy as np
-import plotly.graph_objects as go
-import torch
-from sklearn.decomposition import PCA
-
 from checkpoint import load_model
-from errors import UsageError, UserError, run_script, write_whole
+from errors import UsageError, UserError, run_script, warn, write_whole
+from map_data import align, measure, project
+from map_heads import field_by_distance, heads_table, pull_by_distance
+from map_page import Run, map_page, run_data
+from map_still import heads_still, still
+from map_vocabulary import frequencies, token_data, training_text_or_none, vocabulary
 from options import choose_device, script_parser, whole, whole_or_zero
-from page import to_page
-from token_files import open_token_data
+from tokenizer import TextStream
 
 EXAMPLES = """examples:
   python visualize_coords.py --checkpoint-path checkpoints/shakespeare.pt_best.pt
   python visualize_coords.py --text "To be, or not to be, that is the question" --output be.html
-  python visualize_coords.py --layer 0 --num-tokens 512
+  python visualize_coords.py --split train --offset 1000 --num-tokens 512 --method tsne
+  python visualize_coords.py --compare checkpoints/other.pt_best.pt --output two.html
+  python visualize_coords.py --layer 0 --png first.png --heads-png heads.png
 """
 MIN_TOKENS = 4  # three axes need four points
+MAX_TOKENS = 1 << 16  # that the page's numbers can count
 
 
 def make_parser():
@@ -30,24 +35,48 @@ def make_parser():
         default="checkpoints/shakespeare.pt_best.pt",
         help="an NGT checkpoint (default: %(default)s)",
     )
+    add("--compare", metavar="CHECKPOINT", help="a second NGT checkpoint, shown beside the first")
     add("--output", default="coords.html", help="the page to write (default: %(default)s)")
-    text = parser.add_mutually_exclusive_group()
-    text.add_argument(
-        "--text", help="the text to show (default: the start of the validation split)"
+    add("--png", metavar="FILE", help="write a still of the map too (default: none)")
+    add(
+        "--heads-png",
+        metavar="FILE",
+        help="write each head's field by distance too (default: none)",
     )
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--text", help="the text to show (default: of the --split)")
     text.add_argument("--text-file", help="a UTF-8 file with the text to show")
+    text.add_argument(
+        "--split",
+        choices=("train", "valid"),
+        help="the part of the checkpoint's own text to show (default: valid)",
+    )
+    add(
+        "--offset",
+        type=whole_or_zero,
+        default=0,
+        help="tokens of that text to leave out at its start (default: %(default)s)",
+    )
     add("--num-tokens", type=whole, default=256, help="at most so many (default: %(default)s)")
+    add(
+        "--method",
+        choices=("pca", "tsne"),
+        default="pca",
+        help="how coordinates become 3-D, over all layers at once (default: %(default)s)",
+    )
     add(
         "--layer",
         type=whole_or_zero,
-        help="coordinates after this many blocks; 0: before the first (default: after the last)",
+        help="the map opens, and the still shows it, after this many blocks; 0: before the first "
+        "(default: after the last)",
     )
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
     return parser
 
 
-def tokens_to_show(args, tokenizer, checkpoint, limit):
-    """Ids of the text that the user chose, or of the validation split."""
+def tokens_to_show(args, tokenizer, checkpoint):
+    """`(ids, what they are, in words)`: the text that the user chose, or of a split."""
+    stop = args.offset + args.num_tokens
     if args.text_file is not None:
         try:
             text = Path(args.text_file).read_text(encoding="utf-8")
@@ -55,107 +84,141 @@ def tokens_to_show(args, tokenizer, checkpoint, limit):
             raise UserError(
                 f"--text-file {args.text_file} cannot be read as UTF-8 text: {error}"
             ) from None
+        every, source = tokenizer.encode(text), Path(args.text_file).name
+    elif args.text is not None:
+        every, source = tokenizer.encode(args.text), "the text given"
     else:
-        text = args.text
-    if text is not None:
-        tokens = tokenizer.encode(text)
-    else:
-        directory = checkpoint["config"].get("token_directory")
-        if directory is None or not Path(directory).is_dir():
-            raise UserError(
-                "the validation text of this checkpoint is not here: give --text or --text-file"
+        try:
+            data = token_data(checkpoint, tokenizer)
+        except UserError as error:
+            raise UserError(f"{error}: give --text or --text-file") from None
+        split = args.split or "valid"
+        every, source = data.splits[split], f"the {split} split"
+    if args.offset and args.offset >= len(every):
+        raise UsageError(f"--offset {args.offset}: {source} has {len(every):,} tokens")
+    tokens = [int(token) for token in every[args.offset : stop]]
+    if args.offset:
+        source += f", from token {args.offset:,}"
+    return tokens, source
+
+
+def check_files(args):
+    """Refuse to write over what is read, or twice to one file."""
+    taken = {
+        Path(path).resolve()
+        for path in (args.checkpoint_path, args.compare, args.text_file)
+        if path
+    }
+    for flag in ("output", "png", "heads_png"):
+        path = getattr(args, flag)
+        if path is None:
+            continue
+        if Path(path).resolve() in taken:
+            raise UsageError(
+                f"--{flag.replace('_', '-')} {path} is another flag's file: name another"
             )
-        data = open_token_data(directory)
-        if data.tokenizer.fingerprint != tokenizer.fingerprint:
-            raise UserError(f"{directory} is of another tokenizer: give --text or --text-file")
-        tokens = data.valid[:limit].tolist()
-    tokens = tokens[:limit]
+        taken.add(Path(path).resolve())
+
+
+def check_enough(tokens):
     if len(tokens) < MIN_TOKENS:
         raise UserError(
             f"only {len(tokens)} tokens to show: give a --text (or --num-tokens) of at least "
             f"{MIN_TOKENS}"
         )
-    return tokens
 
 
-@torch.no_grad()
-def coordinates(model, tokens, layer):
-    """`(z, mass)` of tokens as numpy arrays, (T, coord_dim) and (T,)."""
-    device = next(model.parameters()).device
-    _, geometry = model(torch.tensor([tokens], device=device), return_geometry=True)
-    z = geometry.layers[-1 if layer is None else layer][0].float().cpu().numpy()
-    if not np.isfinite(z).all():
-        raise UserError("the coordinates of this checkpoint are not finite: use another")
-    return z, geometry.mass[0].float().cpu().numpy()
+def load_ngt(path, flag, device):
+    """`(model, tokenizer, checkpoint)` of a checkpoint that has coordinates."""
+    model, tokenizer, checkpoint = load_model(path, device)
+    if checkpoint["config"]["model_type"] != "ngt":
+        raise UsageError(
+            f"{flag} {path} is a vanilla transformer, which has no coordinates: name an NGT "
+            "checkpoint"
+        )
+    return model, tokenizer, checkpoint
 
 
-def figure(z, mass, labels, title):
-    """A 3-D scatter: one marker a token, size and colour by mass."""
-    if float(np.ptp(z, axis=0).max()) < 1e-6:
-        raise UserError("all tokens are at the same place: there is nothing to show")
-    pca = PCA(n_components=3, random_state=0)
-    xyz = pca.fit_transform(z)
-    spread = mass.max() - mass.min()
-    size = 6 + 12 * (mass - mass.min()) / (spread if spread > 0 else 1)
-    axes = [
-        f"component {n + 1} ({100 * ratio:.1f} % of variance)"
-        for n, ratio in enumerate(pca.explained_variance_ratio_)
-    ]
-    marker = {
-        "size": size,
-        "color": mass,
-        "colorscale": "Cividis",
-        "colorbar": {"title": {"text": "mass"}},
-        "opacity": 0.85,
-    }
-    scatter = go.Scatter3d(
-        x=xyz[:, 0],
-        y=xyz[:, 1],
-        z=xyz[:, 2],
-        mode="markers",
-        marker=marker,
-        # Plotly reads a little HTML in hover texts: a token must stay text
-        customdata=[
-            [html.escape(label), position, f"{m:.4f}"]
-            for position, (label, m) in enumerate(zip(labels, mass, strict=True))
-        ],
-        hovertemplate=(
-            "token <b>%{customdata[0]}</b><br>position %{customdata[1]}"
-            "<br>mass %{customdata[2]}<extra></extra>"
-        ),
+def read_run(loaded, path, tokens, source, method):
+    """All that the page shows of a loaded checkpoint on these tokens."""
+    model, tokenizer, checkpoint = loaded
+    if model.max_context is not None and len(tokens) > model.max_context:
+        warn(f"{path} has places for {model.max_context} tokens: the others are left out")
+        tokens = tokens[: model.max_context]
+    check_enough(tokens)
+    measured = measure(model, tokens)
+    points, axes = project(measured.z, method)
+    data = training_text_or_none(checkpoint, tokenizer)
+    counts, counted = frequencies(data, tokens, model.config.vocab_size)
+    return Run(
+        name=Path(path).name,
+        step=checkpoint.get("iter", 0),
+        law=model.config.law,
+        source=source,
+        labels=[tokenizer.label(token) for token in tokens],
+        guesses=[[tokenizer.label(int(guess)) for guess in row] for row in measured.guesses],
+        starts=character_starts(tokenizer, tokens),
+        measured=measured,
+        points=points,
+        axes=axes,
+        counts=[int(counts[token]) for token in tokens],
+        counted=counted,
+        is_corpus=data is not None,
+        heads=heads_table(model, measured.pulls.profile),
+        field=field_by_distance(model, len(tokens)),
+        pull=pull_by_distance(measured.pulls.profile),
+        vocabulary=vocabulary(model, tokenizer, counts),
     )
-    page = go.Figure(scatter)
-    page.update_layout(
-        title={"text": html.escape(title)},
-        scene={
-            **{f"{axis}axis": {"title": {"text": n}} for axis, n in zip("xyz", axes, strict=True)},
-            "camera": {"eye": {"x": 1.6, "y": 1.6, "z": 1.0}},
-        },
-        margin={"l": 0, "r": 0, "b": 0, "t": 60},
-    )
-    return page
+
+
+def character_starts(tokenizer, tokens):
+    """The character of the text at which each token begins."""
+    stream, starts, length = TextStream(tokenizer), [], 0
+    for token in tokens:
+        starts.append(length)
+        length += len(stream.push(token))
+    return starts
 
 
 def main(argv=None):
     """Write the page; returns the exit code."""
     args = make_parser().parse_args(argv)
-    model, tokenizer, checkpoint = load_model(args.checkpoint_path, choose_device(args.device))
-    if checkpoint["config"]["model_type"] != "ngt":
-        raise UsageError(
-            f"--checkpoint-path {args.checkpoint_path} is a vanilla transformer, which has no "
-            "coordinates: name an NGT checkpoint"
-        )
-    num_layers = model.config.num_layers
-    if args.layer is not None and args.layer > num_layers:
-        raise UsageError(f"--layer {args.layer}: this checkpoint has {num_layers} blocks")
-    limit = min(args.num_tokens, model.max_context or args.num_tokens)
-    tokens = tokens_to_show(args, tokenizer, checkpoint, limit)
-    z, mass = coordinates(model, tokens, args.layer)
-    after = num_layers if args.layer is None else args.layer
-    title = f"Where {len(tokens)} tokens are after {after} of {num_layers} blocks"
-    page = figure(z, mass, [tokenizer.label(token) for token in tokens], title)
-    write_whole(Path(args.output), to_page(page, title).encode())
-    print(f"wrote {args.output}: {len(tokens)} tokens, open it in a browser")
+    if args.num_tokens > MAX_TOKENS:
+        raise UsageError(f"--num-tokens {args.num_tokens}: a map shows at most {MAX_TOKENS:,}")
+    check_files(args)
+    device = choose_device(args.device)
+    paths = {"--checkpoint-path": args.checkpoint_path}
+    if args.compare is not None:
+        paths["--compare"] = args.compare
+    loaded = {flag: load_ngt(path, flag, device) for flag, path in paths.items()}
+    deepest = max(model.config.num_layers for model, *_ in loaded.values())
+    if args.layer is not None and args.layer > deepest:
+        raise UsageError(f"--layer {args.layer}: this checkpoint has {deepest} blocks")
+    runs = []
+    _, tokenizer, checkpoint = loaded["--checkpoint-path"]
+    tokens, source = tokens_to_show(args, tokenizer, checkpoint)
+    for flag, path in paths.items():
+        own = loaded[flag][1]
+        same = own.fingerprint == tokenizer.fingerprint
+        ids = tokens if same else own.encode(tokenizer.decode(tokens))
+        runs.append(read_run(loaded[flag], path, ids, source, args.method))
+    first, second = runs[0], runs[-1]
+    if first.measured.tokens == second.measured.tokens:
+        second.points = align(second.points, first.points)
+    layer = deepest if args.layer is None else args.layer
+    title = " and ".join(run.name for run in runs)
+    page = map_page([run_data(run) for run in runs], f"{title}: where the tokens are", layer)
+    write_whole(Path(args.output), page.encode())
+    print(
+        f"wrote {args.output}: {len(runs[0].labels)} tokens, {len(page.encode()) / 1e6:.1f} MB, "
+        "open it in a browser"
+    )
+    if args.png is not None:
+        write_whole(Path(args.png), still(runs, layer))
+        print(f"wrote {args.png}: layer {layer}")
+    if args.heads_png is not None:
+        write_whole(Path(args.heads_png), heads_still(runs))
+        print(f"wrote {args.heads_png}: the field of each head")
     return 0
 
 

@@ -1,19 +1,24 @@
-"""The map: what is on the page, and that a real browser draws it."""
+"""The map's numbers against numpy by hand, and its flags. tests/test_map_page.py uses the page."""
 
+import base64
 import json
 import re
-import subprocess
 
 import numpy as np
 import pytest
 import torch
 
+import map_data
+import model as model_module
+import test_first_release
 import visualize_coords
-from conftest import BROWSER, error_line, run
+from conftest import error_line, run
+from data import prepare_data
 from errors import UserError
-from page import to_page
+from page import json_for_script
 from test_chat import LETTERS, make_checkpoint
-from tokenizer import CharTokenizer
+from test_published_law import published_by_hand
+from tokenizer import BPETokenizer
 
 TEXT = "the quick brown fox jumps over the lazy dog"
 
@@ -22,68 +27,234 @@ def write_map(*flags, expect=0):
     assert visualize_coords.main(["--checkpoint-path", "x.pt", *map(str, flags)]) == expect
 
 
+def data_of(path):
+    """What a page carries: its runs."""
+    text = path.read_text(encoding="utf-8")
+    return json.loads(re.search(r'id="data"[^>]*>(.*?)</script>', text, re.S).group(1))["runs"]
+
+
+def unpacked(text, dtype):
+    return np.frombuffer(base64.b64decode(text), dtype)
+
+
+def softplus(x):
+    return np.log1p(np.exp(np.asarray(x, np.float64)))
+
+
 def test_page_is_whole_and_needs_no_network(in_tmp):
     make_checkpoint("x.pt")
-    write_map("--text", TEXT, "--output", "map.html")
+    write_map("--text", TEXT, "--output", "map.html", "--png", "map.png", "--layer", 0)
     page = (in_tmp / "map.html").read_text()
-    assert "<title>" in page and page.rstrip().endswith("</html>")
-    assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page)
-    assert not list(in_tmp.glob("*.partial"))
+    assert "<title>x.pt" in page and page.rstrip().endswith("</html>")
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page.split("<script", 1)[0])
+    assert "default-src 'none'" in page and not list(in_tmp.glob("*.partial"))
+    assert (in_tmp / "map.png").read_bytes().startswith(b"\x89PNG")
+    first = (in_tmp / "map.png").read_bytes()
+    write_map("--text", TEXT, "--output", "map.html", "--png", "map.png")
+    assert (in_tmp / "map.png").read_bytes() != first
 
 
-def test_points_are_the_principal_components(in_tmp):
-    """Against an eigen-decomposition by numpy; size and colour follow the mass."""
-    model = make_checkpoint("x.pt")
+def test_points_masses_and_losses(in_tmp):
+    """PCA by an eigen-decomposition over all layers together, loss by a softmax in numpy."""
+    model = make_checkpoint("x.pt", coord_dim=8)
     tokens = LETTERS.encode(TEXT)
-    z, mass = visualize_coords.coordinates(model, tokens, None)
-    figure = visualize_coords.figure(z, mass, [LETTERS.label(t) for t in tokens], "title")
-    points = np.stack([figure.data[0].x, figure.data[0].y, figure.data[0].z], 1)
-    centred = (z - z.mean(0)).astype(np.float64)
+    write_map("--text", TEXT, "--output", "map.html")
+    (shown,) = data_of(in_tmp / "map.html")
+    with torch.no_grad():
+        logits, geometry = model.double()(torch.tensor([tokens]), return_geometry=True)
+    z = torch.cat(geometry.layers).numpy()
+    centred = z.reshape(-1, 8) - z.reshape(-1, 8).mean(0)
     values, vectors = np.linalg.eigh(centred.T @ centred)
-    expected = (centred @ vectors)[:, ::-1][:, :3]
-    assert np.allclose(np.abs(points), np.abs(expected), atol=1e-4)
-    share = values[::-1] / values.sum()
-    scene = figure.layout.scene
-    for axis, ratio in zip((scene.xaxis, scene.yaxis, scene.zaxis), share, strict=False):
-        assert f"{100 * ratio:.1f} %" in axis.title.text
-    marker = figure.data[0].marker
-    by_hand = torch.nn.functional.softplus(model.mass_emb.weight[tokens, 0]).detach().numpy()
-    assert np.allclose(marker.color, by_hand, atol=1e-6)
-    assert (np.argsort(marker.size) == np.argsort(marker.color)).all()
-    assert figure.data[0].customdata[3] == ["␣", 3, f"{by_hand[3]:.4f}"]
+    expected = (centred @ vectors)[:, ::-1][:, :3].reshape(3, len(tokens), 3)
+    points = np.array(shown["points"])
+    assert np.allclose(np.abs(points), np.abs(expected), atol=2e-4)
+    signs = np.sign((points * expected).sum((0, 1)))
+    assert np.allclose(points, expected * signs, atol=2e-4)
+    for title, ratio in zip(shown["axes"], values[::-1] / values.sum(), strict=False):
+        assert f"{100 * ratio:.1f} %" in title
+    own = unpacked(shown["z"], "<i2").reshape(z.shape) * shown["zScale"]
+    assert np.allclose(own, z, atol=1e-3)
+    by_hand = softplus(model.mass_emb.weight[tokens, 0].detach().numpy())
+    assert np.allclose(shown["mass"], by_hand, atol=1e-5)
+    chances = np.exp(logits[0].numpy())
+    chances /= chances.sum(-1, keepdims=True)
+    losses = [-np.log(chances[n - 1, tokens[n]]) for n in range(1, len(tokens))]
+    assert shown["loss"][0] is None and np.allclose(shown["loss"][1:], losses, atol=1e-3)
+    best = chances[4].argsort()[::-1][:3]
+    assert shown["guesses"][5] == [LETTERS.label(int(token)) for token in best]
+    assert np.allclose(shown["chances"][5], chances[4, best], atol=1e-3)
+    assert shown["labels"][3] == "␣" and shown["starts"] == list(range(len(tokens)))
+    assert shown["counts"][3] == TEXT.count(" ") and not shown["isCorpus"]
 
 
-def test_layers_differ_and_layer_0_is_the_embedding(in_tmp):
-    model = make_checkpoint("x.pt")
-    tokens = LETTERS.encode("abab abab")
-    first, _ = visualize_coords.coordinates(model, tokens, 0)
-    last, _ = visualize_coords.coordinates(model, tokens, None)
-    assert np.allclose(first[0], first[2], atol=1e-6) and not np.allclose(last[0], last[2])
-    assert not np.allclose(first, last)
-
-
-def test_validation_text_is_the_default(in_tmp, small_text):
-    """After a real training: the tokens shown are the first of the validation split."""
-    run(
-        *("train_shakespeare.py", "--data-path", small_text, "--max-steps", 3),
-        *("--hidden-dim", 16, "--num-heads", 2, "--num-layers", 1, "--block-size", 8),
-        cwd=in_tmp,
-        check=0,
+@pytest.mark.parametrize("law", ["newton", "published"])
+@pytest.mark.parametrize("pairs", [1 << 18, 50])
+def test_pulls_heads_and_distances(law, pairs, in_tmp, monkeypatch):
+    """The strongest sources, and where heads look, from weights in float64 whole."""
+    monkeypatch.setattr(model_module, "PULL_PAIRS", pairs)
+    model = make_checkpoint("x.pt", law=law, block_size=64, num_heads=4, head_coord_dim=3)
+    tokens = LETTERS.encode(TEXT)
+    write_map("--text", TEXT, "--output", "map.html")
+    (shown,) = data_of(in_tmp / "map.html")
+    with torch.no_grad():
+        weights = model.double().pull_weights(torch.tensor([tokens])).numpy()
+    assert np.allclose(weights.sum(-1), 1, atol=1e-6) and weights.dtype == np.float64
+    every = np.concatenate([weights, weights.mean(1, keepdims=True)], 1)
+    shape = (2, 5, len(tokens), 8)
+    found = unpacked(shown["weights"], "<u2").reshape(shape) / 65535
+    sources = unpacked(shown["sources"], "<u2").reshape(shape).astype(int)
+    assert np.allclose(found, -np.sort(-every, -1)[..., :8], atol=2e-5)
+    assert np.allclose(
+        np.take_along_axis(every, sources, -1)[found > 0], found[found > 0], atol=1e-4
     )
-    path = "checkpoints/shakespeare.pt_best.pt"
-    run(
-        *("visualize_coords.py", "--checkpoint-path", path, "--output", "coords.html"),
-        *("--num-tokens", 9),
-        cwd=in_tmp,
-        check=0,
-    )
-    page = (in_tmp / "coords.html").read_text()
+    for row in shown["heads"]:
+        head = weights[row["layer"] - 1, row["head"]]
+        profile = np.array([np.trace(head, -back) for back in range(len(tokens))]) / len(tokens)
+        assert row["most_distance"] == profile.argmax()
+        assert row["one_back"] == pytest.approx(profile[1], abs=1e-5)
+        assert row["mean_distance"] == pytest.approx(profile @ np.arange(len(tokens)), abs=1e-4)
+        near = profile.cumsum()
+        assert near[row["within"]] >= 0.9 - 1e-6
+        assert row["within"] == 0 or near[row["within"] - 1] < 0.9
+        back, shares = shown["pull"]["back"], shown["pull"]["of"][row["layer"] - 1][row["head"]]
+        assert np.allclose(shares[:33], profile[:33], atol=2e-5) and back[-1] == len(tokens) - 1
+        spans = np.diff([*back, len(tokens)])
+        assert np.dot(shares, spans) == pytest.approx(1, abs=1e-3)
+
+
+def test_published_weights_are_the_first_releases(in_tmp):
+    """Under every cutoff, against design 1.2 written out."""
+    tokens = torch.tensor([LETTERS.encode(TEXT[:16])])
+    for settings in ({}, {"use_soft_cutoff": True}, {"use_radius_cutoff": False}):
+        for mass_in_value in (False, True):
+            config = {"law": "published", "mass_in_value": mass_in_value, "radius": 3.0, **settings}
+            model = make_checkpoint("x.pt", **config).double()
+            attn = model.layers[0].attn
+            z = model.coord_emb.weight[None, :16]
+            x = attn.coord_proj_attn(z).view(1, 16, 2, 16).transpose(1, 2)
+            mass = model.mass(tokens).double()
+            data = {
+                **{"x": x, "mass": mass, "v": torch.eye(16).double().expand(1, 2, -1, -1)},
+                **{"gamma": torch.nn.functional.softplus(attn.gamma_raw)},
+                **{"bias": attn.gravity_bias},
+            }
+            expected = published_by_hand(data, attn.radius, model.config.cutoff, mass_in_value)[0]
+            if mass_in_value:
+                expected = expected / mass
+            assert torch.allclose(model.pull_weights(tokens)[0], expected.detach(), atol=1e-5)
+
+
+def test_a_first_release_file_has_a_map(in_tmp):
+    size = len(test_first_release.CHARACTERS)
+    config = test_first_release.ngt_config(size)
+    state = test_first_release.ngt_state(size)
+    test_first_release.save(in_tmp / "x.pt", state, config, test_first_release.char_vocab())
+    write_map("--text", test_first_release.TEXT, "--output", "map.html", "--heads-png", "heads.png")
+    (shown,) = data_of(in_tmp / "map.html")
+    assert shown["law"] == "published" and shown["step"] == 1234 and shown["field"] is None
+    sums = unpacked(shown["weights"], "<u2").reshape(-1, 8).sum(-1) / 65535
+    assert 0.5 < sums.mean() <= 1.0001 and shown["heads"][0]["gamma"] > 0
+    assert (in_tmp / "heads.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_field_by_distance_is_the_formula(in_tmp):
+    model = make_checkpoint("x.pt", num_heads=4, exponent=3, radius=9.0)
+    write_map("--text", TEXT, "--output", "map.html")
+    (shown,) = data_of(in_tmp / "map.html")
+    back = np.array(shown["field"]["back"])
+    for layer in range(2):
+        attn = model.layers[layer].attn
+        scale = softplus(attn.time_scale_raw.detach().numpy())
+        offset = attn.time_offset.detach().numpy().astype(float)
+        for head in range(4):
+            r2 = (scale[head] * (back - offset[head])) ** 2
+            field = np.where(r2 <= 81, (1 + r2) ** -3.0, 0)
+            assert np.allclose(shown["field"]["of"][layer][head], field, atol=1e-4)
+            row = shown["heads"][4 * layer + head]
+            assert row["window"] == pytest.approx(
+                max(1, 1 + offset[head] + 9 / scale[head]), rel=1e-3
+            )
+            assert row["time_scale"] == pytest.approx(scale[head], rel=1e-4)
+            assert row["radius"] == pytest.approx(9, rel=1e-4)
+            retardation = attn.retardation.detach().view(4, -1)[head].mean()
+            assert row["retardation"] == pytest.approx(float(retardation), abs=1e-5)
+    assert list(back[:33]) == list(range(33)) and back[-1] >= len(TEXT) - 1
+    make_checkpoint("x.pt", use_radius_cutoff=False, retardation=False)
+    write_map("--text", TEXT, "--output", "map.html")
+    (shown,) = data_of(in_tmp / "map.html")
+    assert shown["heads"][0]["window"] is None and shown["heads"][0]["retardation"] is None
+
+
+def test_the_checkpoints_own_text(in_tmp, small_text):
+    """Splits, an offset, and how often each token occurs in the training text."""
+    prepared = prepare_data("text", small_text, say=lambda line: None)
+    tokenizer, directory = prepared.tokenizer, str(prepared.directory)
+    model = make_checkpoint("x.pt", tokenizer, token_directory=directory)
     text = small_text.read_text()
-    start = text[int(len(text) * 0.9) :][:9]
-    label = CharTokenizer.train(text).label
-    data = json.loads(re.search(r'"customdata":(\[\[.*?\]\])', page).group(1))
-    expected = [label(i) for i in CharTokenizer.train(text).encode(start)]
-    assert [row[0] for row in data] == expected
+    length = len(prepared.train)
+    for flags, start in (
+        ((), length),
+        (("--split", "train", "--offset", 7), 7),
+        (("--split", "valid", "--offset", 3), length + 3),
+    ):
+        write_map("--num-tokens", 9, "--output", "map.html", *flags)
+        (shown,) = data_of(in_tmp / "map.html")
+        expected = tokenizer.encode(text[start : start + 9])
+        assert shown["labels"] == [tokenizer.label(token) for token in expected]
+    vocabulary = shown["vocabulary"]
+    by_label = {tokenizer.label(tokenizer.stoi[c]): text[:length].count(c) for c in set(text)}
+    assert shown["isCorpus"] and f"{length:,}" in shown["counted"]
+    for label, count in zip(vocabulary["labels"], vocabulary["counts"], strict=True):
+        assert count == by_label.get(label, 0)
+    masses = softplus(model.mass_emb.weight[:, 0].detach().numpy())
+    assert np.allclose(vocabulary["masses"], np.sort(masses)[::-1], atol=1e-4)
+    with pytest.raises(UserError, match="--offset 99999"):
+        write_map("--offset", 99999)
+
+
+def test_two_runs_of_one_text(in_tmp):
+    """Another tokenizer reads the same characters."""
+    make_checkpoint("x.pt")
+    bpe = BPETokenizer.train([TEXT] * 5, 280)
+    make_checkpoint("y.pt", bpe, num_layers=3, law="published", block_size=512)
+    write_map("--text", TEXT, "--compare", "y.pt", "--output", "map.html", "--png", "map.png")
+    one, two = data_of(in_tmp / "map.html")
+    assert two["labels"] == [bpe.label(token) for token in bpe.encode(TEXT)]
+    assert len(two["labels"]) < len(one["labels"]) and two["numLayers"] == 3
+    for label, start in zip(two["labels"], two["starts"], strict=True):
+        assert TEXT[start : start + len(label)] == label.replace("␣", " ")
+
+
+def test_two_runs_of_the_same_tokens_face_the_same_way(in_tmp):
+    """A mirrored picture of the same run is turned back; distances stay."""
+    points = np.random.default_rng(0).normal(size=(3, 20, 3))
+    mirrored = points * [1, -1, -1]
+    assert np.allclose(map_data.align(mirrored, points), points)
+    make_checkpoint("x.pt")
+    write_map("--text", TEXT, "--compare", "x.pt", "--output", "map.html")
+    one, two = data_of(in_tmp / "map.html")
+    assert one["points"] == two["points"]
+
+
+def test_tsne_is_one_picture_of_all_layers(in_tmp, capsys):
+    """Neighbours in coordinates are neighbours in the picture; scikit-learn says nothing itself."""
+    generator = np.random.default_rng(0)
+    centres = generator.normal(size=(3, 6)) * 30
+    cluster = np.arange(144) % 3
+    z = (centres[cluster] + generator.normal(size=(144, 6))).reshape(2, 72, 6)
+    points, axes = map_data.project(z, "tsne")
+    flat = points.reshape(144, 3)
+    far = np.linalg.norm(flat[:, None] - flat[None], axis=-1) + np.eye(144) * 1e9
+    assert (cluster[far.argmin(1)] == cluster).mean() > 0.95 and points.shape == (2, 72, 3)
+    assert "t-SNE 1" in axes[0] and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("coord_dim", [2, 3])
+def test_few_coordinates_still_make_a_map(coord_dim, in_tmp):
+    make_checkpoint("x.pt", coord_dim=coord_dim)
+    write_map("--text", TEXT, "--output", "map.html", "--png", "map.png")
+    (shown,) = data_of(in_tmp / "map.html")
+    assert np.array(shown["points"]).shape == (3, len(TEXT), 3)
 
 
 @pytest.mark.parametrize("text, words", [("abc", "at least 4"), ("", "at least 4")])
@@ -97,60 +268,49 @@ def test_bad_input_is_one_line(in_tmp):
     make_checkpoint("x.pt", model_type="vanilla")
     line = error_line(run("visualize_coords.py", "--checkpoint-path", "x.pt", cwd=in_tmp, check=2))
     assert "vanilla" in line
+    make_checkpoint("y.pt", model_type="vanilla")
     make_checkpoint("x.pt")
     with pytest.raises(UserError, match="--text"):
         write_map()
     with pytest.raises(UserError, match="--layer 9"):
         write_map("--layer", 9)
+    with pytest.raises(UserError, match="--compare y"):
+        write_map("--text", TEXT, "--compare", "y.pt")
+    with pytest.raises(UserError, match="--offset 99"):
+        write_map("--text", TEXT, "--offset", 99)
+    with pytest.raises(UserError, match="--num-tokens"):
+        write_map("--text", TEXT, "--num-tokens", 100_000)
     with pytest.raises(UserError, match="--text-file"):
         write_map("--text-file", "nothing.txt")
+    before = (in_tmp / "x.pt").read_bytes()
+    with pytest.raises(UserError, match="--output"):
+        write_map("--text", TEXT, "--output", "x.pt")
+    with pytest.raises(UserError, match="--png"):
+        write_map("--text", TEXT, "--png", "coords.html")
+    assert (in_tmp / "x.pt").read_bytes() == before
     with pytest.raises(UserError, match="cannot be written"):
         write_map("--text", TEXT, "--output", "x.pt/map.html")
+    with pytest.raises(UserError, match="same place"):
+        write_map("--text", "aaaaaaaa")
 
 
-def test_coordinates_that_are_nowhere(in_tmp):
+def test_coordinates_that_are_no_numbers(in_tmp):
     model = make_checkpoint("x.pt")
     tokens = LETTERS.encode(TEXT)
     with torch.no_grad():
-        model.layers[-1].coord_norm.weight.zero_()
-        z, mass = visualize_coords.coordinates(model, tokens, None)
-        with pytest.raises(UserError, match="same place"):
-            visualize_coords.figure(z, mass, ["a"] * len(z), "title")
         model.layers[-1].coord_norm.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite"):
-        visualize_coords.coordinates(model, tokens, None)
+        map_data.measure(model, tokens)
+    model = make_checkpoint("x.pt")
+    with torch.no_grad():
+        model.norm.weight.fill_(float("inf"))
+    with pytest.raises(UserError, match="losses"):
+        map_data.measure(model, tokens)
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium here: install it to run browser tests")
-def test_a_real_browser_draws_it_and_runs_no_token(in_tmp):
-    """Chromium has the points and a canvas; a token that looks like HTML stays text."""
-    hostile = CharTokenizer(["<script>document.title='pwned'</script>", "<b>", "a", "b"])
-    make_checkpoint("x.pt", hostile)
-    model, *_ = visualize_coords.load_model("x.pt")
-    z, mass = visualize_coords.coordinates(model, [0, 1, 2, 3, 2, 1], None)
-    labels = [hostile.label(i) for i in (0, 1, 2, 3, 2, 1)]
-    title = "<script>document.title='pwned'</script>"
-    figure = visualize_coords.figure(z, mass, labels, title)
-    assert all("<" not in row[0] for row in figure.data[0].customdata)
-    probe = """<script>window.addEventListener('load', () => setTimeout(() => {
-        const plot = document.querySelector('.js-plotly-plot');
-        document.body.dataset.points = plot._fullData[0]._length;
-        document.body.dataset.canvas = plot.querySelectorAll('canvas').length;
-        const buttons = [...plot.querySelectorAll('.modebar-btn')].map(b => b.outerHTML).join();
-        document.body.dataset.cloud = /cloud|share/i.test(buttons);
-        document.body.dataset.title = document.title;
-    }, 500));</script></body>"""
-    page = probe.join(to_page(figure, title).rsplit("</body>", 1))
-    (in_tmp / "map.html").write_text(page)
-    flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --no-first-run"
-    flags += " --enable-unsafe-swiftshader --virtual-time-budget=8000 --dump-dom"
-    result = subprocess.run(
-        [BROWSER, *flags.split(), f"--user-data-dir={in_tmp}/profile", f"file://{in_tmp}/map.html"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert 'data-points="6"' in result.stdout, result.stderr[-2000:]
-    assert 'data-canvas="0"' not in result.stdout and "data-canvas" in result.stdout
-    assert 'data-cloud="false"' in result.stdout
-    assert 'data-title="pwned"' not in result.stdout
+def test_json_cannot_end_its_script():
+    hostile = "</script><!--<script>&\u2028\u2029\"'\\\ud800"
+    text = json_for_script({"a": hostile})
+    assert not set("<>&\u2028\u2029") & set(text)
+    assert json.loads(text) == {"a": hostile}
+    text.encode()

@@ -1,0 +1,216 @@
+// What the page was given, unpacked; colours; and numbers as people read them.
+
+const GIVEN = JSON.parse(document.getElementById("data").textContent);
+
+const unpacked = (base64, ArrayType) => {
+  const text = atob(base64);
+  const bytes = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+  return new ArrayType(bytes.buffer);
+};
+
+// The lowest and highest of points, by axis.
+const boxAround = (points) =>
+  [Math.min, Math.max].map((extreme) =>
+    [0, 1, 2].map((axis) =>
+      points.reduce((found, point) => extreme(found, point[axis]), points[0][axis]),
+    ),
+  );
+
+class Run {
+  constructor(given) {
+    Object.assign(this, given);
+    this.count = this.labels.length;
+    this.z = unpacked(given.z, Int16Array);
+    this.sources = unpacked(given.sources, Uint16Array);
+    this.weights = unpacked(given.weights, Uint16Array);
+    this.boxes = this.points.map(boxAround);
+    const [low, high] = boxAround(this.boxes.flat());
+    this.box = [low, high];
+    this.half = low.map((x, axis) => (1.06 * (high[axis] - x)) / 2 || 0.5);
+    // Of the whole picture's size, how much each layer fills.
+    this.fills = this.boxes.map(
+      ([from, to]) =>
+        Math.max(...from.map((x, axis) => (1.06 * (to[axis] - x)) / 2 / this.half[axis])) || 1,
+    );
+    this.isUneven = Math.min(...this.fills) < 0.4;
+  }
+
+  // Middle and half width of what is drawn, by axis: of all layers, or of one (or between two).
+  frame(at, isFit) {
+    const middleOf = ([low, high]) => low.map((x, axis) => (x + high[axis]) / 2);
+    if (!isFit) return { middle: middleOf(this.box), half: this.half, size: 1 };
+    const [before, after] = [Math.floor, Math.ceil].map((round) => round(this.layerOf(at)));
+    const share = this.layerOf(at) - before;
+    const [from, to] = [before, after].map((layer) => middleOf(this.boxes[layer]));
+    const size = this.fills[before] ** (1 - share) * this.fills[after] ** share;
+    return {
+      middle: from.map((x, axis) => x + (to[axis] - x) * share),
+      half: this.half.map((x) => x * size),
+      size,
+    };
+  }
+
+  layerOf(layer) {
+    return Math.min(layer, this.numLayers);
+  }
+
+  // Where a token is, also between two layers.
+  place(layer, token) {
+    const at = this.layerOf(layer);
+    const before = Math.floor(at);
+    const [from, to] = [this.points[before][token], this.points[Math.ceil(at)][token]];
+    return from.map((x, axis) => x + (to[axis] - x) * (at - before));
+  }
+
+  // [{token, weight}] of the strongest sources under a head, or under "mean".
+  pulls(layer, head, token) {
+    const block = this.layerOf(layer) - 1;
+    if (block < 0) return [];
+    const which = head === "mean" || head >= this.numHeads ? this.numHeads : head;
+    const row = (block * (this.numHeads + 1) + which) * this.count + token;
+    const found = [];
+    for (let n = row * this.numStored; n < (row + 1) * this.numStored; n++) {
+      if (this.weights[n]) found.push({ token: this.sources[n], weight: this.weights[n] / 65535 });
+    }
+    return found;
+  }
+
+  // Between two tokens' coordinates z, not between their pictures.
+  distance(layer, one, other) {
+    const start = this.layerOf(layer) * this.count;
+    let sum = 0;
+    for (let c = 0; c < this.numCoords; c++) {
+      const difference =
+        this.z[(start + one) * this.numCoords + c] - this.z[(start + other) * this.numCoords + c];
+      sum += difference * difference;
+    }
+    return Math.sqrt(sum) * this.zScale;
+  }
+
+  twins(token) {
+    const same = [];
+    for (let n = 0; n < this.count; n++)
+      if (n !== token && this.labels[n] === this.labels[token]) same.push(n);
+    return same;
+  }
+
+  tokenAt(character) {
+    let found = 0;
+    for (let n = 0; n < this.count && this.starts[n] <= character; n++) found = n;
+    return found;
+  }
+}
+
+const RUNS = GIVEN.runs.map((given) => new Run(given));
+const DEEPEST = Math.max(...RUNS.map((run) => run.numLayers));
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const calm = matchMedia("(prefers-reduced-motion: reduce)");
+const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+// Cividis (Nuñez, Anderton and Renslow 2018), made for readers with any colour vision.
+const CIVIDIS = [
+  "#00224e",
+  "#123570",
+  "#3b496c",
+  "#575d6d",
+  "#707173",
+  "#8a8678",
+  "#a59c74",
+  "#c3b369",
+  "#e1cc55",
+  "#fee838",
+];
+// Okabe and Ito 2008; the black one is the ink of the page.
+const OKABE_ITO = [
+  "#0072b2",
+  "#e69f00",
+  "#009e73",
+  "#d55e00",
+  "#56b4e9",
+  "#cc79a7",
+  "#f0e442",
+  null,
+];
+const DASHES = ["solid", "dash", "dot", "dashdot"];
+const headLine = (head) => ({
+  color: OKABE_ITO[head % OKABE_ITO.length] ?? css("--ink"),
+  dash: DASHES[Math.floor(head / OKABE_ITO.length) % DASHES.length],
+  width: 2,
+});
+
+const channels = (hex) => [1, 3, 5].map((n) => parseInt(hex.slice(n, n + 2), 16));
+// The dark end is hard to see on black, the light end on white: each theme leaves one out.
+const shade = (share) => {
+  const [low, high] = dark.matches ? [0.22, 1] : [0, 0.94];
+  const at = (low + (high - low) * share) * (CIVIDIS.length - 1);
+  const [one, two] = [CIVIDIS[Math.floor(at)], CIVIDIS[Math.ceil(at)]].map(channels);
+  return `rgb(${one.map((c, n) => Math.round(c + (two[n] - c) * (at % 1))).join(",")})`;
+};
+
+const plain = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
+const number = (x, digits = 3) => {
+  if (x === null || x === undefined) return "none";
+  if (x === 0) return "0";
+  if (Math.abs(x) < 0.0001) return x.toExponential(1);
+  return Math.abs(x) >= 100 ? plain.format(x) : x.toPrecision(digits);
+};
+const percent = (x) => (x >= 0.0995 ? `${Math.round(100 * x)} %` : `${(100 * x).toFixed(1)} %`);
+const plural = (count, word) => `${plain.format(count)} ${word}${count === 1 ? "" : "s"}`;
+
+// What colour can mean: values (null: none), the range as text, what it is called.
+const COLOURS = {
+  mass: { title: "mass", of: (run) => run.mass, tick: (x) => number(x) },
+  position: {
+    title: "position in the text",
+    of: (run) => run.mass.map((_, n) => n),
+    tick: (x) => plain.format(x),
+  },
+  frequency: {
+    title: "times in the text that was counted (log)",
+    of: (run) => run.counts.map((count) => Math.log10(Math.max(count, 0.5))),
+    tick: (x) => plain.format(x < 0 ? 0 : Math.round(10 ** x)),
+  },
+  loss: { title: "loss in nats", of: (run) => run.loss, tick: (x) => number(x) },
+};
+
+const colouring = (run, name) => {
+  const { title, of, tick } = COLOURS[name];
+  const values = of(run);
+  const known = values.filter((x) => x !== null);
+  const [low, high] = [Math.min(...known), Math.max(...known)];
+  const shares = values.map((x) => (x === null ? null : (x - low) / (high - low || 1)));
+  return {
+    title,
+    low: tick(low),
+    high: tick(high),
+    colours: shares.map((x) => (x === null ? css("--faint") : shade(x))),
+  };
+};
+
+// Text goes into the page as text, whatever it says.
+const element = (name, properties = {}, ...children) => {
+  const made = document.createElement(name);
+  const { dataset, style, ...others } = properties;
+  Object.assign(made, others);
+  Object.assign(made.dataset, dataset);
+  for (const [key, value] of Object.entries(style ?? {})) made.style.setProperty(key, value);
+  made.append(...children);
+  return made;
+};
+
+// A label with its marks for spaces and line ends paler than its letters.
+const tokenText = (label) =>
+  label
+    .split(/([␣⏎⇥])/)
+    .filter(Boolean)
+    .map((part) =>
+      /[␣⏎⇥]/.test(part) ? element("i", { className: "mark", textContent: part }) : part,
+    );
+const chip = (label) => element("code", { className: "chip" }, ...tokenText(label));
+
+const cut = (label) => (label.length > 24 ? `${label.slice(0, 23)}…` : label);
+// Plotly's 3-D text reads a few tags, and no entities: a space of no width after "<" breaks a tag.
+const tagless = (label) => cut(label).replaceAll("<", "<\u200b");
+// Plotly's charts read a little HTML, and entities.
+const escaped = (text) => text.replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);

@@ -1,0 +1,123 @@
+"""What each head became: its numbers, its field by distance, and where its pull comes from."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from gravity import gravity_field
+
+LONGEST_FIELD = 100_000  # tokens
+NEAR = 32  # tokens back up to which every distance is shown
+FAR_STEPS = 60
+
+
+def distances(limit):
+    """Whole tokens back, each of the nearest and ever fewer of the far, up to `limit`."""
+    near = np.arange(min(NEAR, limit) + 1)
+    if limit <= NEAR:
+        return near
+    far = np.geomspace(NEAR, limit, FAR_STEPS).round().astype(int)
+    return np.unique(np.concatenate([near, far]))
+
+
+@torch.no_grad()
+def heads_table(model, profile):
+    """A dict a head: what it learned, and what it looks at in the text.
+
+    Args:
+        profile: (L, H, T), see `map_data.Pulls`.
+
+    Returns:
+        L * H dicts of numbers; None where the law or the head has no such thing.
+    """
+    table = []
+    for layer, block in enumerate(model.layers):
+        settings = _settings(block.attn, model.config)
+        for head in range(model.config.num_heads):
+            learned = {name: _number(values, head) for name, values in settings.items()}
+            looks = _looks(profile[layer, head])
+            table.append({"layer": layer + 1, "head": head, **learned, **looks})
+    return table
+
+
+def _settings(attn, config):
+    if config.law == "published":
+        return {
+            "gamma": F.softplus(attn.gamma_raw),
+            "bias": attn.gravity_bias,
+            "radius": attn.radius,
+        }
+    retardation = attn.retardation
+    if retardation is not None:
+        retardation = retardation.view(config.num_heads, -1).mean(1)
+    return {
+        "time_scale": attn.time_scale,
+        "time_offset": attn.time_offset,
+        "radius": attn.radius,
+        "window": attn.window,
+        "retardation": retardation,
+    }
+
+
+def _number(values, head):
+    if values is None:
+        return None
+    value = float(values.flatten()[head % values.numel()])
+    return value if np.isfinite(value) else None
+
+
+def _looks(profile):
+    """Of the shares by distance (T,): the commonest distance, the mean, and the near 90 %."""
+    total = profile.sum()
+    if total == 0:
+        return dict.fromkeys(("most_distance", "most_share", "one_back", "mean_distance", "within"))
+    shares = profile / total
+    most = int(shares.argmax())
+    return {
+        "most_distance": most,
+        "most_share": float(shares[most]),
+        "one_back": float(shares[1]) if len(shares) > 1 else 0.0,
+        "mean_distance": float(shares @ np.arange(len(shares))),
+        "within": int(np.searchsorted(shares.cumsum(), 0.9 - 1e-9)),
+    }
+
+
+@torch.no_grad()
+def field_by_distance(model, num_tokens):
+    """The field of a mass of 1 at no distance but that of time.
+
+    Returns:
+        `(distances (D,), field (L, H, D))`; `(None, None)` under the published law, which knows no
+        time.
+    """
+    if model.config.law == "published":
+        return None, None
+    attns = [layer.attn for layer in model.layers]
+    windows = torch.cat([attn.window for attn in attns])
+    reached = windows[windows.isfinite()]
+    longest = float(reached.max()) if len(reached) else 0.0
+    back = distances(int(min(max(num_tokens - 1, np.ceil(longest) + 1), LONGEST_FIELD)))
+    heads, device = model.config.num_heads, windows.device
+    q = torch.zeros(1, heads, 1, 1, device=device)
+    k = torch.zeros(1, heads, len(back), 1, device=device)
+    mass = torch.ones(1, len(back), device=device)
+    now = int(back[-1])
+    positions = now - torch.as_tensor(back, device=device)
+    here = torch.tensor([now], device=device)
+    fields = [
+        gravity_field(q, k, mass, query_positions=here, key_positions=positions, **attn.law())
+        for attn in attns
+    ]
+    return back, torch.stack([field[0, :, 0] for field in fields]).cpu().numpy()
+
+
+def pull_by_distance(profile):
+    """Shares of the pull by distance, of far ones the mean over a span of distances.
+
+    Returns:
+        `(distances (D,), shares (L, H, D))`.
+    """
+    edges = distances(profile.shape[-1] - 1)
+    ends = np.append(edges[1:], profile.shape[-1])
+    sums = np.concatenate([np.zeros((*profile.shape[:2], 1)), profile.cumsum(-1)], -1)
+    return edges, (sums[..., ends] - sums[..., edges]) / (ends - edges)

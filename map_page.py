@@ -1,0 +1,116 @@
+"""The map as one HTML document: what was measured, packed, and the page's own files around it."""
+
+import base64
+import html
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from plotly.offline import get_plotlyjs
+
+from map_data import Measured
+from page import json_for_script
+
+HERE = Path(__file__).resolve().parent
+SCRIPTS = (
+    *("map_data.js", "map_scene.js", "map_side.js", "map_heads.js", "map_vocabulary.js"),
+    "map_page.js",
+)
+LARGEST_SHARE = 65535  # a share of 1 as the page keeps it
+LARGEST_COORDINATE = 32767
+
+
+@dataclass
+class Run:
+    """A checkpoint on a text. `starts`: the character at which each token begins."""
+
+    name: str
+    step: int
+    law: str
+    source: str
+    labels: list
+    guesses: list
+    starts: list
+    measured: Measured
+    points: np.ndarray
+    axes: list
+    counts: list
+    counted: str
+    is_corpus: bool
+    heads: list
+    field: tuple
+    pull: tuple
+    vocabulary: dict
+
+
+def run_data(run):
+    """A run as plain types, large arrays in base64 (little-endian)."""
+    measured, pulls = run.measured, run.measured.pulls
+    scale = float(np.abs(measured.z).max()) / LARGEST_COORDINATE
+    back, field = run.field
+    layers, heads, _, stored = pulls.sources.shape
+    return {
+        "name": run.name,
+        "step": run.step,
+        "law": run.law,
+        "source": run.source,
+        "labels": run.labels,
+        "guesses": run.guesses,
+        "chances": _rounded(measured.chances, 4),
+        "starts": run.starts,
+        "mass": _rounded(measured.mass, 5),
+        "loss": [None, *_rounded(measured.loss[1:], 4)],
+        "counts": run.counts,
+        "counted": run.counted,
+        "isCorpus": run.is_corpus,
+        "points": _significant(run.points, 5),
+        "axes": run.axes,
+        "numLayers": layers,
+        "numHeads": heads - 1,
+        "numStored": stored,
+        "numCoords": measured.z.shape[2],
+        "z": _packed(measured.z / scale, "<i2"),
+        "zScale": scale,
+        "sources": _packed(pulls.sources, "<u2"),
+        "weights": _packed(pulls.weights * LARGEST_SHARE, "<u2"),
+        "heads": run.heads,
+        "field": None if back is None else {"back": back.tolist(), "of": _significant(field, 4)},
+        "pull": {"back": run.pull[0].tolist(), "of": _significant(run.pull[1], 6)},
+        "vocabulary": run.vocabulary,
+    }
+
+
+def _packed(values, dtype):
+    return base64.b64encode(np.rint(values).astype(dtype).tobytes()).decode()
+
+
+def _rounded(values, digits):
+    return np.round(values, digits).tolist()
+
+
+def _significant(values, digits):
+    """As nested lists, with so many digits of the largest."""
+    largest = float(np.abs(values).max())
+    return (
+        _rounded(values, digits - int(np.ceil(np.log10(largest)))) if largest else values.tolist()
+    )
+
+
+def map_page(runs, title, layer):
+    """The document.
+
+    Args:
+        runs: one or two of `run_data`.
+        title: of the page.
+        layer: that it opens at.
+    """
+    parts = {
+        "title": html.escape(title),
+        "style": (HERE / "map_page.css").read_text(encoding="utf-8"),
+        "data": json_for_script({"layer": layer, "runs": runs}),
+        "plotly": get_plotlyjs(),
+        "script": "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS),
+    }
+    skeleton = (HERE / "map_page.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], skeleton)

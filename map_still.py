@@ -1,0 +1,147 @@
+"""Stills as PNG files: of the map, and of every head's field by distance."""
+
+import io
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+
+NAMED = 10  # heaviest tokens of the text
+LONGEST_NAME = 24
+# Okabe and Ito 2008, as on the page
+PALETTE = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#f0e442", "#22262b")
+LINES = ("-", "--", ":", "-.")
+INK, SOFT, FAINT = "#22262b", "#5b6470", "#8b93a0"
+STYLE = {"grid.color": "#e1e5ea", "grid.linewidth": 0.6, "axes.edgecolor": "#b9c0c9"}
+
+
+def still(runs, layer):
+    """The map after `layer` blocks, runs side by side, with the trails that led there.
+
+    Args:
+        runs: one or two of `map_page.Run`.
+
+    Returns:
+        PNG bytes.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.2 * len(runs), 7.2), dpi=110, facecolor="white")
+        for n, run in enumerate(runs):
+            axes = figure.add_subplot(1, len(runs), n + 1, projection="3d", computed_zorder=False)
+            _draw(figure, axes, run, min(layer, len(run.points) - 1))
+        return _png(figure)
+
+
+def heads_still(runs):
+    """The field of every head by distance, a panel a block and a row a run.
+
+    Under the published law, which knows no time, the pull that was measured instead.
+
+    Returns:
+        PNG bytes.
+    """
+    columns = max(len(run.points) - 1 for run in runs)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.1 * columns, 3.0 * len(runs)), dpi=110, facecolor="white")
+        panels = figure.subplots(len(runs), columns, squeeze=False)
+        for run, row in zip(runs, panels, strict=True):
+            is_field = run.field[0] is not None
+            back, curves = run.field if is_field else run.pull
+            for block, axes in enumerate(row):
+                if block >= len(curves):
+                    axes.set_visible(False)
+                    continue
+                _draw_heads(axes, back, curves[block])
+                axes.set_title(f"block {block + 1}", fontsize=10, color=INK)
+            row[0].set_ylabel("field" if is_field else "share of the pull", color=SOFT)
+            row[len(curves) - 1].legend(fontsize=7, frameon=False)
+        figure.suptitle(
+            ", ".join(f"{run.name}, step {run.step:,}" for run in runs),
+            fontsize=11,
+            color=INK,
+            parse_math=False,
+        )
+        figure.tight_layout()
+        return _png(figure)
+
+
+def _draw_heads(axes, back, curves):
+    for head, values in enumerate(curves):
+        color, style = PALETTE[head % len(PALETTE)], LINES[head // len(PALETTE) % len(LINES)]
+        axes.plot(1 + back, values, color=color, linestyle=style, label=f"head {head + 1}")
+    ticks = [tick for tick in (0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000) if tick <= back[-1]]
+    axes.set_xscale("log")
+    axes.set_xticks([1 + tick for tick in ticks], [f"{tick:,}" for tick in ticks], rotation=45)
+    axes.minorticks_off()
+    axes.tick_params(labelsize=7, labelcolor=SOFT)
+    axes.set_xlabel("tokens back", fontsize=8, color=SOFT)
+    axes.grid(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _png(figure):
+    png = io.BytesIO()
+    figure.savefig(png, format="png", bbox_inches="tight", pad_inches=0.15)
+    return png.getvalue()
+
+
+def _draw(figure, axes, run, layer):
+    points, mass = run.points[layer], run.measured.mass
+    spread = float(np.ptp(mass)) or 1.0
+    if layer:
+        for trail in run.points[: layer + 1].transpose(1, 2, 0):
+            axes.plot(*trail, color=FAINT, linewidth=0.5, alpha=0.35, zorder=1)
+    drawn = axes.scatter(
+        *points.T,
+        c=mass,
+        s=14 + 110 * (mass - mass.min()) / spread,
+        cmap="cividis",
+        edgecolors="white",
+        linewidths=0.4,
+        depthshade=False,
+        zorder=2,
+    )
+    for token in _to_name(run.labels, mass):
+        axes.text(
+            *points[token],
+            "  " + run.labels[token][:LONGEST_NAME],
+            fontsize=9,
+            color=INK,
+            zorder=3,
+            parse_math=False,
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
+        )
+    passed = run.points[: layer + 1]
+    low, high = passed.min((0, 1)), passed.max((0, 1))
+    extent = np.maximum(high - low, 1e-9)
+    axes.set(
+        xlim=(low[0], high[0]) if extent[0] > 1e-9 else None,
+        ylim=(low[1], high[1]) if extent[1] > 1e-9 else None,
+        zlim=(low[2], high[2]) if extent[2] > 1e-9 else None,
+    )
+    axes.set_box_aspect(np.maximum(extent, 0.3 * extent.max()), zoom=0.92)
+    for axis, name in zip((axes.xaxis, axes.yaxis, axes.zaxis), run.axes, strict=True):
+        axis.set_label_text(name, fontsize=8, color=SOFT)
+        axis.set_pane_color((0.97, 0.975, 0.98, 1))
+        axis.set_tick_params(labelsize=7, labelcolor=FAINT)
+    axes.view_init(elev=22, azim=45)
+    blocks = len(run.points) - 1
+    where = "before the first block" if layer == 0 else f"after block {layer} of {blocks}"
+    axes.set_title(
+        f"{len(run.labels)} tokens {where}\n{run.name}, step {run.step:,}",
+        fontsize=11,
+        color=INK,
+        y=0.97,
+        parse_math=False,
+    )
+    bar = figure.colorbar(drawn, ax=axes, shrink=0.45, pad=0.06)
+    bar.set_label("mass (colour and size)", fontsize=8, color=SOFT)
+    bar.ax.tick_params(labelsize=7, labelcolor=FAINT)
+    bar.outline.set_visible(False)
+
+
+def _to_name(labels, mass):
+    """The last place in the text of each of its heaviest tokens."""
+    last = {label: n for n, label in enumerate(labels)}
+    return sorted(last.values(), key=lambda n: -mass[n])[:NAMED]

@@ -1,0 +1,84 @@
+"""The vocabulary's masses and how often each token occurs."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from errors import UserError, warn
+from token_files import open_token_data
+
+COUNTED_AT_ONCE = 1 << 22
+LISTED = 20  # heaviest, and lightest
+PLOTTED = 4000
+
+
+def token_data(checkpoint, tokenizer):
+    """The token files that a checkpoint was trained on.
+
+    Raises:
+        UserError: where they are not here, damaged, or of another tokenizer.
+    """
+    directory = checkpoint["config"].get("token_directory")
+    if not isinstance(directory, str) or not Path(directory).is_dir():
+        raise UserError("the text that this checkpoint was trained on is not here")
+    data = open_token_data(directory)
+    if data.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"{directory} is of another tokenizer")
+    return data
+
+
+def frequencies(data, tokens, vocab_size):
+    """How often each token occurs in the training text, or in the shown text where that is gone.
+
+    Args:
+        data: a `TokenData`, or None.
+        tokens: ids of the shown text.
+
+    Returns:
+        `(counts (vocab_size,), what was counted, in words)`.
+    """
+    if data is None:
+        return np.bincount(tokens, minlength=vocab_size), f"the {len(tokens):,} tokens shown"
+    ids, counts = data.train, np.zeros(vocab_size, np.int64)
+    bar = tqdm(total=len(ids), unit=" tokens", unit_scale=True, desc="counting", delay=1.0)
+    with bar:
+        for start in range(0, len(ids), COUNTED_AT_ONCE):
+            part = np.asarray(ids[start : start + COUNTED_AT_ONCE])
+            counts += np.bincount(part, minlength=vocab_size)
+            bar.update(len(part))
+    return counts, f"the {len(ids):,} tokens of the training text"
+
+
+def training_text_or_none(checkpoint, tokenizer):
+    """As `token_data`, and None, with a warning where there is something to put right."""
+    try:
+        return token_data(checkpoint, tokenizer)
+    except UserError as error:
+        if "is not here" not in str(error):
+            warn(f"frequencies are of the shown text: {error}")
+        return None
+
+
+@torch.no_grad()
+def vocabulary(model, tokenizer, counts):
+    """Masses and counts, heaviest first.
+
+    Returns:
+        A dict: `size`; `labels`, `masses`, `counts` of at most `PLOTTED` tokens, the heaviest and
+        the lightest `LISTED` among them and the others evenly over the order; `median`.
+    """
+    device = model.token_emb.weight.device
+    masses = model.mass(torch.arange(model.config.vocab_size, device=device)).cpu().numpy()
+    order = (-masses).argsort(kind="stable")
+    if len(order) > PLOTTED:
+        middle = np.linspace(LISTED, len(order) - LISTED - 1, PLOTTED - 2 * LISTED).astype(int)
+        order = np.concatenate([order[:LISTED], order[middle], order[-LISTED:]])
+    return {
+        "size": len(masses),
+        "labels": [tokenizer.label(int(token)) for token in order],
+        "masses": [round(float(masses[token]), 5) for token in order],
+        "counts": [int(counts[token]) for token in order],
+        "median": float(np.median(masses)),
+    }
