@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from google.protobuf import text_format
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from torch.utils.tensorboard import summary
 
@@ -31,6 +32,7 @@ HYPERPARAMETERS = (
     *("dropout", "batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay"),
     *("max_steps", "seed"),
 )
+SHOWN_FIRST = ("model", "law", "pos", "parameters", "learning_rate")
 
 
 class Dashboard:
@@ -134,6 +136,11 @@ def _hyperparameters(config):
     known = {name: shown(config[name]) for name in HYPERPARAMETERS if name in config}
     metrics = dict.fromkeys(COMPARED, 0.0)
     experiment, _, end = summary.hparams(known, metrics)
+    plugin_data = experiment.value[0].metadata.plugin_data
+    content = HParamsPluginData.FromString(plugin_data.content)
+    for info in content.experiment.hparam_infos:  # the page opens with columns of what differs
+        info.differs = info.name in SHOWN_FIRST
+    plugin_data.content = content.SerializeToString()
     model, other = ("ngt", "vanilla") if config.get("model") == "ngt" else ("vanilla", "ngt")
     foreign = set(model_fields(other)) - set(model_fields(model))
     mine = {name: value for name, value in known.items() if name not in foreign}
