@@ -20,9 +20,10 @@ MOST_ROWS = 1000  # as many points of a curve as TensorBoard's page draws
 MOST_HISTOGRAMS = 16_000  # in all, of half a kilobyte each
 MOST_TIMES = 200  # that they are written
 MOST_SAMPLES = 50
+LONGEST_SAMPLE = 10_000  # characters, however long the tokens are
 PROMPT_TOKENS = 16
 PROJECTOR_LIMIT = 10_000  # labels beyond which TensorBoard's page becomes sluggish
-PROJECTOR_NUMBERS = 1 << 20  # of an embedding, some ten bytes each
+PROJECTOR_NUMBERS = 1 << 21  # of an embedding, some ten bytes each
 COMPARED = {"val_loss": "validation loss", "perplexity": "perplexity", "bits_per_byte": "bits/byte"}
 AGAINST = {"": "steps", "by_tokens/": "tokens", "by_seconds/": "seconds of training"}
 HYPERPARAMETERS = (
@@ -186,7 +187,7 @@ def sample_text(model, data, max_new_tokens, seed):
             stream.feed(drawn[-1:])
     finally:
         model.train(was_training)
-    return data.tokenizer.decode(prompt + drawn)
+    return data.tokenizer.decode(prompt + drawn)[:LONGEST_SAMPLE]
 
 
 def as_code(text):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from dashboard import Dashboard
 from data import eval_batches, eval_windows
@@ -18,6 +17,7 @@ from errors import UserError, warn, write_whole
 from event_file import append_whole
 from gravity_blocked import cpu_multiplies_bf16
 from model import NGT, repulsion_loss
+from progress import evaluation_bar
 from ranks import Ranks
 
 
@@ -39,16 +39,7 @@ def evaluate(model, data, block_size, eval_iters, device, autocast, ranks=None):
     total, count, repulsion = 0.0, 0, None
     batches = eval_batches(data.valid, block_size, eval_iters, windows)
     count_of_batches = -(-len(eval_windows(data.valid, block_size, eval_iters)) // windows)
-    bar = tqdm(
-        batches,
-        "evaluating",
-        count_of_batches,
-        leave=False,
-        delay=2,
-        disable=None if ranks.is_main else True,
-        position=0,  # where the training's line was: a line of its own would scroll the screen
-        dynamic_ncols=True,
-    )
+    bar = evaluation_bar(batches, count_of_batches, ranks.is_main)
     for number, (inputs, targets) in enumerate(bar):
         if number % ranks.size != ranks.rank:
             continue
@@ -115,7 +106,8 @@ class RunLog:
             if start_step == 0:
                 self._clear()
             last_row = self._cut_rows(start_step)
-            (self.directory / "config.json").write_text(json.dumps(config, indent=2))
+            self._config = json.dumps(config, indent=2).encode()
+            write_whole(self.directory / "config.json", self._config)
             self.dashboard = Dashboard(self.directory, config, start_step, last_row)
         except OSError as error:
             raise UserError(
@@ -145,6 +137,8 @@ class RunLog:
         """Append one evaluation to metrics.jsonl and TensorBoard."""
         # JSON has no NaN
         finite = {k: v if v is None or math.isfinite(v) else None for k, v in row.items()}
+        if not (self.directory / "config.json").exists():  # somebody has tidied runs/ up
+            write_whole(self.directory / "config.json", self._config)
         append_whole(self.directory / "metrics.jsonl", (json.dumps(finite) + "\n").encode())
         self.dashboard.row(row)
 

@@ -1,7 +1,7 @@
 """Training in the terminal: a table of evaluations and, below it, one line that lives."""
 
 import contextlib
-import shutil
+import os
 import sys
 import time
 
@@ -39,11 +39,17 @@ def _cells(row, seconds_left):
     }
 
 
+def _width(terminal):
+    with contextlib.suppress(OSError, ValueError):
+        return os.get_terminal_size(terminal.fileno()).columns or 80  # 0 where nobody has set it
+    return 80
+
+
 def _fitting_columns():
     """The titles of the first columns that a terminal has room for, all where there is none."""
     if not sys.stdout.isatty():
         return list(COLUMNS)
-    room = shutil.get_terminal_size().columns
+    room = _width(sys.stdout)
     fitting, used = [], 0
     for title, width in COLUMNS.items():
         used += width + bool(fitting)
@@ -57,14 +63,35 @@ def _aligned(cells, titles):
     return " ".join(f"{cells[title]:>{COLUMNS[title]}}" for title in titles)
 
 
-class _Line(tqdm):
+class _Bar(tqdm):
+    """A bar that wipes the rest of its line: spaces up to its old end would wrap where the
+    terminal has become narrower."""
+
+    @property
+    def format_dict(self):
+        values = super().format_dict
+        room = len("^C") + 1  # what the terminal shows of a Ctrl-C must not wrap either
+        return values | {"ncols": values["ncols"] and max(1, values["ncols"] - room)}
+
+    @staticmethod
+    def status_printer(file):
+        if os.environ.get("TERM", "dumb") == "dumb":
+            return tqdm.status_printer(file)
+
+        def print_status(line):
+            file.write(f"\r{line}\x1b[K")
+            file.flush()
+
+        return print_status
+
+
+class _Line(_Bar):
     """One line of the terminal; `says` holds ways to say it, the fullest first."""
 
     says = ("",)
 
     def __str__(self):
-        columns = self.dynamic_ncols(self.fp) if self.dynamic_ncols else None
-        room = (columns or 80) - 1  # a full line would wrap in some terminals
+        room = _width(self.fp) - 1  # a full line would wrap in some terminals
         return next((line for line in self.says if len(line) <= room), self.says[-1][:room])
 
 
@@ -151,6 +178,23 @@ class TrainingDisplay:
         self._spoke = time.monotonic()
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
+
+
+def evaluation_bar(batches, count, shown=True):
+    """Iterate over an evaluation's batches under a bar, if it takes more than two seconds.
+
+    It stands where the training's line was: a line of its own would scroll the screen.
+    """
+    return _Bar(
+        batches,
+        "evaluating",
+        count,
+        leave=False,
+        delay=2,
+        disable=None if shown else True,
+        position=0,
+        dynamic_ncols=True,
+    )
 
 
 @contextlib.contextmanager
