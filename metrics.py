@@ -137,9 +137,9 @@ class RunLog:
         """Append one evaluation to metrics.jsonl and TensorBoard."""
         # JSON has no NaN
         finite = {k: v if v is None or math.isfinite(v) else None for k, v in row.items()}
+        append_whole(self.directory / "metrics.jsonl", (json.dumps(finite) + "\n").encode())
         if not (self.directory / "config.json").exists():  # somebody has tidied runs/ up
             write_whole(self.directory / "config.json", self._config)
-        append_whole(self.directory / "metrics.jsonl", (json.dumps(finite) + "\n").encode())
         self.dashboard.row(row)
 
 
