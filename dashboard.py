@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import textwrap
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ MOST_TIMES = 200  # that they are written
 MOST_SAMPLES = 50
 LONGEST_SAMPLE = 10_000  # characters, however long the tokens are
 PROMPT_TOKENS = 16
+SAMPLE_WIDTH = 100  # columns
 PROJECTOR_LIMIT = 10_000  # labels beyond which TensorBoard's page becomes sluggish
 PROJECTOR_NUMBERS = 1 << 21  # of an embedding, some ten bytes each
 COMPARED = {"val_loss": "validation loss", "perplexity": "perplexity", "bits_per_byte": "bits/byte"}
@@ -191,12 +193,15 @@ def sample_text(model, data, max_new_tokens, seed):
 
 
 def as_code(text):
-    """Markdown that shows any text as it is: a code block, what cannot be printed as an escape."""
-    lines = text.replace("\r\n", "\n").split("\n")
-    return "\n".join(
-        "    " + "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
-        for line in lines
-    )
+    """Markdown that shows any text as it is: a code block, what cannot be printed as an escape.
+
+    Long lines are wrapped, since TensorBoard's page cuts them off.
+    """
+    lines = []
+    for line in text.replace("\r\n", "\n").split("\n"):
+        shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
+        lines += textwrap.wrap(shown, SAMPLE_WIDTH, drop_whitespace=False) or [""]
+    return "\n".join("    " + line for line in lines)
 
 
 def write_projector(directory, embeddings, columns, step):

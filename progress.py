@@ -113,7 +113,8 @@ class TrainingDisplay:
         self.shown = shown
         self._titles = None
         self._first = None  # (steps done, clock) after the first step, which may have compiled
-        self._seconds_a_step = None
+        self._seconds_a_step = None  # of late
+        self._seconds_stepping = 0.0
         self._spoke = time.monotonic()
         terminal = next((s for s in (sys.stderr, sys.stdout) if s.isatty()), None)
         self._line = _Line(
@@ -138,6 +139,8 @@ class TrainingDisplay:
         self.done += 1
         if self._first is None:
             self._first, self._seconds_a_step = (self.done, now), seconds
+        else:
+            self._seconds_stepping += seconds
         self._seconds_a_step += 0.1 * (seconds - self._seconds_a_step)
         self._line.says = self._says(loss, now)
         self._line.update()
@@ -146,9 +149,10 @@ class TrainingDisplay:
             print(self._line.says[0], file=sys.stderr, flush=True)
 
     def _says(self, loss, now):
-        steps, clock = self._first
-        # evaluations included
-        pace = (now - clock) / (self.done - steps) if self.done > steps else self._seconds_a_step
+        first_step, started = self._first
+        # what evaluations and checkpoints have added to a step so far
+        besides = now - started - self._seconds_stepping
+        pace = self._seconds_a_step + max(0.0, besides) / max(1, self.done - first_step)
         left = time_left((self.total - self.done) * pace)
         speed = self.tokens_per_step / self._seconds_a_step
         short = tqdm.format_sizeof(speed)
