@@ -118,8 +118,10 @@ class RunLog:
     def _clear(self):
         for path in self.directory.glob("events.out.tfevents.*"):
             path.unlink()
-        for path in self.directory.iterdir():  # the embedding projector's
-            if path.is_dir() and (path.name == "projector" or (path / "default").is_dir()):
+        (self.directory / "projector_config.pbtxt").unlink(missing_ok=True)
+        for path in self.directory.iterdir():
+            # an older release kept the projector's files in folders named after the step
+            if path.name == "projector" or (path / "token_embedding").is_dir():
                 shutil.rmtree(path)
 
     def _cut_rows(self, start_step):

@@ -125,9 +125,11 @@ class TrainingDisplay:
             leave=False,
             dynamic_ncols=True,
         )
+        self._line.says = (f"step {initial:,}/{total:,}",)
 
     def __enter__(self):
         self._write_header()
+        self._line.refresh()
         return self
 
     def __exit__(self, *_):

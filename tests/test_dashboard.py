@@ -321,6 +321,8 @@ def test_the_projector_is_bounded(in_tmp, monkeypatch):
     Dashboard(in_tmp, CONFIG).projector(model, data.tokenizer, 3)
     (tensors,) = in_tmp.rglob("tensors.tsv")
     assert len(tensors.read_text().splitlines()) == 5
+    RunLog(in_tmp, CONFIG)  # starts over
+    assert sorted(path.name.split(".")[0] for path in in_tmp.iterdir()) == ["config", "events"]
 
 
 @pytest.fixture
