@@ -27,6 +27,7 @@ SAMPLE_WIDTH = 100  # columns
 PROJECTOR_LIMIT = 10_000  # labels beyond which TensorBoard's page becomes sluggish
 PROJECTOR_NUMBERS = 1 << 21  # of an embedding, some ten bytes each
 COMPARED = {"val_loss": "validation loss", "perplexity": "perplexity", "bits_per_byte": "bits/byte"}
+REWRITTEN = ("_hparams_", "by_tokens", "by_seconds")  # tags that a resumed run writes anew
 AGAINST = {"": "steps", "by_tokens/": "tokens", "by_seconds/": "seconds of training"}
 HYPERPARAMETERS = (
     *("model", "law", "pos", "dataset", "tokenizer", "vocab_size", "parameters", "hidden_dim"),
@@ -44,23 +45,25 @@ class Dashboard:
     Args:
         directory: the run's, a `Path`.
         config: the run's configuration.
-        start_step: 0 for a new run, else the resumed step.
-        last_row: the last evaluation up to `start_step`, a row of metrics.jsonl, or None. What an
-            earlier attempt wrote past it is cut.
+        start_step: 0 for a new run, else the resumed step; what an earlier attempt wrote past it
+            is cut.
+        rows: the evaluations up to there, rows of metrics.jsonl.
     """
 
-    def __init__(self, directory, config, start_step=0, last_row=None):
+    def __init__(self, directory, config, start_step=0, rows=()):
         self.directory, self.config = directory, config
-        last_row = {"tokens": 0, "wall_time": 0.0} | (last_row or {})
-        self._second = int(last_row["wall_time"])
-        limits = {"by_tokens": last_row["tokens"], "by_seconds": self._second}
 
         def is_kept(tag, step):
-            group = tag.split("/")[0]
-            return group != "_hparams_" and step <= limits.get(group, start_step)
+            return step <= start_step and tag.split("/")[0] not in REWRITTEN
 
         *head, self._finished = _hyperparameters(config)
         self._events = EventFile(directory, [_layout(), *head], is_kept)
+        self._second = 0
+        for row in rows:
+            if {"tokens", "wall_time", *COMPARED} <= row.keys() and self._is_due(
+                row["step"], MOST_ROWS
+            ):
+                self._compare(row)
 
     def row(self, row):
         """The scalars of one evaluation."""
@@ -68,11 +71,15 @@ class Dashboard:
             return
         values = {name: v for name, v in row.items() if name != "step" and v is not None}
         self._events.append([summary.scalar(*item) for item in values.items()], row["step"])
-        compared = {name: row[name] for name in COMPARED}
-        self._events.append(_grouped("by_tokens", compared), row["tokens"])
+        self._compare(row)
+
+    def _compare(self, row):
+        """The series whose steps are tokens, and seconds of training."""
+        values = {name: row[name] for name in COMPARED if row[name] is not None}
+        self._events.append(_grouped("by_tokens", values), row["tokens"])
         second = int(row["wall_time"])
         if second > self._second:  # steps are whole numbers: one point a second
-            self._events.append(_grouped("by_seconds", compared), second)
+            self._events.append(_grouped("by_seconds", values), second)
             self._second = second
 
     def learned(self, model, data, step):

@@ -105,10 +105,10 @@ class RunLog:
             self.directory.mkdir(parents=True, exist_ok=True)
             if start_step == 0:
                 self._clear()
-            last_row = self._cut_rows(start_step)
+            rows = self._cut_rows(start_step)
             self._config = json.dumps(config, indent=2).encode()
             write_whole(self.directory / "config.json", self._config)
-            self.dashboard = Dashboard(self.directory, config, start_step, last_row)
+            self.dashboard = Dashboard(self.directory, config, start_step, rows)
         except OSError as error:
             raise UserError(
                 f"{self.directory} cannot be written ({error.strerror or error}): free it or give "
@@ -125,15 +125,15 @@ class RunLog:
                 shutil.rmtree(path)
 
     def _cut_rows(self, start_step):
-        """Keep the rows up to `start_step`; returns the last of them, or None."""
+        """Keep the rows up to `start_step`, and return them."""
         path = self.directory / "metrics.jsonl"
         if not path.exists():
-            return None
+            return []
         rows = [row for row in read_metrics(path) if row["step"] <= start_step]
         if start_step == 0:
             rows = []
         write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-        return rows[-1] if rows else None
+        return rows
 
     def evaluation(self, row):
         """Append one evaluation to metrics.jsonl and TensorBoard."""

@@ -156,6 +156,24 @@ def test_a_resumed_run_reads_as_one(in_tmp, small_text):
     assert np.allclose(saved, weights, rtol=1e-4, atol=1e-7)
 
 
+def test_what_an_older_release_left_is_taken_in(in_tmp):
+    """Its event file, and from metrics.jsonl the series that it did not write."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    written = [evaluation(step, 3 - step / 100) for step in (10, 20, 30)]
+    written[0]["perplexity"] = None  # was infinite
+    (in_tmp / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
+    with SummaryWriter(in_tmp) as writer:
+        for row in written:
+            writer.add_scalar("val_loss", row["val_loss"], row["step"])
+    RunLog(in_tmp, CONFIG, start_step=20)
+    events = read(in_tmp)
+    assert steps(events, "val_loss") == [10, 20]
+    assert steps(events, "by_tokens/val_loss") == [5120, 10240]
+    assert steps(events, "by_seconds/val_loss") == [15, 30]
+    assert steps(events, "by_tokens/perplexity") == [10240]
+
+
 def test_samples_change_nothing_of_the_training(in_tmp, small_text):
     """Bit for bit, dropout's random numbers included."""
     common = ("--data-path", small_text, "--max-steps", 20, "--eval-interval", 5)
@@ -209,7 +227,7 @@ def most_bytes():
     def measure(directory, num_layers, num_heads):
         model, data = small(num_layers=num_layers, num_heads=num_heads, hidden_dim=num_heads * 2)
         longest = chr(0x10FFFF)  # escaped, it is longest
-        data.tokenizer.decode = lambda ids: longest * 100 * len(ids)
+        data.tokenizer.decode = lambda ids: longest * 1000 * len(ids)
         board = Dashboard(directory, CONFIG | {"max_steps": 1, "eval_interval": 1})
         sizes = [board._events.path.stat().st_size]
         row = evaluation(1, 4.0) | dict.fromkeys([f"another_number_{n}" for n in range(6)], 1.0)
@@ -294,7 +312,8 @@ def test_a_disk_that_fills_ends_with_one_line(what, max_steps, in_tmp, small_tex
     limit = 60_000  # a checkpoint is smaller
     flags = [*TINY, "--data-path", small_text, "--max-steps", max_steps]
     flags += ["--checkpoint-interval", 10, "--eval-interval", 1, "--checkpoint-path", "c/x"]
-    flags += ["--hidden-dim", 8, "--sample-tokens", 0]
+    # nothing is learned, so that no time goes into writing _best
+    flags += ["--hidden-dim", 8, "--sample-tokens", 0, "--learning-rate", 0]
     filled = subprocess.run(
         [sys.executable, ROOT / "train_shakespeare.py", *map(str, flags)],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
