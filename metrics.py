@@ -10,16 +10,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
+from dashboard import Dashboard
 from data import eval_batches, eval_windows
-from errors import UserError, warn
+from errors import UserError, warn, write_whole
+from event_file import append_whole
 from gravity_blocked import cpu_multiplies_bf16
 from model import NGT, repulsion_loss
+from progress import evaluation_bar
 from ranks import Ranks
-
-PROJECTOR_LIMIT = 10_000  # labels beyond which TensorBoard's page becomes sluggish
 
 
 @torch.no_grad()
@@ -40,10 +39,8 @@ def evaluate(model, data, block_size, eval_iters, device, autocast, ranks=None):
     total, count, repulsion = 0.0, 0, None
     batches = eval_batches(data.valid, block_size, eval_iters, windows)
     count_of_batches = -(-len(eval_windows(data.valid, block_size, eval_iters)) // windows)
-    disable = None if ranks.is_main else True
-    for number, (inputs, targets) in enumerate(
-        tqdm(batches, "evaluating", count_of_batches, leave=False, delay=2, disable=disable)
-    ):
+    bar = evaluation_bar(batches, count_of_batches, ranks.is_main)
+    for number, (inputs, targets) in enumerate(bar):
         if number % ranks.size != ranks.rank:
             continue
         inputs, targets = inputs.to(device), targets.to(device)
@@ -73,23 +70,6 @@ def perplexity(loss):
     return math.exp(loss) if loss < 700 else math.inf
 
 
-HEADER = (
-    f"{'step':>7} {'train':>8} {'val':>8} {'ppl':>9} {'bits/byte':>9} {'repulsion':>9} "
-    f"{'tokens/s':>9} {'left':>9}"
-)
-
-
-def table_row(row, seconds_left):
-    """One evaluation as a line under `HEADER`."""
-    repulsion = "-" if row["repulsion"] is None else f"{row['repulsion']:.4f}"
-    minutes, seconds = divmod(round(seconds_left), 60)
-    return (
-        f"{row['step']:>7} {row['train_loss']:>8.4f} {row['val_loss']:>8.4f} "
-        f"{row['perplexity']:>9.3f} {row['bits_per_byte']:>9.4f} {repulsion:>9} "
-        f"{row['tokens_per_s']:>9,.0f} {f'{minutes}m{seconds:02d}s':>9}"
-    )
-
-
 def peak_memory_bytes(device):
     """Most memory used so far: of the GPU, or of this process."""
     if device.type == "cuda":
@@ -114,6 +94,9 @@ class RunLog:
         directory: where.
         config: the run's full configuration, plain types.
         start_step: 0 for a new run, else the resumed step; later rows of an earlier attempt go.
+
+    Raises:
+        UserError: as all its methods, where something cannot be written.
     """
 
     def __init__(self, directory, config, start_step=0):
@@ -122,9 +105,10 @@ class RunLog:
             self.directory.mkdir(parents=True, exist_ok=True)
             if start_step == 0:
                 self._clear()
-            self._cut_rows(start_step)
-            (self.directory / "config.json").write_text(json.dumps(config, indent=2))
-            self._writer = SummaryWriter(self.directory, purge_step=start_step + 1)
+            rows = self._cut_rows(start_step)
+            self._config = json.dumps(config, indent=2).encode()
+            write_whole(self.directory / "config.json", self._config)
+            self.dashboard = Dashboard(self.directory, config, start_step, rows)
         except OSError as error:
             raise UserError(
                 f"{self.directory} cannot be written ({error.strerror or error}): free it or give "
@@ -134,80 +118,31 @@ class RunLog:
     def _clear(self):
         for path in self.directory.glob("events.out.tfevents.*"):
             path.unlink()
+        (self.directory / "projector_config.pbtxt").unlink(missing_ok=True)
         for path in self.directory.iterdir():
-            if path.is_dir() and (path / "default").is_dir():  # the embedding projector's
+            # an older release kept the projector's files in folders named after the step
+            if path.name == "projector" or (path / "token_embedding").is_dir():
                 shutil.rmtree(path)
 
     def _cut_rows(self, start_step):
+        """Keep the rows up to `start_step`, and return them."""
         path = self.directory / "metrics.jsonl"
-        if path.exists():
-            rows = [row for row in read_metrics(path) if row["step"] <= start_step]
-            if start_step == 0:
-                rows = []
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if not path.exists():
+            return []
+        rows = [row for row in read_metrics(path) if row["step"] <= start_step]
+        if start_step == 0:
+            rows = []
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        return rows
 
     def evaluation(self, row):
         """Append one evaluation to metrics.jsonl and TensorBoard."""
         # JSON has no NaN
         finite = {k: v if v is None or math.isfinite(v) else None for k, v in row.items()}
-        with open(self.directory / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(finite) + "\n")
-        for name, value in row.items():
-            if name != "step" and value is not None:
-                self._writer.add_scalar(name, value, row["step"])
-        self._writer.flush()
-
-    def geometry(self, model, step):
-        """Histograms of what the geometry of an NGT learned."""
-        with torch.no_grad():
-            self._histogram("mass", model.mass(_all_tokens(model)), step)
-            for n, layer in enumerate(model.layers):
-                attn = layer.attn
-                learned = {"radius": attn.radius}
-                if model.config.law == "newton":
-                    learned["time_scale"] = attn.time_scale
-                    learned["time_offset"] = attn.time_offset
-                    learned["window"] = attn.window
-                    learned["retardation"] = attn.retardation
-                for name, values in learned.items():
-                    if values is not None:
-                        self._histogram(f"layer{n}/{name}", values.flatten(), step)
-
-    def _histogram(self, name, values, step):
-        if bool((values.abs() < 1e20).all()):  # as far as TensorBoard's bins reach
-            self._writer.add_histogram(name, values, step)
-
-    def projector(self, model, tokenizer, step):
-        """Token embeddings with readable labels and masses for TensorBoard's projector."""
-        tokens = _all_tokens(model)[:PROJECTOR_LIMIT]
-        with torch.no_grad():
-            embeddings = model.token_emb(tokens).float()
-            labels = [[tokenizer.label(int(i)).replace("\t", " ")] for i in tokens]
-            header = ["token"]
-            if isinstance(model, NGT):
-                masses = model.mass(tokens)
-                labels = [
-                    [label[0], f"{float(mass):.4f}"]
-                    for label, mass in zip(labels, masses, strict=True)
-                ]
-                header.append("mass")
-        # one column must be a plain list: a header is only allowed for several
-        single = len(header) == 1
-        metadata = [label[0] for label in labels] if single else labels
-        self._writer.add_embedding(
-            embeddings,
-            metadata=metadata,
-            metadata_header=None if single else header,
-            global_step=step,
-            tag="token_embedding",
-        )
-
-    def close(self):
-        self._writer.close()
-
-
-def _all_tokens(model):
-    return torch.arange(model.config.vocab_size, device=model.token_emb.weight.device)
+        append_whole(self.directory / "metrics.jsonl", (json.dumps(finite) + "\n").encode())
+        if not (self.directory / "config.json").exists():  # somebody has tidied runs/ up
+            write_whole(self.directory / "config.json", self._config)
+        self.dashboard.row(row)
 
 
 def read_metrics(path):

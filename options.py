@@ -59,6 +59,7 @@ DEFAULTS = {
     "device": "auto",
     "eval_interval": 250,
     "eval_iters": 100,
+    "sample_tokens": 100,
     "checkpoint_interval": 250,
     "max_skipped_steps": 10,
     "shard_optimizer": False,
@@ -309,6 +310,12 @@ def train_parser(description, examples):
     group.add("--eval-interval", "steps between evaluations", type=whole)
     group.add("--eval-iters", "evaluate on at most 16 times so many fixed windows", type=whole)
     group.add(
+        "--sample-tokens",
+        "tokens of text that the model writes into TensorBoard at evaluations, at most some 50 "
+        "times; 0: none",
+        type=whole_or_zero,
+    )
+    group.add(
         "--checkpoint-path",
         "PATH writes PATH_best.pt and PATH_last.pt (default: checkpoints/shakespeare.pt, for "
         "vanilla checkpoints/shakespeare_vanilla.pt, named after the dataset)",
@@ -441,6 +448,7 @@ def _check_against(given, resumed):
 _FREE_ON_RESUME = {
     "device",
     "eval_interval",
+    "sample_tokens",
     "checkpoint_interval",
     "data_path",
     "tokenizer_path",

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from checkpoint import (
     best_path,
@@ -21,9 +20,9 @@ from checkpoint import (
 )
 from data import check_long_enough, check_tokenizer_file, prepare_data
 from errors import UsageError, UserError, run_script, warn
-from metrics import HEADER, RunLog, code_version, evaluate, machine, peak_memory_bytes, table_row
-from model import NGT
+from metrics import RunLog, code_version, evaluate, machine, peak_memory_bytes
 from options import check_settings, choose_device, resolve, train_parser, warn_of_no_effect
+from progress import TrainingDisplay, above_the_line
 from ranks import is_restarted, joined
 from stop_request import StopRequest
 from trainer import Trainer
@@ -245,10 +244,7 @@ def train(trainer, checkpoint, path, run_directory, argv=None):
     if checkpoint is None:
         for old in (best_path(path), last_path(path)):  # of a run that --overwrite gives up
             old.unlink(missing_ok=True)
-    try:
-        return loop(trainer, log, path, go_on)
-    finally:
-        log.close()
+    return loop(trainer, log, path, go_on)
 
 
 def resume_command(path, run_directory, ranks):
@@ -268,18 +264,11 @@ def loop(trainer, log, path, go_on):
         go_on: the command that resumes this run.
     """
     c, ranks = trainer.config, trainer.ranks
-    print(HEADER)
     trained, seconds = 0, 0.0
     saved_at = first_step = trainer.iter
     first_second = trainer.progress["wall_time"]
-    bar = tqdm(
-        total=c["max_steps"],
-        initial=trainer.iter,
-        desc="training",
-        unit="step",
-        disable=None if ranks.is_main else True,
-    )
-    with bar, StopRequest() as stop:
+    display = TrainingDisplay(c["max_steps"], trainer.iter, trainer.tokens_per_step, ranks.is_main)
+    with display, StopRequest() as stop:
         while trainer.iter < c["max_steps"] and stop.signal is None:
             started = time.perf_counter()
             loss, norm = trainer.step()
@@ -288,9 +277,8 @@ def loop(trainer, log, path, go_on):
             trained, seconds = trained + 1, seconds + elapsed
             save_now = stop.agree(ranks)
             if trainer.iter == first_step + STEPS_TO_ESTIMATE:
-                say_expected_time(trainer, first_step, first_second)
-            bar.update()
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                say_expected_time(display, trainer, first_step, first_second)
+            display.step(loss, elapsed)
             check_skipped(trainer, path)
             done = trainer.iter == c["max_steps"]
             # after a skipped step the weights are under suspicion
@@ -298,12 +286,10 @@ def loop(trainer, log, path, go_on):
             if trainer.iter % c["eval_interval"] == 0 or done:
                 row = evaluation_row(trainer, norm, trained, seconds)
                 left = (c["max_steps"] - trainer.iter) * seconds / trained
-                tqdm.write(table_row(row, left), file=sys.stdout)
-                sys.stdout.flush()
+                display.row(row, left)
                 if log is not None:
                     log.evaluation(row)
-                    if isinstance(trainer.raw_model, NGT):
-                        log.geometry(trainer.raw_model, trainer.iter)
+                    log.dashboard.learned(trainer.raw_model, trainer.data, trainer.iter)
                 trained, seconds = 0, 0.0
                 sound = sound and math.isfinite(row["val_loss"])
                 if sound and row["val_loss"] < trainer.best_val:
@@ -311,8 +297,7 @@ def loop(trainer, log, path, go_on):
                     save(trainer, best_path(path))
             due = trainer.iter % c["checkpoint_interval"] == 0 or done or stop.signal is not None
             if save_now:
-                tqdm.write(f"SIGUSR1 at step {trainer.iter}: {last_path(path)}", file=sys.stdout)
-                sys.stdout.flush()
+                display.say(f"SIGUSR1 at step {trainer.iter}: {last_path(path)}")
             due = due or save_now
             if due and sound and trainer.is_sound():
                 save(trainer, last_path(path))
@@ -325,7 +310,8 @@ def loop(trainer, log, path, go_on):
         return stop.exit_code
     if log is None:
         return 0
-    log.projector(trainer.raw_model, trainer.data.tokenizer, trainer.iter)
+    log.dashboard.projector(trainer.raw_model, trainer.data.tokenizer, trainer.iter)
+    log.dashboard.finish(trainer.iter)
     if trainer.best_val < math.inf:
         print(f"best validation loss {trainer.best_val:.4f} in {best_path(path)}")
         print(f"chat with it: python chat.py --checkpoint-path {best_path(path)}")
@@ -339,7 +325,7 @@ def save(trainer, path):
         save_checkpoint(path, state)
 
 
-def say_expected_time(trainer, first_step, first_second):
+def say_expected_time(display, trainer, first_step, first_second):
     """How long the rest will take, by the time of the steps since `first_step`."""
     left = trainer.config["max_steps"] - trainer.iter
     seconds = trainer.progress["wall_time"] - first_second
@@ -347,9 +333,9 @@ def say_expected_time(trainer, first_step, first_second):
     if minutes:
         hours, minutes = divmod(minutes, 60)
         time_left = f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
-        line = f"expected: {time_left} for the {left:,} steps that are left, besides evaluations"
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        display.say(
+            f"expected: {time_left} for the {left:,} steps that are left, besides evaluations"
+        )
 
 
 def check_skipped(trainer, path):
@@ -358,7 +344,8 @@ def check_skipped(trainer, path):
     if in_a_row == 0:
         return
     if in_a_row == 1:
-        warn(f"step {trainer.iter}: loss or gradient is not finite, step skipped")
+        with above_the_line():
+            warn(f"step {trainer.iter}: loss or gradient is not finite, step skipped")
     if in_a_row >= trainer.config["max_skipped_steps"]:
         kept = last_path(path) if last_path(path).exists() else best_path(path)
         where = f"{kept} is the last good checkpoint" if kept.exists() else "nothing was saved yet"

@@ -331,7 +331,7 @@ def test_evaluation_is_without_dropout_and_counts_bytes(trainer):
 def test_rows_past_the_resumed_step_are_cut(in_tmp):
     lines = [json.dumps({"step": step}) for step in (1, 2, 3, 4)]
     (in_tmp / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 5, "val']))
-    RunLog(in_tmp, {}, start_step=2).close()
+    RunLog(in_tmp, {}, start_step=2)
     kept = (in_tmp / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in kept] == [1, 2]
 

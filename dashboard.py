@@ -1,0 +1,249 @@
+"""What a run shows in TensorBoard: curves, geometry, text samples, hyperparameters, projector."""
+
+import contextlib
+import math
+import textwrap
+from pathlib import Path
+
+import torch
+from google.protobuf import text_format
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
+from torch.utils.tensorboard import summary
+
+from checkpoint import model_fields
+from errors import write_whole
+from event_file import EventFile
+from generation import TokenStream, sample
+from model import NGT
+
+MOST_ROWS = 1000  # as many points of a curve as TensorBoard's page draws
+MOST_HISTOGRAMS = 16_000  # in all, of half a kilobyte each
+MOST_TIMES = 200  # that they are written
+MOST_SAMPLES = 50
+LONGEST_SAMPLE = 10_000  # characters, however long the tokens are
+PROMPT_TOKENS = 16
+SAMPLE_WIDTH = 100  # columns
+PROJECTOR_LIMIT = 10_000  # labels beyond which TensorBoard's page becomes sluggish
+PROJECTOR_NUMBERS = 1 << 21  # of an embedding, some ten bytes each
+COMPARED = {"val_loss": "validation loss", "perplexity": "perplexity", "bits_per_byte": "bits/byte"}
+REWRITTEN = ("_hparams_", "by_tokens", "by_seconds")  # tags that a resumed run writes anew
+AGAINST = {"": "steps", "by_tokens/": "tokens", "by_seconds/": "seconds of training"}
+HYPERPARAMETERS = (
+    *("model", "law", "pos", "dataset", "tokenizer", "vocab_size", "parameters", "hidden_dim"),
+    *("coord_dim", "head_coord_dim", "num_layers", "num_heads", "mlp_dim", "block_size"),
+    *("exponent", "retardation", "mass_in_value", "use_radius_cutoff", "use_soft_cutoff"),
+    *("dropout", "batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay"),
+    *("max_steps", "seed"),
+)
+SHOWN_FIRST = ("model", "law", "pos", "parameters", "learning_rate")
+
+
+class Dashboard:
+    """The TensorBoard files of a run, bounded however many evaluations it has.
+
+    Args:
+        directory: the run's, a `Path`.
+        config: the run's configuration.
+        start_step: 0 for a new run, else the resumed step; what an earlier attempt wrote past it
+            is cut.
+        rows: the evaluations up to there, rows of metrics.jsonl.
+    """
+
+    def __init__(self, directory, config, start_step=0, rows=()):
+        self.directory, self.config = directory, config
+
+        def is_kept(tag, step):
+            return step <= start_step and tag.split("/")[0] not in REWRITTEN
+
+        *head, self._finished = _hyperparameters(config)
+        self._events = EventFile(directory, [_layout(), *head], is_kept)
+        self._second = 0
+        for row in rows:
+            if {"tokens", "wall_time", *COMPARED} <= row.keys() and self._is_due(
+                row["step"], MOST_ROWS
+            ):
+                self._compare(row)
+
+    def row(self, row):
+        """The scalars of one evaluation."""
+        if not self._is_due(row["step"], MOST_ROWS):
+            return
+        values = {name: v for name, v in row.items() if name != "step" and v is not None}
+        self._events.append([summary.scalar(*item) for item in values.items()], row["step"])
+        self._compare(row)
+
+    def _compare(self, row):
+        """The series whose steps are tokens, and seconds of training."""
+        values = {name: row[name] for name in COMPARED if row[name] is not None}
+        self._events.append(_grouped("by_tokens", values), row["tokens"])
+        second = int(row["wall_time"])
+        if second > self._second:  # steps are whole numbers: one point a second
+            self._events.append(_grouped("by_seconds", values), second)
+            self._second = second
+
+    def learned(self, model, data, step):
+        """What the model has become: histograms of an NGT's geometry, and a sample of its text."""
+        if isinstance(model, NGT):
+            histograms = dict(_geometry(model))
+            times = min(MOST_TIMES, max(1, MOST_HISTOGRAMS // len(histograms)))
+            if self._is_due(step, times):
+                self._events.append(
+                    [
+                        summary.histogram(name, values.float().cpu(), bins=30)
+                        for name, values in histograms.items()
+                        if bool((values.abs() < 1e20).all())  # as far as the page's axes reach
+                    ],
+                    step,
+                )
+        tokens = self.config.get("sample_tokens", 0)
+        if tokens and self._is_due(step, MOST_SAMPLES):
+            text = sample_text(model, data, tokens, self.config["seed"])
+            self._events.append([summary.text("sample", as_code(text))], step)
+
+    def _is_due(self, step, most):
+        """Whether to write at this evaluation, so that it is done about `most` times in all."""
+        interval, end = self.config["eval_interval"], self.config["max_steps"]
+        every = math.ceil(end / interval / most)
+        number = math.ceil(step / interval)
+        return number == 1 or number % every == 0 or step == end
+
+    def projector(self, model, tokenizer, step):
+        """Token embeddings with readable labels, coloured by mass, for TensorBoard's projector."""
+        count = min(PROJECTOR_LIMIT, max(3, PROJECTOR_NUMBERS // model.config.hidden_dim))
+        tokens = _all_tokens(model)[:count]
+        columns = {"token": [tokenizer.label(int(i)).replace("\t", " ") for i in tokens]}
+        with torch.no_grad():
+            embeddings = {"token_embedding": model.token_emb(tokens).float()}
+            if isinstance(model, NGT):
+                columns["mass"] = [f"{float(mass):.4f}" for mass in model.mass(tokens)]
+        write_projector(self.directory, embeddings, columns, step)
+
+    def finish(self, step):
+        """Note that the run came to its end."""
+        self._events.append([self._finished], step)
+
+
+def _layout():
+    """The custom scalars tab: what is compared, against what."""
+    return summary.custom_scalars(
+        {
+            f"against {axis}": {
+                f"{title} against {axis}": ["Multiline", [f"^{group}{name}$"]]
+                for name, title in COMPARED.items()
+            }
+            for group, axis in AGAINST.items()
+        }
+    )
+
+
+def _hyperparameters(config):
+    """The experiment, this session's start and its end, as the hparams plugin wants them."""
+
+    def shown(value):
+        return ("no", "yes")[value] if isinstance(value, bool) else value
+
+    known = {name: shown(config[name]) for name in HYPERPARAMETERS if name in config}
+    metrics = dict.fromkeys(COMPARED, 0.0)
+    experiment, _, end = summary.hparams(known, metrics)
+    plugin_data = experiment.value[0].metadata.plugin_data
+    content = HParamsPluginData.FromString(plugin_data.content)
+    for info in content.experiment.hparam_infos:  # the page opens with columns of what differs
+        info.differs = info.name in SHOWN_FIRST
+    plugin_data.content = content.SerializeToString()
+    model, other = ("ngt", "vanilla") if config.get("model") == "ngt" else ("vanilla", "ngt")
+    foreign = set(model_fields(other)) - set(model_fields(model))
+    mine = {name: value for name, value in known.items() if name not in foreign}
+    return experiment, summary.hparams(mine, metrics)[1], end
+
+
+def _grouped(group, values):
+    return [summary.scalar(f"{group}/{name}", value) for name, value in values.items()]
+
+
+@torch.no_grad()
+def _geometry(model):
+    """Yield (tag, values) of what the geometry of an NGT learned."""
+    yield "mass", model.mass(_all_tokens(model))
+    for n, layer in enumerate(model.layers):
+        attn = layer.attn
+        learned = {"radius": attn.radius}
+        if model.config.law == "newton":
+            learned["time_scale"] = attn.time_scale
+            learned["time_offset"] = attn.time_offset
+            learned["window"] = attn.window
+            learned["retardation"] = attn.retardation
+        for name, values in learned.items():
+            if values is not None:
+                yield f"layer{n}/{name}", values.flatten()
+
+
+def sample_text(model, data, max_new_tokens, seed):
+    """How the model goes on from where the validation text begins; nothing of it is changed.
+
+    Returns:
+        The prompt and what was drawn; it ends early where the logits are not finite.
+    """
+    was_training = model.training
+    generator = torch.Generator().manual_seed(seed)
+    prompt = [int(token) for token in data.valid[:PROMPT_TOKENS]]
+    drawn = []
+    try:
+        stream = TokenStream(model)
+        stream.feed(prompt)
+        while len(drawn) < max_new_tokens and bool(torch.isfinite(stream.logits).all()):
+            drawn.append(sample(stream.logits, temperature=0.8, generator=generator))
+            stream.feed(drawn[-1:])
+    finally:
+        model.train(was_training)
+    return data.tokenizer.decode(prompt + drawn)[:LONGEST_SAMPLE]
+
+
+def as_code(text):
+    """Markdown that shows any text as it is: a code block, what cannot be printed as an escape.
+
+    Long lines are wrapped, since TensorBoard's page cuts them off.
+    """
+    lines = []
+    for line in text.replace("\r\n", "\n").split("\n"):
+        shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
+        lines += textwrap.wrap(shown, SAMPLE_WIDTH, drop_whitespace=False) or [""]
+    return "\n".join("    " + line for line in lines)
+
+
+def write_projector(directory, embeddings, columns, step):
+    """The projector's files; embeddings of earlier steps stay in its list.
+
+    Args:
+        embeddings: name to (N, dim).
+        columns: title to N strings; a label first, then what points may be coloured by.
+    """
+    listing = directory / "projector_config.pbtxt"
+    config = ProjectorConfig()
+    if listing.exists():
+        with contextlib.suppress(text_format.ParseError, UnicodeDecodeError):
+            text_format.Parse(listing.read_text(encoding="utf-8"), config)
+    earlier = [e for e in config.embeddings if (directory / e.tensor_path).exists()]
+    del config.embeddings[:]
+    for name, points in embeddings.items():
+        folder = Path("projector") / f"{step:05d}" / name
+        lines = ["\t".join(f"{x:.5g}" for x in point) for point in points.tolist()]
+        write_whole(directory / folder / "tensors.tsv", "\n".join(lines).encode())
+        rows = [*zip(*columns.values(), strict=True)]
+        if len(columns) > 1:  # the page takes a single column's title for a label
+            rows.insert(0, tuple(columns))
+        write_whole(
+            directory / folder / "metadata.tsv", "\n".join("\t".join(row) for row in rows).encode()
+        )
+        config.embeddings.add(
+            tensor_name=f"{name}:{step:05d}",
+            tensor_path=str(folder / "tensors.tsv"),
+            metadata_path=str(folder / "metadata.tsv"),
+        )
+    known = {embedding.tensor_name for embedding in config.embeddings}
+    config.embeddings.extend(e for e in earlier if e.tensor_name not in known)
+    write_whole(listing, text_format.MessageToString(config).encode())
+
+
+def _all_tokens(model):
+    return torch.arange(model.config.vocab_size, device=model.token_emb.weight.device)

@@ -1,0 +1,112 @@
+"""A file that grows by whole records: TensorBoard's events, one file a run, and metrics.jsonl.
+
+Written here and at once: `SummaryWriter` writes in a thread, whose trace is all that a full disk
+leaves to read.
+"""
+
+import contextlib
+import io
+import os
+import socket
+import struct
+import time
+
+from google.protobuf.message import DecodeError
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from errors import UserError, write_whole
+
+FRAME = struct.Struct("<QI")  # a record's length and its checksum; data and its checksum follow
+
+
+def append_whole(path, data):
+    """Append bytes to a file, all or none of them; its folder is made where it is gone.
+
+    Raises:
+        UserError: where they cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            try:
+                while data:
+                    data = data[file.write(data) :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    file.truncate(size)
+                raise
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror or error}): free some space, then go on "
+            "with --resume"
+        ) from None
+
+
+class EventFile:
+    """The events of a run, in one file of the directory.
+
+    Args:
+        directory: a `Path`; event files that it holds are merged into the new one.
+        head: summaries that a file starts with, those of the same tags in older files are dropped.
+        is_kept: takes a tag and a step and says whether such an event of an older file stays.
+    """
+
+    def __init__(self, directory, head, is_kept):
+        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.0"
+        self.path = directory / name
+        self._head = [Event(summary=summary) for summary in head]
+        replaced = {value.tag for event in self._head for value in event.summary.value}
+        old = sorted(directory.glob("events.out.tfevents.*"))
+        kept = {}
+        for path in old:
+            for event in read_events(path):
+                for value in event.summary.value:
+                    if value.tag not in replaced and is_kept(value.tag, event.step):
+                        kept[value.tag, event.step] = Event(
+                            wall_time=event.wall_time,
+                            step=event.step,
+                            summary=Summary(value=[value]),
+                        )
+        write_whole(self.path, self._start() + _records(kept.values()))
+        for path in set(old) - {self.path}:
+            path.unlink()
+
+    def append(self, summaries, step):
+        """Write summaries of one step. Raises as `append_whole`."""
+        now = time.time()
+        events = [Event(wall_time=now, step=step, summary=summary) for summary in summaries]
+        start = b"" if self.path.exists() else self._start()
+        append_whole(self.path, start + _records(events))
+
+    def _start(self):
+        now = time.time()
+        for event in self._head:
+            event.wall_time = now
+        return _records([Event(wall_time=now, file_version="brain.Event:2"), *self._head])
+
+
+def _records(events):
+    file = io.BytesIO()
+    writer = RecordWriter(file)
+    for event in events:
+        writer.write(event.SerializeToString())
+    return file.getvalue()
+
+
+def read_events(path):
+    """Yield the events of a file up to the first that a crash has torn."""
+    data = path.read_bytes()
+    start = 0
+    while start + FRAME.size <= len(data):
+        length, _ = FRAME.unpack_from(data, start)
+        record = data[start + FRAME.size : start + FRAME.size + length]
+        start += FRAME.size + length + 4
+        if start > len(data) or length == 0:
+            return
+        try:
+            yield Event.FromString(record)
+        except DecodeError:
+            return

@@ -1,0 +1,210 @@
+"""Training in the terminal: a table of evaluations and, below it, one line that lives."""
+
+import contextlib
+import os
+import sys
+import time
+
+from tqdm import tqdm
+
+COLUMNS = {"step": 7, "train": 8, "val": 8, "ppl": 9, "bits/byte": 9, "repulsion": 9}
+COLUMNS |= {"tokens/s": 9, "left": 9}
+SECONDS_BETWEEN_LINES = 60  # where nothing can live because the output is no terminal
+
+
+def time_left(seconds):
+    """A duration in a few letters: 9s, 3m09s, 1h02m, 12d03h."""
+    seconds = round(seconds)
+    for unit, smaller, size, part in (
+        ("d", "h", 86400, 3600),
+        ("h", "m", 3600, 60),
+        ("m", "s", 60, 1),
+    ):
+        if seconds >= size:
+            return f"{seconds // size}{unit}{seconds % size // part:02d}{smaller}"
+    return f"{seconds}s"
+
+
+def _cells(row, seconds_left):
+    repulsion = "-" if row["repulsion"] is None else f"{row['repulsion']:.4f}"
+    return {
+        "step": str(row["step"]),
+        "train": f"{row['train_loss']:.4f}",
+        "val": f"{row['val_loss']:.4f}",
+        "ppl": f"{row['perplexity']:.3f}",
+        "bits/byte": f"{row['bits_per_byte']:.4f}",
+        "repulsion": repulsion,
+        "tokens/s": f"{row['tokens_per_s']:,.0f}",
+        "left": time_left(seconds_left),
+    }
+
+
+def _width(terminal):
+    with contextlib.suppress(OSError, ValueError):
+        return os.get_terminal_size(terminal.fileno()).columns or 80  # 0 where nobody has set it
+    return 80
+
+
+def _fitting_columns():
+    """The titles of the first columns that a terminal has room for, all where there is none."""
+    if not sys.stdout.isatty():
+        return list(COLUMNS)
+    room = _width(sys.stdout)
+    fitting, used = [], 0
+    for title, width in COLUMNS.items():
+        used += width + bool(fitting)
+        if used >= room and fitting:
+            break
+        fitting.append(title)
+    return fitting
+
+
+def _aligned(cells, titles):
+    return " ".join(f"{cells[title]:>{COLUMNS[title]}}" for title in titles)
+
+
+class _Bar(tqdm):
+    """A bar that wipes the rest of its line: spaces up to its old end would wrap where the
+    terminal has become narrower."""
+
+    @property
+    def format_dict(self):
+        values = super().format_dict
+        room = len("^C") + 1  # what the terminal shows of a Ctrl-C must not wrap either
+        return values | {"ncols": values["ncols"] and max(1, values["ncols"] - room)}
+
+    @staticmethod
+    def status_printer(file):
+        if os.environ.get("TERM", "dumb") == "dumb":
+            return tqdm.status_printer(file)
+
+        def print_status(line):
+            file.write(f"\r{line}\x1b[K")
+            file.flush()
+
+        return print_status
+
+
+class _Line(_Bar):
+    """One line of the terminal; `says` holds ways to say it, the fullest first."""
+
+    says = ("",)
+
+    def __str__(self):
+        room = _width(self.fp) - 1  # a full line would wrap in some terminals
+        return next((line for line in self.says if len(line) <= room), self.says[-1][:room])
+
+
+class TrainingDisplay:
+    """What a training shows; used as `with`.
+
+    In a terminal one line says step, loss, speed and time left, and evaluations are written above
+    it. Elsewhere they are plain lines; where they are far apart, one a minute says the same.
+
+    Args:
+        total: steps of the run.
+        initial: steps that it has done.
+        tokens_per_step: of all processes.
+        shown: False on ranks but the main one.
+    """
+
+    def __init__(self, total, initial, tokens_per_step, shown=True):
+        self.total, self.done, self.tokens_per_step = total, initial, tokens_per_step
+        self.shown = shown
+        self._titles = None
+        self._first = None  # (steps done, clock) after the first step, which may have compiled
+        self._seconds_a_step = None  # of late
+        self._seconds_stepping = 0.0
+        self._spoke = time.monotonic()
+        terminal = next((s for s in (sys.stderr, sys.stdout) if s.isatty()), None)
+        self._line = _Line(
+            total=total,
+            initial=initial,
+            file=terminal or sys.stderr,
+            disable=not (shown and terminal),
+            leave=False,
+            dynamic_ncols=True,
+        )
+        self._line.says = (f"step {initial:,}/{total:,}",)
+
+    def __enter__(self):
+        self._write_header()
+        self._line.refresh()
+        return self
+
+    def __exit__(self, *_):
+        self._line.close()
+
+    def step(self, loss, seconds):
+        """A step was made, in so many seconds."""
+        now = time.monotonic()
+        self.done += 1
+        if self._first is None:
+            self._first, self._seconds_a_step = (self.done, now), seconds
+        else:
+            self._seconds_stepping += seconds
+        self._seconds_a_step += 0.1 * (seconds - self._seconds_a_step)
+        self._line.says = self._says(loss, now)
+        self._line.update()
+        if self._line.disable and self.shown and now - self._spoke > SECONDS_BETWEEN_LINES:
+            self._spoke = now
+            print(self._line.says[0], file=sys.stderr, flush=True)
+
+    def _says(self, loss, now):
+        first_step, started = self._first
+        # what evaluations and checkpoints have added to a step so far
+        besides = now - started - self._seconds_stepping
+        pace = self._seconds_a_step + max(0.0, besides) / max(1, self.done - first_step)
+        left = time_left((self.total - self.done) * pace)
+        speed = self.tokens_per_step / self._seconds_a_step
+        short = tqdm.format_sizeof(speed)
+        share = f"{100 * self.done // self.total}%"
+        step = f"{self.done:,}/{self.total:,}"
+        return (
+            f"step {step} ({share})  loss {loss:.4f}  {speed:,.0f} tokens/s  {left} left",
+            f"step {step}  loss {loss:.3f}  {short} tokens/s  {left} left",
+            f"{self.done}/{self.total} loss {loss:.3f} {short} tok/s {left}",
+            f"{share} {loss:.3f} {short}/s {left}",
+        )
+
+    def _write_header(self):
+        """Where there is none yet, or the terminal has got another width."""
+        titles = _fitting_columns()
+        if titles != self._titles:
+            self.say(_aligned({title: title for title in titles}, titles))
+            self._titles = titles
+
+    def row(self, row, seconds_left):
+        """Write an evaluation into the table."""
+        self._write_header()
+        self.say(_aligned(_cells(row, seconds_left), self._titles))
+
+    def say(self, line):
+        """Write a line above the one that lives."""
+        self._spoke = time.monotonic()
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def evaluation_bar(batches, count, shown=True):
+    """Iterate over an evaluation's batches under a bar, if it takes more than two seconds.
+
+    It stands where the training's line was: a line of its own would scroll the screen.
+    """
+    return _Bar(
+        batches,
+        "evaluating",
+        count,
+        leave=False,
+        delay=2,
+        disable=None if shown else True,
+        position=0,
+        dynamic_ncols=True,
+    )
+
+
+@contextlib.contextmanager
+def above_the_line():
+    """Within it, what is printed on stderr stands above the line that lives."""
+    with tqdm.external_write_mode(file=sys.stderr):
+        yield

@@ -1,0 +1,114 @@
+"""What training shows, in a real terminal (tmux) and through a pipe."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+import progress
+from conftest import ROOT
+from progress import TrainingDisplay, time_left
+from test_dashboard import TINY, evaluation
+
+LIVE = re.compile(r"/100,?000\b.* loss ")
+
+
+def test_time_left():
+    seconds = [0.4, 59.4, 59.6, 185, 3600, 3600 * 26 + 60]
+    assert [*map(time_left, seconds)] == ["0s", "59s", "1m00s", "3m05s", "1h00m", "1d02h"]
+
+
+def test_through_a_pipe_lines_are_plain(capsys, monkeypatch):
+    """Rows, and between two that are far apart a line of the same news."""
+    clock = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    with TrainingDisplay(15000, 5000, 768) as display:
+        for step in range(5001, 5014):
+            clock[0] += 10
+            display.step(2.5, 10.0)
+            if step == 5010:
+                display.row(evaluation(step, 2.0), 50)
+    output, errors = capsys.readouterr()
+    assert not set("\r\x1b") & set(output + errors)
+    header, row = output.splitlines()
+    assert header.split()[:3] == ["step", "train", "val"] and row.split()[0] == "5010"
+    assert row.split()[-1] == "50s"
+    (line,) = errors.splitlines()
+    assert line == "step 5,007/15,000 (33%)  loss 2.5000  77 tokens/s  1d03h left"
+
+
+@pytest.fixture
+def terminal(in_tmp, small_text):
+    """A tmux server of its own with a training in it; gives a function that runs tmux commands."""
+    if shutil.which("tmux") is None:
+        pytest.skip("no tmux")
+    flags = [*TINY, "--data-path", small_text, "--max-steps", 100000, "--eval-interval", 300]
+    flags += ["--checkpoint-interval", 100000]
+    command = [sys.executable, ROOT / "train_shakespeare.py", *flags]
+
+    def tmux(*words):
+        return subprocess.run(
+            ["tmux", "-S", "tmux.socket", "-f", "/dev/null", *map(str, words)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        ).stdout
+
+    tmux("new-session", "-d", "-x", 80, "-y", 24, "sh")
+    tmux("set-option", "-g", "remain-on-exit", "on")
+    tmux("respawn-pane", "-k", *command)
+    yield tmux
+    tmux("kill-server")
+
+
+def until(tmux, condition, seconds=60):
+    """The lines of the screen, and what has scrolled off it, once they satisfy a condition."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        lines = tmux("capture-pane", "-p", "-S", "-").rstrip().splitlines()
+        if condition(lines):
+            return lines
+        time.sleep(0.1)
+    raise AssertionError("\n".join(lines))
+
+
+def rows(lines):
+    """Steps of the table's rows."""
+    return [int(line.split()[0]) for line in lines if re.match(r" *\d+ +\d\.\d{4} ", line)]
+
+
+def below(lines, title):
+    """The lines below the newest header that ends so."""
+    headers = [n for n, line in enumerate(lines) if re.fullmatch(rf" +step +train .*{title}", line)]
+    return lines[headers[-1] + 1 :] if headers else []
+
+
+def test_one_line_lives_below_the_table(terminal):
+    """At 80 columns, at 40, at 80 again; then Ctrl-C leaves a clean screen."""
+    lines = until(terminal, lambda lines: len(rows(lines)) >= 3 and LIVE.search(lines[-1]))
+    assert len([line for line in lines if LIVE.search(line)]) == 1
+    assert re.fullmatch(
+        r"step [\d,]+/100,000 \(\d+%\)  loss \d\.\d{4}  [\d,]+ tokens/s  \S+ left", lines[-1]
+    )
+    assert rows(lines) == [300 * n for n in range(1, len(rows(lines)) + 1)]
+    assert sum("bits/byte" in line for line in lines) == 1
+
+    terminal("resize-window", "-x", 40, "-y", 10)
+    lines = until(terminal, lambda lines: len(rows(below(lines, "ppl"))) >= 2)
+    narrow = below(lines, "ppl")
+    assert max(map(len, narrow)) < 40 and len([x for x in narrow if LIVE.search(x)]) <= 1
+
+    terminal("resize-window", "-x", 80, "-y", 24)
+    until(terminal, lambda lines: rows(below(lines, "left"))[:1] > rows(narrow)[-1:])
+    terminal("send-keys", "C-c")
+    lines = until(terminal, lambda lines: any("--resume" in line for line in lines))
+    assert rows(lines) == [300 * n for n in range(1, len(rows(lines)) + 1)]
+    # one that the narrower terminal had wrapped may be left of each resize
+    assert len([line for line in lines if LIVE.search(line)]) <= 1
+    assert sum("step" in line and "train" in line for line in lines) == 3
+    assert not any("Traceback" in line for line in lines)
