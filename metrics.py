@@ -156,7 +156,7 @@ def read_metrics(path):
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             if number < len(lines):
                 raise UserError(f"{path} line {number} is damaged: remove that line") from None
             warn(f"{path}: the last line is torn and left out")

@@ -37,6 +37,7 @@ EXAMPLES = """examples:
 
 
 STEPS_TO_ESTIMATE = 20
+DEFAULT_PATH = "checkpoints/shakespeare.pt"
 
 
 def find_resume_file(args, path):
@@ -250,7 +251,9 @@ def train(trainer, checkpoint, path, run_directory, argv=None):
 def resume_command(path, run_directory, ranks):
     """What a user types to go on with a run; everything else is in its checkpoint."""
     start = ["python"] if ranks.size == 1 else ["torchrun", f"--nproc_per_node={ranks.size}"]
-    words = [*start, sys.argv[0], "--resume", "--checkpoint-path", path]
+    words = [*start, sys.argv[0], "--resume"]
+    if path != DEFAULT_PATH:
+        words += ["--checkpoint-path", path]
     if run_directory != default_run_directory(path):
         words += ["--run-name", os.path.relpath(run_directory, "runs")]
     return shlex.join(words)

@@ -106,7 +106,7 @@ def test_one_line_lives_below_the_table(terminal):
     terminal("resize-window", "-x", 80, "-y", 24)
     until(terminal, lambda lines: rows(below(lines, "left"))[:1] > rows(narrow)[-1:])
     terminal("send-keys", "C-c")
-    lines = until(terminal, lambda lines: any("--resume" in line for line in lines))
+    lines = until(terminal, lambda lines: any("stopped at" in line for line in lines))
     assert rows(lines) == [300 * n for n in range(1, len(rows(lines)) + 1)]
     # one that the narrower terminal had wrapped may be left of each resize
     assert len([line for line in lines if LIVE.search(line)]) <= 1
