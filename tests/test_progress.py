@@ -110,5 +110,5 @@ def test_one_line_lives_below_the_table(terminal):
     assert rows(lines) == [300 * n for n in range(1, len(rows(lines)) + 1)]
     # one that the narrower terminal had wrapped may be left of each resize
     assert len([line for line in lines if LIVE.search(line)]) <= 1
-    assert sum("step" in line and "train" in line for line in lines) == 3
+    assert sum(bool(re.match(" +step +train", line)) for line in lines) == 3
     assert not any("Traceback" in line for line in lines)
