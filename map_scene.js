@@ -102,7 +102,8 @@ class Scene {
 
   #axisTitle(axis) {
     const title = escaped(this.run.axes[axis]);
-    return this.#isNarrow()
+    // beside the text there is no room for words that turn with the axes
+    return this.node.clientWidth < 800
       ? title.replace("component ", "PC ").replace(" of variance", "")
       : title;
   }
