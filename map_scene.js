@@ -101,11 +101,8 @@ class Scene {
   }
 
   #axisTitle(axis) {
-    const title = escaped(this.run.axes[axis]);
-    // beside the text there is no room for words that turn with the axes
-    return this.node.clientWidth < 800
-      ? title.replace("component ", "PC ").replace(" of variance", "")
-      : title;
+    // words that turn with the axes would leave the picture: the legend says what they are
+    return escaped(this.run.axes[axis].replace("component ", "PC ").replace(" of variance", ""));
   }
 
   #firstCamera() {
@@ -232,8 +229,10 @@ class Scene {
       size < 0.995 ? ` · drawn ${number(1 / size, 2)} × larger than the widest layer` : "";
     const last =
       this.state.shown > this.run.numLayers ? ` · at layer ${this.run.numLayers}, its last` : "";
+    const isPca = this.run.axes[0].startsWith("component");
+    const axes = isPca ? " · axes: principal components of all layers, share of variance" : "";
     this.legend.querySelector("b").textContent =
-      `colour: ${title} · size: mass, ${masses.join(" to ")}${larger}${last}`;
+      `colour: ${title} · size: mass, ${masses.join(" to ")}${larger}${last}${axes}`;
   }
 
   // Where every token is on the screen, in pixels of the scene: [x, y, depth].
