@@ -43,6 +43,13 @@ EXAMPLES = """examples:
 """
 ROOT = Path(__file__).resolve().parent
 TEXT = "The mass of a word is what draws the next one near. "
+VOCAB_SIZE = len({*TEXT, *"0123456789", "�"})
+WIDTHS = ("hidden_dim", "num_layers", "num_heads", "block_size")
+SHAPES = {
+    name: {width: (DEFAULTS | preset)[width] for width in WIDTHS}
+    | {"mlp_dim": preset["mlp_dim"]["newton"]}
+    for name, preset in (("25m", PRESETS["wikitext103"]), ("shakespeare", PRESETS["shakespeare"]))
+}
 RANKS_ON_PAPER = (1, 8, 64)
 CONTEXTS_ON_PAPER = (512, 4096, 32_768, 262_144, 1_048_576)
 CONTEXTS_TIMED = (1024, 4096, 16_384, 65_536, 262_144)
@@ -56,6 +63,12 @@ def make_parser():
     add("--rounds", type=whole, default=3, help="runs of each, in turn (default: %(default)s)")
     add("--steps", type=whole, default=12, help="steps of a run (default: %(default)s)")
     add("--batch-size", type=whole, default=4, help="windows a step (default: %(default)s)")
+    add(
+        "--preset",
+        choices=list(SHAPES),
+        default="25m",
+        help="model sizes to measure (default: %(default)s)",
+    )
     add(
         "--checkpoint",
         help="an NGT of the law newton whose windows say what far contexts cost (default: one "
@@ -111,10 +124,9 @@ def measure(args, ranks):
         (Path(folder) / "text.txt").write_text("".join(f"{n} {TEXT}" for n in range(20_000)))
         flags = ["--data-path", "text.txt", "--dataset", "shakespeare", "--checkpoint-path"]
         flags += ["c/scaling.pt", "--run-name", "scaling", "--overwrite", "--device", "cpu"]
-        for name in ("hidden_dim", "num_layers", "num_heads", "block_size"):
-            flags += ["--" + name.replace("_", "-"), PRESETS["wikitext103"][name]]
-        flags += ["--mlp-dim", PRESETS["wikitext103"]["mlp_dim"]["newton"], "--eval-iters", 1]
-        flags += ["--batch-size", args.batch_size, "--max-steps", args.steps]
+        for name, value in SHAPES[args.preset].items():
+            flags += ["--" + name.replace("_", "-"), value]
+        flags += ["--eval-iters", 1, "--batch-size", args.batch_size, "--max-steps", args.steps]
         flags += ["--eval-interval", max(1, args.steps // 3), "--checkpoint-interval", args.steps]
         total = args.rounds * len(kinds)
         with tqdm(total=total, desc="trainings", unit="run") as bar:
@@ -152,9 +164,9 @@ def measured_section(args, numbers, parameters):
             ]
         )
     return (
-        f"## Measured\n\nThe 25M shape of the wikitext103 preset with a vocabulary of characters "
+        f"## Measured\n\nThe shape {args.preset} with a vocabulary of characters "
         f"({parameters / 1e6:.1f}M parameters), {args.batch_size} windows of "
-        f"{PRESETS['wikitext103']['block_size']} tokens a step whatever the number of processes, "
+        f"{SHAPES[args.preset]['block_size']} tokens a step whatever the number of processes, "
         f"fp32, one thread a process, gloo over loopback; {args.rounds} rounds in turn, medians "
         "(smallest to largest). Bytes are those of the loopback device over the whole run: "
         "evaluations, rendezvous and, where AdamW's state is shared out, gathering it for the two "
@@ -298,8 +310,7 @@ def main(argv=None):
         raise UsageError(f"--steps {args.steps}: give at least 6, the first of which are warm-up")
     model, whose = trained_or_fresh(args.checkpoint)
     numbers = measure(args, ranks)
-    shape = PRESETS["wikitext103"] | {"vocab_size": 66}
-    parameters = parameters_of(shape | {"mlp_dim": shape["mlp_dim"]["newton"]})
+    parameters = parameters_of(SHAPES[args.preset] | {"vocab_size": VOCAB_SIZE})
     timed = time_of_contexts(model.layers[0].attn)
     words = ["python", "benchmark_scaling.py", *(sys.argv[1:] if argv is None else argv)]
     page = "\n\n".join(

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import benchmark
+import benchmark_scaling
 import chat
 import evaluate
 import prepare_data
@@ -25,7 +26,7 @@ from options import train_parser
 
 SCRIPTS = (
     *(train_shakespeare, prepare_data, chat, visualize_coords, report, benchmark),
-    evaluate,
+    *(benchmark_scaling, evaluate),
 )
 FIRST_RELEASE = """\
 python train_shakespeare.py

@@ -1,0 +1,77 @@
+"""What scaling is reckoned with, against brute force and real trainings."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import benchmark_scaling
+from checkpoint import build_model
+from options import DEFAULTS
+from scaling_model import (
+    SIZES,
+    bytes_on_the_wire,
+    efficiency,
+    mean_pairs,
+    memory_of_a_rank,
+    parameters_of,
+    saved_bytes,
+)
+
+
+def test_sizes_are_what_they_are_called():
+    for name, shape in SIZES.items():
+        with torch.device("meta"):
+            model = build_model(DEFAULTS | {"model_type": "ngt"} | shape)
+        assert parameters_of(shape) == sum(p.numel() for p in model.parameters())
+        called = float(name[:-1]) * {"M": 1e6, "B": 1e9}[name[-1]]
+        assert parameters_of(shape) == pytest.approx(called, rel=0.15), name
+
+
+def test_pairs_are_counted_one_by_one():
+    for windows, tokens in (([[3, 8], [1, 40]], 20), ([[5]], 5), ([[100]], 7)):
+        counts = []
+        for window in (w for layer in windows for w in layer):
+            seen = [min(place + 1, window) for place in range(tokens)]
+            counts.append(sum(seen) / tokens)
+        assert mean_pairs(windows, tokens) == pytest.approx(sum(counts) / len(counts))
+
+
+def test_what_a_ring_sends():
+    """An all-reduce by hand: every rank passes a part on, twice (ranks - 1) times."""
+    parameters, ranks = 1200, 4
+    part = 4 * parameters / ranks
+    assert bytes_on_the_wire(parameters, ranks, False) == 2 * (ranks - 1) * part
+    assert bytes_on_the_wire(parameters, ranks, True) == 3 * (ranks - 1) * part
+    assert bytes_on_the_wire(parameters, 1, True) == 0
+    assert memory_of_a_rank(parameters, ranks, False) == 16 * parameters
+    assert memory_of_a_rank(parameters, ranks, True) == 10 * parameters
+
+
+def test_saved_bytes_are_those_of_a_real_block():
+    """Between what the products must keep and a few times that."""
+    shape = {"hidden_dim": 64, "num_layers": 3, "num_heads": 2, "mlp_dim": 256, "block_size": 512}
+    least = 3 * 2 * (64 + 64 + 64 + 256)  # inputs of the projections and both of the feed-forward
+    assert least < saved_bytes(shape) < 8 * least
+
+
+def test_efficiency_falls_with_fewer_tokens():
+    shape = SIZES["124M"]
+    shares = [efficiency(shape, parameters_of(shape), 64, tokens) for tokens in (512, 4096, 65536)]
+    assert 0 < shares[0] < shares[1] < shares[2] <= 1
+    assert efficiency(shape, parameters_of(shape), 1, 512) == 1
+
+
+@pytest.mark.slow
+def test_the_page_is_of_real_trainings(in_tmp):
+    flags = ["--preset", "shakespeare", "--rounds", "1", "--steps", "6", "--json", "s.json"]
+    assert benchmark_scaling.main([*flags, "--output", "s.md"]) == 0
+    page, numbers = Path("s.md").read_text(), json.loads(Path("s.json").read_text())
+    assert "## Measured" in page and "1,048,576" in page
+    assert {"1", "2", "2 sharded"} == numbers["runs"].keys()
+    two = numbers["runs"]["2"][0]
+    parameters = parameters_of(
+        benchmark_scaling.SHAPES["shakespeare"] | {"vocab_size": benchmark_scaling.VOCAB_SIZE}
+    )
+    assert two["wire_bytes"] > 2 * bytes_on_the_wire(parameters, 2, False)
