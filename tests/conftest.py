@@ -1,5 +1,6 @@
 """What the tests share: the repository's place, small corpora, and running a script for real."""
 
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -19,6 +20,9 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 # a job started in the background of a script ignores Ctrl-C, and so would all that it starts
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# pytest's readline exports the size of its terminal, which is not that of terminals in tests
+for name in ("COLUMNS", "LINES"):
+    os.environ.pop(name, None)
 
 
 def pytest_addoption(parser):
@@ -35,9 +39,13 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def seeded_and_single_threaded():
-    """Tensors here are small: a second thread only waits, and the tests run on both cores."""
+    """Tensors here are small: a second thread only waits, and the tests run on both cores.
+
+    A training in this process flushes denormals; the next test shall not find that.
+    """
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture
