@@ -42,9 +42,18 @@ def write_archive(path, contents):
     Raises:
         OSError, RuntimeError: where it cannot be written; the file that was there is untouched.
     """
-    path, partial = Path(path), partial_path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
     check_may_be_replaced(path)
+    try:
+        _write_whole_archive(path, contents)
+    except FileNotFoundError:  # somebody has renamed or removed the directory meanwhile
+        _write_whole_archive(path, contents)
+    _flush_directory(path.parent)
+
+
+def _write_whole_archive(path, contents):
+    partial = partial_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(partial, "w+b") as file:
             _save(contents, file)
@@ -56,7 +65,6 @@ def write_archive(path, contents):
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
-    _flush_directory(path.parent)
 
 
 def _save(contents, file):

@@ -19,7 +19,7 @@ from conversation import Conversation
 from errors import UserError, run_script
 from line_input import LineInput
 from model import NGT
-from options import choose_device, positive, script_parser, whole, whole_or_zero
+from options import choose_device, positive, random_seed, script_parser, whole
 from terminal import columns, one_line, say
 from token_bars import head_lines, layer_lines, pull_lines, strip_lines, token_lines
 
@@ -43,14 +43,6 @@ def probability(text):
     value = positive(text)
     if value > 1:
         raise argparse.ArgumentTypeError(f"{text} must be above 0 and at most 1")
-    return value
-
-
-def random_seed(text):
-    """What a PyTorch generator takes."""
-    value = whole_or_zero(text)
-    if value >= 1 << 63:
-        raise argparse.ArgumentTypeError(f"{text} is too large: give less than 2^63")
     return value
 
 

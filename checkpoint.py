@@ -200,7 +200,7 @@ def _contradiction(checkpoint):
     step, best_val = checkpoint.get("iter", 0), checkpoint.get("best_val", 0)
     if type(step) is not int or not 0 <= step < 1 << 62:
         return f"iter is {_shown(step)}"
-    if type(best_val) not in (int, float) or math.isnan(best_val):
+    if type(best_val) not in (int, float) or not -1e300 < best_val <= math.inf:
         return f"best_val is {_shown(best_val)}"
     directory = config.get("token_directory")
     if not isinstance(directory, str | None):
@@ -211,15 +211,20 @@ def _contradiction(checkpoint):
     if tuple(state["token_emb.weight"].shape) != (config["vocab_size"], config["hidden_dim"]):
         return "token_emb.weight is not vocab_size by hidden_dim"
     with torch.device("meta"):  # shapes alone
-        expected = build_model(config).state_dict()
+        model = build_model(config)
+    expected = model.state_dict()
     if expected.keys() != state.keys():
         name = sorted(expected.keys() ^ state.keys())[0]
         return f"{_shown(name)} is {'missing' if name in expected else 'of no such model'}"
     for name, tensor in expected.items():
         if tensor.shape != state[name].shape:
             return f"{name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
-        if not bool(torch.isfinite(state[name]).all()):
+        if not bool(torch.isfinite(state[name].float()).all()):  # as the model will have it
             return f"{name} holds NaN or infinity"
+    if getattr(model.config, "tie_head", False) and not torch.equal(
+        state["head.weight"], state["token_emb.weight"]
+    ):
+        return "its tied head is not its embedding"
     return None
 
 

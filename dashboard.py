@@ -60,9 +60,9 @@ class Dashboard:
         self._events = EventFile(directory, [_layout(), *head], is_kept)
         self._second = 0
         for row in rows:
-            if {"tokens", "wall_time", *COMPARED} <= row.keys() and self._is_due(
-                row["step"], MOST_ROWS
-            ):
+            is_whole = {"tokens", "wall_time", *COMPARED} <= row.keys()
+            has_place = is_whole and None not in (row["tokens"], row["wall_time"])
+            if has_place and self._is_due(row["step"], MOST_ROWS):
                 self._compare(row)
 
     def row(self, row):

@@ -11,6 +11,7 @@ from gravity import gravity_field
 from gravity_blocked import TINY
 
 PREFILL_CHUNK = 512
+COLDEST = 1e-6  # temperature, below which the likeliest token is taken
 MIN_CAPACITY = 256  # tokens
 
 
@@ -143,7 +144,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     logits = logits.float().cpu()
     if not logits.isfinite().all():
         raise UserError("the model's logits are not finite: its weights are damaged, use another")
-    if temperature == 0:
+    if temperature < COLDEST:
         return int(logits.argmax())
     logits = (logits - logits.max()) / temperature
     if top_k is not None and top_k < len(logits):
@@ -151,7 +152,8 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     probabilities = torch.softmax(logits, -1)
     if top_p is not None and top_p < 1:
         ordered, index = probabilities.sort(descending=True)
-        surplus = ordered.cumsum(0) - ordered >= top_p  # the first is always kept
+        surplus = ordered.cumsum(0) - ordered >= top_p
+        surplus[0] = False
         probabilities[index[surplus]] = 0
     return int(torch.multinomial(probabilities, 1, generator=generator))
 

@@ -1,5 +1,6 @@
 """Evaluation, and what a run leaves behind: metrics.jsonl, config.json and TensorBoard's files."""
 
+import contextlib
 import json
 import math
 import platform
@@ -129,9 +130,9 @@ class RunLog:
         path = self.directory / "metrics.jsonl"
         if not path.exists():
             return []
-        rows = [row for row in read_metrics(path) if row["step"] <= start_step]
-        if start_step == 0:
-            rows = []
+        rows = []
+        if start_step:
+            rows = [row for row in read_metrics(path) if row["step"] <= start_step]
         write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
         return rows
 
@@ -151,16 +152,31 @@ def read_metrics(path):
     Raises:
         UserError: where any other line is damaged.
     """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8: remove it, or what is damaged in it") from None
     rows = []
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError):
-            if number < len(lines):
-                raise UserError(f"{path} line {number} is damaged: remove that line") from None
+        row = None
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+        if row is None and number == len(lines):
             warn(f"{path}: the last line is torn and left out")
+        elif _is_row(row):
+            rows.append(row)
+        else:
+            raise UserError(f"{path} line {number} is damaged: remove that line")
     return rows
+
+
+def _is_row(row):
+    """Whether it is an evaluation: named numbers, and the step they were measured at."""
+    return (
+        isinstance(row, dict)
+        and type(row.get("step")) is int
+        and all(isinstance(value, int | float | None) for value in row.values())
+    )
 
 
 def code_version():

@@ -7,6 +7,7 @@ common default.
 
 import argparse
 import math
+from collections import defaultdict
 
 import torch
 
@@ -16,6 +17,8 @@ from model import LAWS
 from vanilla_model import POSITIONS
 
 MOST_TOKENS = 1 << 28  # a micro-step that a checkpoint may ask for
+MOST_TOKENS_A_STEP = 1 << 33
+MOST = defaultdict(lambda: 1 << 31, seed=1 << 63, sample_tokens=100_000)  # of whole numbers
 LONGEST_SETTING = 4096
 
 DEFAULTS = {
@@ -143,6 +146,14 @@ def whole_or_zero(text):
     value = _number(int, text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative: give at least 0")
+    return value
+
+
+def random_seed(text):
+    """What a PyTorch generator takes."""
+    value = whole_or_zero(text)
+    if value >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text} is too large: give less than 2^63")
     return value
 
 
@@ -293,7 +304,7 @@ def train_parser(description, examples):
     group.add("--max-steps", "steps in all, resumed ones included", type=whole)
     group.switch("--use-cosine-schedule", "decay the learning rate; else it stays constant")
     group.add("--warmup-steps", "steps of linear warm-up", type=whole_or_zero)
-    group.add("--seed", "of weights, batches and dropout", type=whole_or_zero)
+    group.add("--seed", "of weights, batches and dropout", type=random_seed)
 
     group = _Group(parser, "machine")
     group.switch(
@@ -378,15 +389,19 @@ def check_settings(config, path):
         UserError: naming the first of them.
     """
     for action in train_parser("", "")._actions:
-        value = config.get(action.dest)
-        if value is not None and not _is_acceptable(action, value):
+        if action.dest in config and not _is_acceptable(action, config[action.dest]):
             raise UserError(f"{path} has a {action.dest} that no run has: use another checkpoint")
-    tokens = config.get("batch_size", 1) * config.get("block_size", 1)
-    if tokens > MOST_TOKENS:
+    c = DEFAULTS | config
+    tokens = c["batch_size"] * c["block_size"]
+    if tokens > MOST_TOKENS or tokens * c["gradient_accumulation_steps"] > MOST_TOKENS_A_STEP:
         raise UserError(f"{path} trains on {tokens:,} tokens at once: use another checkpoint")
 
 
 def _is_acceptable(action, value):
+    if value is None:
+        return action.dest not in DEFAULTS
+    if isinstance(value, int) and abs(value) >= MOST[action.dest]:
+        return False
     if isinstance(action, argparse.BooleanOptionalAction):
         return type(value) is bool
     if type(value) not in (int, float, str) or len(str(value)) > LONGEST_SETTING:
@@ -485,8 +500,8 @@ def choose_device(name):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, AttributeError):
         raise UsageError(
             f"--device {name} is not available here: use --device cpu, or --device auto"
         ) from None

@@ -26,7 +26,11 @@ def time_left(seconds):
 
 
 def _cells(row, seconds_left):
-    repulsion = "-" if row["repulsion"] is None else f"{row['repulsion']:.4f}"
+    repulsion = row["repulsion"]
+    if repulsion is None:
+        repulsion = "-"
+    else:  # far beyond its column where tokens start at one place
+        repulsion = f"{repulsion:.4f}" if repulsion < 1000 else f"{repulsion:.3g}"
     return {
         "step": str(row["step"]),
         "train": f"{row['train_loss']:.4f}",

@@ -106,6 +106,8 @@ def sha256_of(*paths):
     digests = []
     for path in paths:
         try:
+            if path.exists() and not path.is_file() and not path.is_dir():  # it may never end
+                raise UserError(f"{path} is no ordinary file: name a text file")
             with open(path, "rb") as file:
                 digests.append(_digest(file, path).hexdigest())
         except IsADirectoryError:

@@ -10,10 +10,8 @@ from pathlib import Path
 import torch
 
 from checkpoint import (
-    best_path,
     check_writable,
     is_first_release,
-    last_path,
     model_config,
     read_checkpoint,
     save_checkpoint,
@@ -24,7 +22,8 @@ from metrics import RunLog, code_version, evaluate, machine, peak_memory_bytes
 from options import check_settings, choose_device, resolve, train_parser, warn_of_no_effect
 from progress import TrainingDisplay, above_the_line
 from ranks import is_restarted, joined
-from stop_request import StopRequest
+from run_files import RunFiles, flag
+from stop_request import StopRequest, ignore_requests_to_save
 from trainer import Trainer
 
 EXAMPLES = """examples:
@@ -37,17 +36,6 @@ EXAMPLES = """examples:
 
 
 STEPS_TO_ESTIMATE = 20
-DEFAULT_PATH = "checkpoints/shakespeare.pt"
-
-
-def find_resume_file(args, path):
-    """The checkpoint to go on from, or None to start."""
-    if args.resume_from is not None:
-        return Path(args.resume_from)
-    for candidate in (last_path(path), best_path(path), Path(path)):
-        if candidate.exists():
-            return candidate
-    return None
 
 
 def read_to_resume(path):
@@ -86,36 +74,10 @@ def checkpoint_path(args, config):
     return f"checkpoints/{config['dataset']}{suffix}.pt"
 
 
-def default_run_directory(path):
-    """Where a run's metrics go unless --run-name says otherwise."""
-    return Path("runs") / Path(path).name.removesuffix(".pt")
-
-
-def check_nothing_is_lost(path, run_directory, source):
-    """Refuse to write over checkpoints or metrics of another run.
-
-    Args:
-        source: the checkpoint that is being resumed, or None.
-    """
-    remedy = "or start over with --overwrite"
-    for file in (last_path(path), best_path(path)):
-        if file.exists() and source not in (last_path(path), best_path(path), Path(path)):
-            raise UsageError(
-                f"{file} exists already: go on with --resume, give another --checkpoint-path, "
-                f"{remedy}"
-            )
-    metrics = run_directory / "metrics.jsonl"
-    if source is None and metrics.exists() and metrics.stat().st_size:
-        raise UsageError(
-            f"{metrics} holds the metrics of another run: give another --run-name, {remedy}"
-        )
-
-
 def main(argv=None):
     """Train; returns the exit code."""
     args = train_parser(__doc__, EXAMPLES).parse_args(argv)
-    if is_restarted():
-        args.resume, args.overwrite = True, False
+    ignore_requests_to_save()
     with joined() as ranks:
         return run(args, ranks, argv)
 
@@ -124,15 +86,16 @@ def run(args, ranks, argv=None):
     """One process's part of the training; returns the exit code."""
     check_tokenizer_file(args.tokenizer_path, args.bpe_vocab_size)
     config = resolve(args)
-    path = checkpoint_path(args, config)
-    run_directory = default_run_directory(path)
-    if args.run_name:
-        run_directory = Path("runs") / args.run_name
+    files = RunFiles(checkpoint_path(args, config), args.run_name)
+    if is_restarted() and files.has_begun():
+        args.resume, args.overwrite = True, False
+        if files.last.exists():
+            args.resume_from = None
     source = checkpoint = None
     if args.resume or args.resume_from:
-        source = find_resume_file(args, path)
+        source = Path(args.resume_from) if args.resume_from else files.to_resume()
         if source is None:
-            print(f"nothing to resume at {last_path(path)}: starting")
+            print(f"nothing to resume at {files.last}: starting")
         else:
             checkpoint = read_to_resume(source)
             config = resolve(args, checkpoint["config"])
@@ -141,22 +104,30 @@ def run(args, ranks, argv=None):
             if other_end and config["use_cosine_schedule"]:
                 warn("another --max-steps changes the learning-rate cosine from here on")
     if not args.overwrite:
-        check_nothing_is_lost(path, run_directory, source)
+        files.check_nothing_is_lost(source, args.resume)
     warn_of_no_effect(args, config)
     if config["batch_size"] % ranks.size:
         raise UsageError(
             f"--batch-size {config['batch_size']} cannot be shared out among {ranks.size} "
             f"processes: give a multiple of {ranks.size}"
         )
-    trainer = set_up(config, path, ranks)
+    trainer = set_up(config, ranks)
     check_same_files(trainer, checkpoint)
     if checkpoint is not None:
         trainer.restore(checkpoint, source)
+        if not files.is_own(source):  # its best is not here
+            trainer.best_val = math.inf
     announce(trainer)
     ranks.wait()  # all have looked at what is on disk before one of them writes
     if args.dry_run:
         return 0
-    return train(trainer, checkpoint, path, run_directory, argv)
+    if not ranks.is_main:
+        return train(trainer, files)
+    with files.locked():
+        check_writable(files.path)
+        if args.overwrite and not files.is_own(source):
+            files.set_aside()
+        return train(trainer, files, source, argv)
 
 
 def set_up_torch(config):
@@ -168,7 +139,7 @@ def set_up_torch(config):
         torch.use_deterministic_algorithms(True)
 
 
-def set_up(config, path, ranks):
+def set_up(config, ranks):
     """The trainer of a run, before its first step."""
     # sizes that cannot be are refused before any text is fetched
     model_config({**config, "model_type": config["model"], "vocab_size": 1})
@@ -184,10 +155,7 @@ def set_up(config, path, ranks):
     for split in ("train", "valid"):
         check_long_enough(data.splits[split], config["block_size"], split, data)
     set_up_torch(config)
-    trainer = Trainer(config, data, device, ranks)
-    if ranks.is_main:
-        check_writable(path)
-    return trainer
+    return Trainer(config, data, device, ranks)
 
 
 def check_same_files(trainer, checkpoint):
@@ -216,19 +184,22 @@ def announce(trainer):
     )
 
 
-def train(trainer, checkpoint, path, run_directory, argv=None):
-    """The run itself: loop, and leave everything on disk."""
+def train(trainer, files, source=None, argv=None):
+    """The run itself: loop, and leave everything on disk.
+
+    Args:
+        source: the checkpoint that it goes on from, or None.
+    """
     config = trainer.config
     if trainer.iter >= config["max_steps"]:
         print(f"finished already at step {trainer.iter}; a larger --max-steps goes on")
         return 0
     if trainer.iter:
-        print(f"resuming at step {trainer.iter}")
-    go_on = resume_command(path, run_directory, trainer.ranks)
+        print(f"resuming at step {trainer.iter} of {source}")
     if not trainer.ranks.is_main:
-        return loop(trainer, None, path, go_on)
+        return loop(trainer, None, files)
     log = RunLog(
-        run_directory,
+        files.directory,
         {
             **trainer.saved_config(),
             "parameters": trainer.parameters,
@@ -238,33 +209,22 @@ def train(trainer, checkpoint, path, run_directory, argv=None):
             "torch_version": torch.__version__,
             "machine": machine(trainer.device),
             "processes": trainer.ranks.size,
-            "checkpoint_path": path,
+            "checkpoint_path": files.path,
         },
         trainer.iter,
     )
-    if checkpoint is None:
-        for old in (best_path(path), last_path(path)):  # of a run that --overwrite gives up
-            old.unlink(missing_ok=True)
-    return loop(trainer, log, path, go_on)
+    files.begin()
+    try:
+        return loop(trainer, log, files)
+    finally:
+        files.bring_back()
 
 
-def resume_command(path, run_directory, ranks):
-    """What a user types to go on with a run; everything else is in its checkpoint."""
-    start = ["python"] if ranks.size == 1 else ["torchrun", f"--nproc_per_node={ranks.size}"]
-    words = [*start, sys.argv[0], "--resume"]
-    if path != DEFAULT_PATH:
-        words += ["--checkpoint-path", path]
-    if run_directory != default_run_directory(path):
-        words += ["--run-name", os.path.relpath(run_directory, "runs")]
-    return shlex.join(words)
-
-
-def loop(trainer, log, path, go_on):
+def loop(trainer, log, files):
     """Step, evaluate, save, until done or asked to stop.
 
     Args:
         log: where evaluations go; None on ranks but the main one.
-        go_on: the command that resumes this run.
     """
     c, ranks = trainer.config, trainer.ranks
     trained, seconds = 0, 0.0
@@ -282,7 +242,7 @@ def loop(trainer, log, path, go_on):
             if trainer.iter == first_step + STEPS_TO_ESTIMATE:
                 say_expected_time(display, trainer, first_step, first_second)
             display.step(loss, elapsed)
-            check_skipped(trainer, path)
+            check_skipped(trainer, files)
             done = trainer.iter == c["max_steps"]
             # after a skipped step the weights are under suspicion
             sound = trainer.progress["skipped_in_a_row"] == 0
@@ -297,35 +257,40 @@ def loop(trainer, log, path, go_on):
                 sound = sound and math.isfinite(row["val_loss"])
                 if sound and row["val_loss"] < trainer.best_val:
                     trainer.best_val = row["val_loss"]
-                    save(trainer, best_path(path))
+                    save(trainer, files, files.best)
+                save_now |= stop.agree(ranks)  # an evaluation may take long
             due = trainer.iter % c["checkpoint_interval"] == 0 or done or stop.signal is not None
             if save_now:
-                display.say(f"SIGUSR1 at step {trainer.iter}: {last_path(path)}")
+                display.say(f"SIGUSR1 at step {trainer.iter}: {files.last}")
             due = due or save_now
             if due and sound and trainer.is_sound():
-                save(trainer, last_path(path))
+                save(trainer, files, files.last)
                 saved_at = trainer.iter
     if stop.signal is not None and trainer.iter < c["max_steps"]:
         where = f"stopped at step {trainer.iter}"
         if saved_at != trainer.iter:
-            where += f", whose numbers are in doubt; {last_path(path)} is of step {saved_at}"
-        print(f"{where}; go on with: {go_on}", flush=True)
+            where += ", whose numbers are in doubt"
+            where += f"; {files.last} is of step {saved_at}" if files.last.exists() else ""
+        how = f"go on with: {files.resume_command()}"
+        print(f"{where}; {how if files.to_resume() else 'nothing was saved'}", flush=True)
         return stop.exit_code
     if log is None:
         return 0
     log.dashboard.projector(trainer.raw_model, trainer.data.tokenizer, trainer.iter)
     log.dashboard.finish(trainer.iter)
     if trainer.best_val < math.inf:
-        print(f"best validation loss {trainer.best_val:.4f} in {best_path(path)}")
-        print(f"chat with it: python chat.py --checkpoint-path {best_path(path)}")
+        print(f"best validation loss {trainer.best_val:.4f} in {files.best}")
+        command = ["python", "chat.py", *flag("--checkpoint-path", files.best)]
+        print(f"chat with it: {shlex.join(command)}")
     return 0
 
 
-def save(trainer, path):
+def save(trainer, files, path):
     """All ranks give what they have, the main one writes it."""
     state = trainer.state()
     if trainer.ranks.is_main:
         save_checkpoint(path, state)
+        files.forget_earlier()
 
 
 def say_expected_time(display, trainer, first_step, first_second):
@@ -341,7 +306,7 @@ def say_expected_time(display, trainer, first_step, first_second):
         )
 
 
-def check_skipped(trainer, path):
+def check_skipped(trainer, files):
     """Give up after too many steps in a row whose loss or gradient was not finite."""
     in_a_row = trainer.progress["skipped_in_a_row"]
     if in_a_row == 0:
@@ -350,7 +315,7 @@ def check_skipped(trainer, path):
         with above_the_line():
             warn(f"step {trainer.iter}: loss or gradient is not finite, step skipped")
     if in_a_row >= trainer.config["max_skipped_steps"]:
-        kept = last_path(path) if last_path(path).exists() else best_path(path)
+        kept = files.last if files.last.exists() else files.best
         where = f"{kept} is the last good checkpoint" if kept.exists() else "nothing was saved yet"
         raise UserError(
             f"loss or gradient was not finite for {in_a_row} steps in a row (--max-skipped-steps), "

@@ -18,6 +18,8 @@ from gravity_blocked import cpu_multiplies_bf16
 from model import NGT, repulsion_loss
 from ranks import Ranks
 
+LARGEST_SEED = 1 << 63
+
 
 def choose_precision(use_amp, device):
     """`(autocast, scaler)`: a context factory and a GradScaler that may do nothing."""
@@ -125,7 +127,7 @@ class Trainer:
         self.model = maybe_compile(distributed, config, device)
         self.optimizer = make_optimizer(self.raw_model, config, device, self.ranks)
         if not self.ranks.is_main:  # dropout of its own
-            torch.manual_seed(config["seed"] + 1_000_003 * self.ranks.rank)
+            torch.manual_seed(self._seed(self.ranks.rank))
         self.autocast, self.scaler = choose_precision(config["use_amp"], device)
         self.iter = 0
         self.best_val = math.inf
@@ -137,6 +139,10 @@ class Trainer:
             "skipped": 0,
             "wall_time": 0.0,
         }
+
+    def _seed(self, rank, step=0):
+        """What another rank than the first starts its random numbers from."""
+        return (self.config["seed"] + 1_000_003 * rank + step) % LARGEST_SEED
 
     @property
     def parameters(self):
@@ -211,8 +217,12 @@ class Trainer:
                 )
         try:
             self.raw_model.load_state_dict(checkpoint["model_state"])
-            self._restore_optimizer(checkpoint["optimizer_state"]["state"])
-            self.scaler.load_state_dict(_numbers(checkpoint["scaler_state"]))
+            state = checkpoint["optimizer_state"]["state"]
+            if checkpoint["iter"] and not state:
+                raise ValueError("optimizer_state is empty")
+            self._restore_optimizer(state)
+            if checkpoint["scaler_state"]:  # none where the run was in fp32 or bf16
+                self.scaler.load_state_dict(_numbers(checkpoint["scaler_state"]))
             self._restore_rng(checkpoint["rng_state"], checkpoint["iter"])
             self.iter, self.best_val = checkpoint["iter"], checkpoint["best_val"]
             progress = _numbers(checkpoint["data_state"])
@@ -246,6 +256,8 @@ class Trainer:
                     raise ValueError(f"optimizer_state is of other parameters than number {number}")
                 if not bool(torch.isfinite(average).all()) or average.layout != torch.strided:
                     raise ValueError("optimizer_state holds NaN or infinity")
+                if name != "exp_avg" and bool((average < 0).any()):
+                    raise ValueError("optimizer_state holds negative squares or steps")
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def _restore_rng(self, states, step):
@@ -253,7 +265,7 @@ class Trainer:
         if not self.ranks.is_main:
             others = states.get("other_ranks", [])
             if len(others) != self.ranks.size - 1:
-                torch.manual_seed(self.config["seed"] + 1_000_003 * self.ranks.rank + step)
+                torch.manual_seed(self._seed(self.ranks.rank, step))
                 return
             states = others[self.ranks.rank - 1]
         torch.set_rng_state(states["torch"])
@@ -271,7 +283,7 @@ class Trainer:
         if with_repulsion:
             # the same positions on every rank
             sample = torch.Generator().manual_seed(
-                (self.config["seed"] * 1_000_003 + self.iter) * 1_009 + micro_step
+                ((self.config["seed"] * 1_000_003 + self.iter) * 1_009 + micro_step) % LARGEST_SEED
             )
             repulsion = repulsion_loss(geometry.z, geometry.mass, generator=sample)
             return cross_entropy + self.config["lambda_repulsion"] * repulsion, (

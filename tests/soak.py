@@ -80,7 +80,7 @@ def soak(folder, name, seconds, say=lambda line: None):
         if process.poll() is not None:
             raise RuntimeError((folder / f"{name}.log").read_text())
         time.sleep(0.1)
-    started, samples = time.monotonic(), []
+    before, started, samples = steps_of(folder, name), time.monotonic(), []
     while (now := time.monotonic() - started) < seconds:
         if process.poll() is not None:
             raise RuntimeError((folder / f"{name}.log").read_text())
@@ -95,7 +95,7 @@ def soak(folder, name, seconds, say=lambda line: None):
     first, last = (statistics.median(sample[1] for sample in end) for end in ends)
     files = [int(statistics.median(sample[2] for sample in end)) for end in ends]
     return {
-        "steps": steps_of(folder, name),
+        "steps": steps_of(folder, name) - before,
         "memory_after_warm_up": int(first),
         "memory": int(last),
         "growth": last / first - 1,

@@ -53,11 +53,18 @@ def trained(tmp_path_factory):
         os.chdir(before)
 
 
+NAMED = {
+    "a tokenizer to be written elsewhere": "planted",
+    "a device of no memory": "--device meta",
+    "text that never ends": "/dev/zero",
+}
+
+
 @pytest.mark.parametrize("name", TRAINING)
 def test_resumed(name, trained, watched, monkeypatch):
     monkeypatch.chdir(trained[0])
     message = hostile_files.attempt_resume(trained[1], TRAINING[name])
-    assert is_one_clear_line(message, "planted" if "elsewhere" in name else "evil")
+    assert is_one_clear_line(message, NAMED.get(name, "evil"))
     assert not (trained[0] / "planted.json").exists()
 
 

@@ -119,12 +119,17 @@ def test_a_rank_that_dies_ends_the_run(in_tmp, small_text):
     assert curve(in_tmp, "cut")[-1]["step"] == 200
 
 
-def kill_a_rank(launcher):
-    """SIGKILL the second of the launcher's trainings."""
+def ranks_of(launcher):
+    """Process numbers of the launcher's trainings, the first started first."""
     listing = subprocess.run(
         ["ps", "-o", "pid=", "--ppid", str(launcher)], capture_output=True, text=True, check=True
     ).stdout.split()
-    os.kill(max(int(pid) for pid in listing), signal.SIGKILL)
+    return sorted(int(pid) for pid in listing)
+
+
+def kill_a_rank(launcher):
+    """SIGKILL the second of the launcher's trainings."""
+    os.kill(ranks_of(launcher)[-1], signal.SIGKILL)
 
 
 def test_batches_that_cannot_be_shared_out(in_tmp, small_text):
@@ -151,6 +156,23 @@ def test_ctrl_c_under_torchrun_saves(in_tmp, small_text):
     step = read_checkpoint(last)["iter"]
     assert f"stopped at step {step}; go on with: torchrun --nproc_per_node=2" in output
     assert process.returncode != 0
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all(in_tmp, small_text):
+    """Whenever it comes, in an evaluation for example: what one was told, all must agree on."""
+    flags = ("--max-steps", 100_000, "--eval-interval", 2, "--eval-iters", 60)
+    for name in ("one", "two", "three"):
+        process = torchrun(in_tmp, 2, *flags, *named(name), "--sample-tokens", 0)
+        metrics = in_tmp / "runs" / name / "metrics.jsonl"
+        deadline = time.monotonic() + 90
+        while not metrics.exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(ranks_of(process.pid)[-1], signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+        step = read_checkpoint(in_tmp / f"{name}.pt_last.pt")["iter"]
+        assert f"stopped at step {step}; go on with" in output
 
 
 @pytest.fixture

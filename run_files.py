@@ -1,0 +1,159 @@
+"""Where a run keeps its files, and that no run loses any to another."""
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from checkpoint import best_path, last_path
+from errors import UsageError, UserError
+
+DEFAULT_PATH = "checkpoints/shakespeare.pt"
+BEGUN = ".launch"  # in the run's directory: which launch of torchrun began it
+
+
+class RunFiles:
+    """The checkpoints `PATH_best.pt` and `PATH_last.pt` of a run, and its directory under runs/.
+
+    Args:
+        path: --checkpoint-path; of one of the two files it is understood as well.
+        run_name: --run-name, or None: named after the path.
+    """
+
+    def __init__(self, path, run_name=None):
+        self.path = str(path).removesuffix("_last.pt").removesuffix("_best.pt")
+        self.run_name = run_name
+        self.directory = Path("runs") / (run_name or Path(self.path).name.removesuffix(".pt"))
+        self.best, self.last = best_path(self.path), last_path(self.path)
+        self._aside = {}
+
+    def is_own(self, source):
+        """Whether a checkpoint is one of this run's."""
+        return source in (self.best, self.last, Path(self.path))
+
+    def to_resume(self):
+        """This run's checkpoint to go on from, or None where there is none."""
+        for path in (self.last, self.best, Path(self.path)):
+            if path.exists():
+                return path
+        return None
+
+    def check_nothing_is_lost(self, source, is_resumed):
+        """Refuse to write over checkpoints or metrics of another run.
+
+        Args:
+            source: the checkpoint that is being resumed, or None.
+            is_resumed: whether --resume was asked for, even where there is no checkpoint yet.
+
+        Raises:
+            UsageError: naming the file and the ways out.
+        """
+        remedy = "or start over with --overwrite"
+        for file in (self.last, self.best):
+            if file.exists() and not self.is_own(source):
+                raise UsageError(
+                    f"{file} exists already: go on with --resume, give another "
+                    f"--checkpoint-path, {remedy}"
+                )
+        metrics = self.directory / "metrics.jsonl"
+        if not metrics.exists() or not metrics.stat().st_size:
+            return
+        owner = self._owner()
+        is_own = owner is not None and os.path.abspath(owner) == os.path.abspath(self.path)
+        # one that was killed before its first checkpoint has metrics, too
+        if (not is_own and (owner is not None or source is None)) or not (source or is_resumed):
+            whose = f"another run, {owner}" if owner and not is_own else "another run"
+            raise UsageError(
+                f"{metrics} holds the metrics of {whose}: give another --run-name, {remedy}"
+            )
+
+    def _owner(self):
+        """The --checkpoint-path of the run whose metrics are here, where that is known."""
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            config = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
+            if isinstance(config, dict) and isinstance(config.get("checkpoint_path"), str):
+                return config["checkpoint_path"]
+        return None
+
+    @contextlib.contextmanager
+    def locked(self):
+        """Within it no other process may train this run.
+
+        Raises:
+            UserError: where one does.
+        """
+        place = Path(self.path)
+        lock = FileLock(place.with_name(f".{place.name}.lock"))
+        with contextlib.suppress(OSError, NotImplementedError):  # a disk that knows no locks
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise UserError(
+                    f"{self.path} is being trained by another process: wait for it, or give "
+                    "another --checkpoint-path"
+                ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def begin(self):
+        """Note that this launch of torchrun has begun the run."""
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            with contextlib.suppress(OSError):
+                (self.directory / BEGUN).write_text(os.environ["TORCHELASTIC_RUN_ID"])
+
+    def has_begun(self):
+        """Whether an earlier try of this launch of torchrun had begun the run."""
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            return (self.directory / BEGUN).read_text() == os.environ.get("TORCHELASTIC_RUN_ID")
+        return False
+
+    def set_aside(self):
+        """Rename what --overwrite gives up to NAME.old, until the new run has been saved."""
+        metrics = [self.directory / name for name in ("metrics.jsonl", "config.json")]
+        for path in (self.best, self.last, *metrics):
+            old = path.with_name(path.name + ".old")
+            if path.exists():
+                path.replace(old)
+            if old.exists():  # of an attempt that was killed, perhaps
+                self._aside[path] = old
+
+    def forget_earlier(self):
+        """The new run is on disk: what was set aside may go."""
+        for old in self._aside.values():
+            with contextlib.suppress(OSError):
+                old.unlink()
+        self._aside = {}
+
+    def bring_back(self):
+        """The new run came to nothing: what was set aside takes its place again."""
+        for path, old in self._aside.items():
+            with contextlib.suppress(OSError):
+                old.replace(path)
+        self._aside = {}
+
+    def resume_command(self):
+        """What a user types to go on with this run; everything else is in its checkpoint."""
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        hosts = int(os.environ.get("WORLD_SIZE", "1")) // local
+        words = ["python"]
+        if hosts * local > 1:
+            words = ["torchrun", *([f"--nnodes={hosts}"] if hosts > 1 else [])]
+            words.append(f"--nproc_per_node={local}")
+        words += [sys.argv[0], "--resume"]
+        if self.path != DEFAULT_PATH:
+            words += flag("--checkpoint-path", self.path)
+        if self.run_name:
+            words += flag("--run-name", self.run_name)
+        return shlex.join(words)
+
+
+def flag(name, value):
+    """A flag and its value as words of a command, where the value may look like a flag."""
+    return [f"{name}={value}"] if str(value).startswith("-") else [name, str(value)]

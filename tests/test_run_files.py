@@ -1,0 +1,182 @@
+"""That no run loses its files to another, however it is started, stopped and started again."""
+
+import fcntl
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+import torch
+
+import train_shakespeare
+from checkpoint import read_checkpoint
+from conftest import ROOT
+from errors import UserError
+from run_files import RunFiles
+from trainer import Trainer
+
+SMALL = (
+    *("--data-path", "small.txt", "--hidden-dim", 16, "--num-layers", 1, "--num-heads", 2),
+    *("--block-size", 16, "--batch-size", 4, "--eval-interval", 10, "--eval-iters", 1),
+    *("--checkpoint-interval", 50, "--device", "cpu", "--sample-tokens", 0),
+)
+
+
+def train(*flags):
+    assert train_shakespeare.main([*map(str, (*SMALL, *flags))]) == 0
+
+
+def steps(name):
+    path = f"runs/{name}/metrics.jsonl"
+    with open(path) as file:
+        return [json.loads(line)["step"] for line in file]
+
+
+@pytest.fixture
+def finished(in_tmp, small_text):
+    """A run c/a of 20 steps."""
+    train("--checkpoint-path", "c/a", "--max-steps", 20)
+    return in_tmp
+
+
+def die(*_):
+    raise RuntimeError("killed")
+
+
+def test_killed_before_its_first_checkpoint_it_starts_again(in_tmp, small_text, monkeypatch):
+    """Its own metrics are no reason to refuse; those of another run are."""
+    with monkeypatch.context() as patched:
+        patched.setattr(train_shakespeare, "save_checkpoint", die)
+        with pytest.raises(RuntimeError):
+            train("--checkpoint-path", "c/a", "--max-steps", 20)
+    assert steps("a") == [10] and not list(in_tmp.glob("c/*.pt"))
+    with pytest.raises(UserError, match="metrics of another run"):
+        train("--checkpoint-path", "c/a", "--max-steps", 20)
+    with pytest.raises(UserError, match="metrics of another run, c/a"):
+        train("--checkpoint-path", "d/a", "--max-steps", 20, "--resume")
+    train("--checkpoint-path", "c/a", "--max-steps", 20, "--resume")
+    assert steps("a") == [10, 20]
+
+
+def test_a_forgotten_run_name_is_noticed(finished):
+    """Resuming must not cut another run's metrics."""
+    train("--checkpoint-path", "d/a", "--run-name", "other", "--max-steps", 10)
+    with pytest.raises(UserError, match=r"metrics of another run, c/a.*--run-name"):
+        train("--checkpoint-path", "d/a", "--max-steps", 30, "--resume")
+    assert steps("a") == [10, 20]
+    train("--checkpoint-path", "d/a", "--run-name", "other", "--max-steps", 30, "--resume")
+    assert steps("a") == [10, 20] and steps("other") == [10, 20, 30]
+
+
+def test_overwrite_gives_up_nothing_before_it_has_something(finished, monkeypatch):
+    """A new run that fails at its first step leaves the earlier one as it was."""
+    before = (finished / "c" / "a_last.pt").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", die)
+        with pytest.raises(RuntimeError):
+            train("--checkpoint-path", "c/a", "--max-steps", 30, "--overwrite")
+    assert (finished / "c" / "a_last.pt").read_bytes() == before and steps("a") == [10, 20]
+    assert not list(finished.rglob("*.old"))
+    train("--checkpoint-path", "c/a", "--max-steps", 10, "--overwrite")
+    assert read_checkpoint("c/a_last.pt")["iter"] == 10 and steps("a") == [10]
+    assert not list(finished.rglob("*.old"))
+
+
+def test_what_was_set_aside_outlives_a_kill(in_tmp):
+    """Attempts that end without a word do not lose what was there before the first of them."""
+    files = RunFiles("c/a")
+    files.last.parent.mkdir()
+    files.last.write_text("good")
+    files.set_aside()
+    again = RunFiles("c/a")
+    again.set_aside()
+    again.bring_back()
+    assert files.last.read_text() == "good"
+
+
+def test_the_best_of_another_run_is_not_called_its_own(finished, capsys):
+    """A fork has no best until it has one, and an overwritten one is the fork's."""
+    torch.manual_seed(0)
+    train("--resume-from", "c/a_last.pt", "--checkpoint-path", "c/b", "--max-steps", 30)
+    assert "in c/b_best.pt" in capsys.readouterr().out
+    assert read_checkpoint("c/b_best.pt")["iter"] == 30
+    train(
+        "--resume-from", "c/b_last.pt", "--checkpoint-path", "c/a", "--max-steps", 40, "--overwrite"
+    )
+    assert read_checkpoint("c/a_best.pt")["iter"] == 40 and steps("a") == [40]
+
+
+def test_a_file_of_the_run_is_understood_as_its_path(finished):
+    train("--resume", "--checkpoint-path", "c/a_last.pt", "--max-steps", 30)
+    assert sorted(path.name for path in finished.glob("c/*.pt")) == ["a_best.pt", "a_last.pt"]
+    assert read_checkpoint("c/a_last.pt")["iter"] == 30
+
+
+def test_one_process_at_a_time(finished):
+    files = RunFiles("c/a")
+    with files.locked(), pytest.raises(UserError, match="another process"):
+        train("--resume", "--checkpoint-path", "c/a", "--max-steps", 30)
+    train("--resume", "--checkpoint-path", "c/a", "--max-steps", 30)
+
+
+def test_restarted_by_torchrun_it_goes_on_from_its_own_last(finished, monkeypatch):
+    """Not from the file that the first try was given, and not over the run that it replaced."""
+    train("--checkpoint-path", "c/old", "--max-steps", 10)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this launch")
+    fork = ("--resume-from", "c/a_last.pt", "--checkpoint-path", "c/b", "--max-steps")
+    train(*fork, 30)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train(*fork, 40)
+    assert steps("b") == [30, 40]
+    # the first try of --overwrite died before it began: what is there is still the earlier run
+    train("--checkpoint-path", "c/old", "--max-steps", 20, "--overwrite", "--seed", 7)
+    assert read_checkpoint("c/old_last.pt")["config"]["seed"] == 7
+
+
+def test_a_path_like_a_flag(in_tmp, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_shakespeare.py"])
+    command = RunFiles("-q", "-r").resume_command()
+    assert command == "python train_shakespeare.py --resume --checkpoint-path=-q --run-name=-r"
+    assert RunFiles("checkpoints/shakespeare.pt").resume_command().endswith("py --resume")
+
+
+def test_a_closed_terminal_saves(finished):
+    """The hang-up of a real pseudo-terminal: exit 129 and a checkpoint."""
+    master, slave = pty.openpty()
+    command = [sys.executable, ROOT / "train_shakespeare.py", *SMALL, "--resume"]
+    command += ["--checkpoint-path", "c/a", "--max-steps", 100_000]
+    process = subprocess.Popen(
+        [*map(str, command)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(slave)
+    deadline, seen = time.monotonic() + 60, b""
+    while b"   30 " not in seen:
+        assert time.monotonic() < deadline
+        seen += os.read(master, 65536)
+    os.close(master)
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    assert read_checkpoint("c/a_last.pt")["iter"] >= 30
+
+
+def test_a_signal_before_there_is_anything_to_save(in_tmp, small_text):
+    """SIGUSR1 while it is starting does not end it."""
+    command = [sys.executable, ROOT / "train_shakespeare.py", *SMALL, "--max-steps", 10]
+    process = subprocess.Popen(
+        [*map(str, command)], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE
+    )
+    while b"text:" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGUSR1)
+    process.stdout.read()
+    assert process.wait(timeout=60) == 0
