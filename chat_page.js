@@ -331,20 +331,27 @@ function changedSettings() {
 
 // The pulls.
 
-const shownPosition = () => state.hovered ?? state.pinned ?? newestPosition;
+const shownPosition = () => state.hovered ?? state.pinned ?? livePosition();
 const allHeads = () => state.about.numLayers * (state.about.numHeads + 1);
 const row = () => Number($("head").value);
 
 // What the page was told of a token: the mean over all heads comes with it, the rest when asked.
 const pullsOf = (token) => (row() === allHeads() ? token.pulls : token.rows?.[row()]);
 
-let isAsking = false;
+// The newest token; of one head, the newest that the server was asked about in time.
+const livePosition = () =>
+  state.isBusy && row() !== allHeads() && tokens.has(answeredPosition)
+    ? answeredPosition
+    : newestPosition;
+
+let [isAsking, answeredPosition] = [false, null];
 async function askForRows(token) {
   if (isAsking || token.rows) return;
   isAsking = true;
   try {
     const { rows } = await askForJson(`/pulls?position=${token.position}`);
     token.rows = rows;
+    answeredPosition = token.position;
   } catch {
     token.rows = []; // it is not kept any more
   }
@@ -380,7 +387,8 @@ function update() {
   $("details").replaceChildren(...(token ? details(token, pulls) : overview()));
   // while tokens come only what is looked at is asked for
   const isWanted = row() !== allHeads() || !state.isBusy;
-  if (token && hasPulls() && isWanted) askForRows(token);
+  const isLive = state.hovered === null && state.pinned === null;
+  if (token && hasPulls() && isWanted) askForRows(isLive ? tokens.get(newestPosition) : token);
   showButtons();
 }
 
