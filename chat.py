@@ -1,8 +1,8 @@
 """Talk to a checkpoint. It goes on writing where your text ends, as the text it learned from does.
 
 Commands: /help, /retry, /more, /tokens, /pull, /save FILE, /set NAME VALUE, /reset, /quit. Ctrl-C
-stops an answer, Ctrl-D leaves. --serve: a web page of this computer's instead, where every token
-shows what pulled it. What you write is kept for the next time (arrow up) in
+stops an answer, Ctrl-D leaves. --serve shows the chat on a web page of this computer's, with
+what pulled each token. What you write is kept for the next time (arrow up) in
 ~/.local/state/newton-gravity/chat_history, or under XDG_STATE_HOME. NO_COLOR=1 switches colour off.
 """
 

@@ -1,48 +1,26 @@
-"""The chat as a web page: `chat.py --serve`. HTTP by the standard library, one model, one talk.
+"""The chat as a web page, `chat.py --serve`: one model, one conversation, one answer at a time.
 
-The model is fed by the thread that calls `serve`; the others carry its events to the browser. What
-a browser may do is decided by `_refusal`: a page of another site can neither read nor steer.
+The model is fed by the thread that calls `serve`; others carry its events to the browser
+(`chat_requests.py`).
 """
 
 import argparse
 import contextlib
 import ipaddress
-import json
 import math
 import queue
 import signal
 import socket
 import threading
 import unicodedata
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from http.server import ThreadingHTTPServer
 
+from chat_requests import Handler, Refused
 from errors import UserError, warn
 from live_conversation import KEPT_TOKENS
 from terminal import one_line, printable
 
-HERE = Path(__file__).resolve().parent
-FILES = {
-    "/": ("chat_page.html", "text/html; charset=utf-8"),
-    "/map_page.css": ("map_page.css", "text/css; charset=utf-8"),
-    "/chat_page.css": ("chat_page.css", "text/css; charset=utf-8"),
-    "/chat_page.js": ("chat_page.js", "text/javascript; charset=utf-8"),
-}
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-LARGEST_BODY = 1 << 18  # bytes
-LONGEST_SILENCE = 30  # seconds until a connection is given up
 EVENTS_AHEAD = 64  # of a browser that is slower than the model
-
-
-class Refused(Exception):
-    """A request that is not carried out: a status of 4xx and one line."""
-
-    def __init__(self, status, message):
-        super().__init__(message)
-        self.status = status
 
 
 class Job:
@@ -87,9 +65,6 @@ class ChatServer(ThreadingHTTPServer):
         self.named_host = host
         self.jobs = queue.Queue()
         self.job, self._job_lock = None, threading.Lock()
-        self.files = {
-            path: ((HERE / name).read_bytes(), kind) for path, (name, kind) in FILES.items()
-        }
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         self.address_family = family
         super().__init__((host, port), Handler)
@@ -200,10 +175,12 @@ class ChatServer(ThreadingHTTPServer):
                     yield from conversation.reply(text, stopped)
                 else:
                     yield from getattr(conversation, action)(stopped)
-            except (UserError, RuntimeError, MemoryError) as error:
+            except Exception as error:
                 # the model's state may be half of a token: nothing can be built on it
                 conversation.forget()
-                reason = one_line(str(error))[:300] or type(error).__name__
+                reason = one_line(str(error))[:300]
+                if not isinstance(error, UserError):
+                    reason = f"the model failed, {type(error).__name__}: {reason}"
                 yield {"type": "failed", "text": f"{reason} (the conversation starts afresh)"}
             yield {
                 "type": "end",
@@ -256,134 +233,6 @@ class ChatServer(ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         """A browser that left in the middle of a request is nobody's mistake."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    """One connection."""
-
-    protocol_version = "HTTP/1.1"
-    server_version, sys_version = "newton-gravity-chat", ""
-    timeout = LONGEST_SILENCE
-    disable_nagle_algorithm = True
-
-    def do_GET(self):
-        self._carry_out(self._get)
-
-    def do_POST(self):
-        self._carry_out(self._post)
-
-    def _get(self):
-        path, _, query = self.path.partition("?")
-        if path in self.server.files:
-            return self._send(200, *self.server.files[path])
-        if path == "/state":
-            return self._send_json(self.server.state())
-        if path == "/version":
-            return self._send_json({"version": self.server.conversation.version})
-        if path == "/pulls":
-            return self._send_json(self.server.pulls(query))
-        raise Refused(404, "there is no such page")
-
-    def _post(self):
-        actions = {"/stop": self.server.stop, "/reset": self.server.reset}
-        if self.path not in (*actions, "/talk"):
-            raise Refused(404, "there is no such page")
-        request = self._request()
-        if self.path in actions:
-            return self._send_json(actions[self.path]())
-        self._stream(self.server.talk(request))
-
-    def _carry_out(self, method):
-        try:
-            self._refuse_strangers()
-            method()
-        except Refused as refused:
-            self._send_line(refused.status, str(refused))
-        except OSError:  # the browser left
-            self.close_connection = True
-        except Exception as error:
-            warn(f"a request failed: {type(error).__name__}: {error}")
-            self._send_line(500, f"the server failed: {type(error).__name__}")
-
-    def _refuse_strangers(self):
-        """Only this server's own page, at this server's own address, may ask."""
-        hosts, origin = self.headers.get_all("Host", []), self.headers.get("Origin")
-        if len(hosts) != 1 or not self.server.knows(hosts[0]):
-            raise Refused(403, "this server is not known by that name")
-        if origin is not None and origin.lower() != f"http://{hosts[0].lower()}":
-            raise Refused(403, "pages of other sites may not ask")
-
-    def _request(self):
-        """The JSON object of a request's body."""
-        kind = self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise Refused(415, "send application/json")
-        length = self.headers.get("Content-Length", "")
-        if "Transfer-Encoding" in self.headers or not length:
-            raise Refused(411, "say how long it is: Content-Length")
-        if not (length.isascii() and length.isdigit()):
-            raise Refused(400, "Content-Length must be a whole number")
-        if len(length) > 9 or int(length) > LARGEST_BODY:
-            raise Refused(413, f"too long: send at most {LARGEST_BODY:,} bytes")
-        try:
-            request = json.loads(self.rfile.read(int(length)).decode("utf-8"))
-        except (ValueError, RecursionError):
-            raise Refused(400, "that is no JSON") from None
-        if not isinstance(request, dict):
-            raise Refused(400, "send a JSON object")
-        return request
-
-    def _stream(self, job):
-        """The events of a job as lines of JSON, each as it comes; who leaves stops the job."""
-        try:
-            self._send_head(200, "application/x-ndjson", None)
-            while (event := job.events.get()) is not None:
-                line = _to_json(event) + b"\n"
-                self.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
-            self.wfile.write(b"0\r\n\r\n")
-        except OSError:
-            job.stopped.set()
-            raise
-
-    def _send_json(self, data):
-        self._send(200, _to_json(data), "application/json")
-
-    def _send_line(self, status, text):
-        """A refusal; what the request may still hold is not read."""
-        self.close_connection = True
-        with contextlib.suppress(OSError):
-            self._send(status, (text + "\n").encode(), "text/plain; charset=utf-8")
-
-    def _send(self, status, body, kind):
-        self._send_head(status, kind, len(body))
-        self.wfile.write(body)
-
-    def _send_head(self, status, kind, length):
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        if length is None:
-            self.send_header("Transfer-Encoding", "chunked")
-        else:
-            self.send_header("Content-Length", str(length))
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        for name, value in (
-            ("Content-Security-Policy", POLICY),
-            ("X-Content-Type-Options", "nosniff"),
-            ("Referrer-Policy", "no-referrer"),
-            ("Cross-Origin-Resource-Policy", "same-origin"),
-            ("Cache-Control", "no-store"),
-        ):
-            self.send_header(name, value)
-        self.end_headers()
-
-    def send_error(self, code, message=None, explain=None):
-        """What the standard library refuses, as one line too."""
-        code = 405 if code == 501 else code
-        self._send_line(code, "only GET and POST" if code == 405 else "that is no request")
-
-    def log_message(self, *_):
-        """The terminal is for the URL and warnings."""
 
 
 def serve(conversation, host, port, parsers, about):
@@ -446,7 +295,3 @@ def _text(text):
                 400, f"the text holds a control character, U+{ord(character):04X}: remove it"
             )
     return text
-
-
-def _to_json(data):
-    return json.dumps(data, separators=(",", ":"), allow_nan=False).encode()

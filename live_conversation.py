@@ -35,16 +35,17 @@ class Token:
     def to_json(self):
         """Plain types; of the pulls the mean over all heads."""
         kept = ("position", "turn", "author", "label", "text", "mass")
-        return {name: getattr(self, name) for name in kept} | {"pulls": self.pull_rows()[-1]}
+        return {name: getattr(self, name) for name in kept} | {"pulls": self._row(-1)}
 
     def pull_rows(self):
         """Of every row of `Pulls` the [position, weight] of what pulls, strongest first."""
+        return [self._row(n) for n in range(0 if self.pulls is None else len(self.pulls.weights))]
+
+    def _row(self, n):
         if self.pulls is None:
-            return [[]]
-        return [
-            [[int(s), round(float(w), 5)] for s, w in zip(*row, strict=True) if w > 0]
-            for row in zip(*self.pulls, strict=True)
-        ]
+            return []
+        pairs = zip(self.pulls.sources[n].tolist(), self.pulls.weights[n].tolist(), strict=True)
+        return [[source, round(weight, 5)] for source, weight in pairs if weight > 0]
 
 
 class LiveConversation(Conversation):
@@ -126,10 +127,12 @@ class LiveConversation(Conversation):
         self.before_answer, self.turn, self._last_shown = None, self.turn + 1, ""
         pieces, start = TextStream(self.tokenizer), 0
         while start < len(tokens):
-            # what the page will not show is read without its pulls
             unseen = len(tokens) - KEPT_TOKENS - start
-            at_once = max(1, min(READ_AT_ONCE, READ_PAIRS // (len(self.stream.context) + 1)))
-            chunk = tokens[start : start + (min(at_once, unseen) if unseen > 0 else at_once)]
+            if unseen > 0:  # what the page will not show is read without its pulls
+                at_once = min(READ_AT_ONCE, unseen)
+            else:
+                at_once = max(1, min(READ_AT_ONCE, READ_PAIRS // (len(self.stream.context) + 1)))
+            chunk = tokens[start : start + at_once]
             start += len(chunk)
             event = self._feed(chunk, pieces, "you", is_seen=unseen <= 0)
             if unseen <= 0:

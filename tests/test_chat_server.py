@@ -335,6 +335,26 @@ def test_without_pulls_one_can_still_talk(config, in_tmp):
     assert any("forgotten" in event["text"] for event in events if event["type"] == "notice")
 
 
+def test_a_damaged_model_is_one_line_and_the_server_goes_on(in_tmp):
+    conversation = make_conversation()
+    weight = conversation.stream.model.norm.weight.data
+    whole = weight.clone()
+    with ChatServer("127.0.0.1", 0, conversation, {}, {}) as server:
+
+        def events_of_talk():
+            job = server.talk({"action": "send", "text": "ab"})
+            server.job = None
+            job.run()
+            return [job.events.get() for _ in range(job.events.qsize())]
+
+        weight.fill_(float("nan"))
+        *_, failed, end = events_of_talk()
+        assert failed["type"] == "failed" and "not finite" in failed["text"]
+        assert end["canGoOn"] is False and conversation.kept() == []
+        weight.copy_(whole)
+        assert len(tokens_of(events_of_talk())) == 42
+
+
 def test_hosts_ports_and_flags(in_tmp, capsys, monkeypatch):
     """Who may come in by which name; a port that is taken; an open door is announced."""
     conversation = make_conversation()
