@@ -6,6 +6,7 @@ request names a file; what is refused is refused in one line.
 
 import contextlib
 import json
+import socket
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -24,6 +25,7 @@ POLICY = (
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 LARGEST_BODY = 1 << 18  # bytes
+MOST_THROWN_AWAY, READ_SIZE = 1 << 24, 1 << 16  # bytes of a request that is refused
 LONGEST_SILENCE = 30  # seconds until a connection is given up
 
 
@@ -93,7 +95,9 @@ class Handler(BaseHTTPRequestHandler):
         """Only this server's own page, at this server's own address, may ask."""
         hosts, origin = self.headers.get_all("Host", []), self.headers.get("Origin")
         if len(hosts) != 1 or not self.server.knows(hosts[0]):
-            raise Refused(403, "this server is not known by that name")
+            raise Refused(
+                403, "not known by that name: ask by address, or start it with --host NAME"
+            )
         if origin is not None and origin.lower() != f"http://{hosts[0].lower()}":
             raise Refused(403, "pages of other sites may not ask")
 
@@ -133,10 +137,19 @@ class Handler(BaseHTTPRequestHandler):
         self._send(200, _to_json(data), "application/json")
 
     def _send_line(self, status, text):
-        """A refusal; what the request may still hold is not read."""
+        """A refusal, after which the connection ends.
+
+        What the request may still hold is thrown away: a connection that is closed before it came
+        takes the answer with it.
+        """
         self.close_connection = True
         with contextlib.suppress(OSError):
             self._send(status, (text + "\n").encode(), "text/plain; charset=utf-8")
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(1)
+            for _ in range(MOST_THROWN_AWAY // READ_SIZE):
+                if not self.connection.recv(READ_SIZE):
+                    break
 
     def _send(self, status, body, kind):
         self._send_head(status, kind, len(body))
