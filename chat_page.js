@@ -3,6 +3,8 @@
 
 const $ = (id) => document.getElementById(id);
 const tokens = new Map(); // by position, oldest first: what the server said, and its element
+const dropped = new Map(); // labels of those that are too far back to be shown
+const MOST_DROPPED = 20000;
 const state = {
   about: null,
   version: 0,
@@ -45,8 +47,17 @@ async function ask(path, body) {
 
 const askForJson = async (path, body) => (await ask(path, body)).json();
 
+let notices = [];
+
+// What there is to say of an answer, and for the moment how far it is.
+function tell(said, progress = "") {
+  notices = said;
+  $("notice").textContent = [...said, progress].filter(Boolean).join("; ");
+  $("notice").classList.remove("bad");
+}
+
 function notify(text, isBad = false) {
-  $("notice").textContent = text;
+  tell(text ? [text] : []);
   $("notice").classList.toggle("bad", isBad);
 }
 
@@ -98,6 +109,8 @@ function remove(position) {
   const { element: gone } = tokens.get(position);
   const turn = gone.parentElement;
   gone.remove();
+  dropped.set(position, tokens.get(position).label);
+  if (dropped.size > MOST_DROPPED) dropped.delete(dropped.keys().next().value);
   if (!turn.childElementCount) turn.remove();
   tokens.delete(position);
   if (state.pinned === position) state.pinned = null;
@@ -115,6 +128,7 @@ function load(given) {
   const { tokens: list, version, settings, isBusy, canRetry, canGoOn, ...about } = given;
   Object.assign(state, { about, version, isBusy, canRetry, canGoOn, pinned: null, hovered: null });
   tokens.clear();
+  dropped.clear();
   state.lit = [];
   $("conversation").replaceChildren(
     element("p", {
@@ -159,20 +173,14 @@ const handlers = {
     setText(token.element, token.text);
   },
   reading: (event) => {
-    if (event.read < event.of)
-      notify(`reading, ${plain.format(event.read)} of ${plain.format(event.of)} tokens`);
-    else if ($("notice").textContent.startsWith("reading")) notify("");
+    const progress = `reading, ${plain.format(event.read)} of ${plain.format(event.of)} tokens`;
+    tell(notices, event.read < event.of ? progress : "");
   },
-  notice: (event) => notify([$("notice").textContent, event.text].filter(Boolean).join("; ")),
-  written: (event) =>
-    notify(
-      [
-        $("notice").textContent,
-        `${plain.format(event.count)} tokens, ${plain.format(event.count / event.seconds)} tokens/s`,
-      ]
-        .filter(Boolean)
-        .join("; "),
-    ),
+  notice: (event) => tell([...notices, event.text]),
+  written: (event) => {
+    const speed = plain.format(event.count / event.seconds);
+    tell([...notices, `${plain.format(event.count)} tokens, ${speed} tokens/s`]);
+  },
   failed: (event) => notify(event.text, true),
   end: (event) => Object.assign(state, event),
 };

@@ -150,13 +150,15 @@ function rowName() {
   return `block ${block + 1}, ${head === numHeads ? `mean of ${numHeads} heads` : `head ${head + 1}`}`;
 }
 
+const labelOf = (position) =>
+  tokens.get(position)?.label ?? dropped.get(position) ?? "earlier";
 const where = (token, source) =>
   source === token.position ? "itself" : `${plain.format(token.position - source)} back`;
 
 function pulledBy(token, pulls) {
-  if (pulls === undefined) return [note(token.rows ? "These are not kept any more." : "…")];
+  if (pulls === undefined) return [note(token.rows ? "What pulled it is not kept." : "…")];
   if (!pulls.length)
-    return [note(token.rows?.length === 0 ? "These are not kept any more." : "Nothing is kept of it, or nothing reaches it.")];
+    return [note(token.rows?.length === 0 ? "What pulled it is not kept." : "Nothing reaches it.")];
   const [silent, heads] = silentHeads(token);
   const rest = 1 - silent / heads - pulls.reduce((sum, [, weight]) => sum + weight, 0);
   return [
@@ -169,7 +171,7 @@ function pulledBy(token, pulls) {
           { style: { "--share": `${(100 * weight) / pulls[0][1]}%` } },
           goTo(
             source,
-            chip(tokens.get(source)?.label ?? "earlier"),
+            chip(labelOf(source)),
             element("b", { textContent: percent(weight) }),
             element("span", { className: "context", textContent: where(token, source) }),
           ),
@@ -220,7 +222,7 @@ function headByHead(token) {
         element("span", { textContent: `${block + 1}.${head + 1}` }),
         ...(strongest
           ? [
-              chip(tokens.get(strongest[0])?.label ?? "earlier"),
+              chip(labelOf(strongest[0])),
               element("b", { textContent: percent(strongest[1]) }),
               element("span", { className: "context", textContent: where(token, strongest[0]) }),
             ]
@@ -265,7 +267,7 @@ function choose(position) {
     ...(token.mass === null ? [] : [`mass ${token.mass.toPrecision(3)}`]),
     ...token.pulls
       .slice(0, 3)
-      .map(([source, weight]) => `pulled ${percent(weight)} by ${tokens.get(source)?.label ?? "earlier"}`),
+      .map(([source, weight]) => `pulled ${percent(weight)} by ${labelOf(source)}`),
   ].join(", ");
 }
 
