@@ -187,7 +187,7 @@ class LiveConversation(Conversation):
                 turn=self.turn,
                 author=author,
                 label=self.label(token),
-                text=self._shown(pieces.push(token)),
+                text=self._shown(self._piece(token, pieces)),
                 mass=masses[n],
                 pulls=pulls[n],
             )
@@ -197,6 +197,12 @@ class LiveConversation(Conversation):
             self.num_tokens += len(kept)
             self.tokens.extend(kept)
         return {"type": "tokens", "tokens": [token.to_json() for token in kept]}
+
+    def _piece(self, token, pieces):
+        """The text that a token brings; where tokens are characters an unknown one is whole."""
+        if isinstance(self.tokenizer, CharTokenizer):
+            return self.tokenizer.decode([token])
+        return pieces.push(token)
 
     def _flush(self, pieces):
         """What was held back of a character belongs to the newest token."""

@@ -323,8 +323,10 @@ def test_every_part_of_a_character_is_a_token_and_the_text_is_whole(in_tmp):
     tokens = tokens_of(events)
     assert "".join(token["text"] for token in tokens) == "a 🎉 ok 한\ufffd"
     assert [token["text"] for token in tokens if token["label"].startswith("\\x")].count("") >= 5
-    notice, *_ = make_conversation().read("añ한", threading.Event())
+    characters = make_conversation(CharTokenizer.train("abc"))
+    notice, *events = characters.read("a한ñb", threading.Event())
     assert notice["text"] == "2 characters are new to this model's vocabulary"
+    assert [token["text"] for token in tokens_of(events)] == ["a", "\ufffd", "\ufffd", "b"]
 
 
 @pytest.mark.parametrize("config", [{"law": "published"}, {"model_type": "vanilla"}])
