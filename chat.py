@@ -1,7 +1,8 @@
 """Talk to a checkpoint. It goes on writing where your text ends, as the text it learned from does.
 
 Commands: /help, /retry, /more, /tokens, /pull, /save FILE, /set NAME VALUE, /reset, /quit. Ctrl-C
-stops an answer, Ctrl-D leaves. What you write is kept for the next time (arrow up) in
+stops an answer, Ctrl-D leaves. --serve shows the chat on a web page of this computer's, with
+what pulled each token. What you write is kept for the next time (arrow up) in
 ~/.local/state/newton-gravity/chat_history, or under XDG_STATE_HOME. NO_COLOR=1 switches colour off.
 """
 
@@ -14,12 +15,14 @@ from pathlib import Path
 
 import torch
 
+from chat_server import serve
 from checkpoint import best_path, last_path, load_model
 from conversation import Conversation
-from errors import UserError, run_script
+from errors import UsageError, UserError, run_script
 from line_input import LineInput
+from live_conversation import LiveConversation
 from model import NGT
-from options import choose_device, positive, random_seed, script_parser, whole
+from options import choose_device, positive, random_seed, script_parser, whole, whole_or_zero
 from terminal import columns, one_line, say
 from token_bars import head_lines, layer_lines, pull_lines, strip_lines, token_lines
 
@@ -27,6 +30,7 @@ EXAMPLES = """examples:
   python chat.py --checkpoint-path checkpoints/shakespeare.pt_best.pt
   python chat.py --prompt "ROMEO:" --seed 1 --max-new-tokens 300
   echo "ROMEO:" | python chat.py --temperature 0
+  python chat.py --serve
 """
 
 
@@ -46,7 +50,16 @@ def probability(text):
     return value
 
 
+def port(text):
+    """A port to listen at; 0: any."""
+    value = whole_or_zero(text)
+    if value > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is too large: ports end at 65535")
+    return value
+
+
 DEFAULT_CHECKPOINT = "checkpoints/shakespeare.pt_best.pt"
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 SHOWN_TOKENS = 100
 COMMANDS = {
     "/help": "this list",
@@ -99,6 +112,21 @@ def make_parser():
     add("--max-new-tokens", type=whole, default=300, help="(default: %(default)s)")
     add("--seed", type=random_seed, help="the same seed gives the same answer (default: chance)")
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
+    add(
+        "--serve",
+        action="store_true",
+        help="chat on a web page that shows the pulls live; this computer alone can open it",
+    )
+    add(
+        "--host",
+        help="with --serve: the address to listen at; another than the default lets others in "
+        f"(default: {DEFAULT_HOST})",
+    )
+    add(
+        "--port",
+        type=port,
+        help=f"with --serve: the port; 0: any that is free (default: {DEFAULT_PORT})",
+    )
     return parser
 
 
@@ -302,13 +330,51 @@ def introduction(model, checkpoint, path):
     return f"{path}: {kind}, {size:,} parameters, step {checkpoint.get('iter', '?')}"
 
 
+def check_flags(args):
+    """Refuse what does not go together."""
+    if args.serve and args.prompt is not None:
+        raise UsageError("--serve and --prompt exclude each other: drop one of them")
+    for name in ("host", "port"):
+        if getattr(args, name) is not None and not args.serve:
+            raise UsageError(f"--{name} is for --serve: add that")
+
+
+def serve_page(model, tokenizer, checkpoint, path, args):
+    """Chat on a web page until Ctrl-C."""
+    config = checkpoint["config"]
+    is_ngt = config["model_type"] == "ngt"
+    law = config.get("law", "newton") if is_ngt else None
+    about = {
+        "introduction": one_line(introduction(model, checkpoint, path)),
+        "law": law,
+        "numLayers": model.config.num_layers,
+        "numHeads": model.config.num_heads,
+    }
+    conversation = LiveConversation(
+        model, tokenizer, {name: getattr(args, name) for name in SETTINGS}
+    )
+    conversation.stream.feed([0])  # what has to be compiled is, before anyone waits for an answer
+    conversation.forget()
+    parsers = {name: (parse, name in OPTIONAL_SETTINGS) for name, parse in SETTINGS.items()}
+    serve(
+        conversation,
+        DEFAULT_HOST if args.host is None else args.host,
+        DEFAULT_PORT if args.port is None else args.port,
+        parsers,
+        about,
+    )
+
+
 def main(argv=None):
     """Chat; returns the exit code."""
     args = make_parser().parse_args(argv)
+    check_flags(args)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     path = find_checkpoint(args.checkpoint_path)
     model, tokenizer, checkpoint = load_model(path, choose_device(args.device))
+    if args.serve:
+        serve_page(model, tokenizer, checkpoint, path, args)
     chat = Chat(model, tokenizer, {name: getattr(args, name) for name in SETTINGS})
     if args.prompt is not None:
         return 130 if chat.reply(args.prompt) else 0

@@ -1,0 +1,416 @@
+"use strict";
+// The conversation with a model, token by token, and what pulled each of them.
+
+const $ = (id) => document.getElementById(id);
+const tokens = new Map(); // by position, oldest first: what the server said, and its element
+const dropped = new Map(); // labels of those that are too far back to be shown
+const MOST_DROPPED = 20000;
+const state = {
+  about: null,
+  version: 0,
+  settings: {},
+  isBusy: false, // an answer is being written, for this tab or another
+  canRetry: false,
+  canGoOn: false,
+  pinned: null, // the position that was chosen
+  hovered: null,
+  lit: [], // elements that show something of the token shown
+};
+
+// Asking the server.
+
+class Refusal extends Error {
+  constructor(status, message) {
+    super(message);
+    this.status = status;
+  }
+}
+
+async function ask(path, body) {
+  const options =
+    body === undefined
+      ? {}
+      : {
+          method: "POST",
+          headers: { "Content-Type": "application/json" },
+          body: JSON.stringify(body),
+        };
+  let response;
+  try {
+    response = await fetch(path, options);
+  } catch {
+    throw new Refusal(0, "The server does not answer: does chat.py still run?");
+  }
+  if (!response.ok) throw new Refusal(response.status, (await response.text()).trim());
+  return response;
+}
+
+const askForJson = async (path, body) => (await ask(path, body)).json();
+
+let notices = [];
+
+// What there is to say of an answer, and for the moment how far it is.
+function tell(said, progress = "") {
+  notices = said;
+  $("notice").textContent = [...said, progress].filter(Boolean).join("; ");
+  $("notice").classList.remove("bad");
+}
+
+function notify(text, isBad = false) {
+  tell(text ? [text] : []);
+  $("notice").classList.toggle("bad", isBad);
+}
+
+// The conversation.
+
+function tokenElement(token) {
+  const made = element("span", { id: `token-${token.position}`, className: "token" });
+  made.dataset.position = token.position;
+  made.setAttribute("role", "option");
+  made.setAttribute("aria-selected", "false");
+  setText(made, token.text);
+  return made;
+}
+
+// Line ends get a mark that can be pointed at; a part of a character gets a dot.
+function setText(made, text) {
+  made.classList.toggle("part", text === "");
+  made.replaceChildren(
+    ...text
+      .split(/(\n)/)
+      .filter(Boolean)
+      .flatMap((part) =>
+        part === "\n" ? [element("i", { className: "mark", textContent: "⏎" }), "\n"] : [part],
+      ),
+  );
+}
+
+function add(given) {
+  const list = $("conversation");
+  let last = list.lastElementChild;
+  for (const token of given) {
+    if (!last || last.dataset.turn !== `${token.turn} ${token.author}`) {
+      if (last?.classList.contains("empty")) last.remove();
+      last = element("div", { className: `turn ${token.author}` });
+      last.dataset.turn = `${token.turn} ${token.author}`;
+      last.dataset.author = token.author === "you" ? "you" : "the model";
+      last.setAttribute("role", "group");
+      last.setAttribute("aria-label", last.dataset.author);
+      list.append(last);
+    }
+    token.element = tokenElement(token);
+    tokens.set(token.position, token);
+    last.append(token.element);
+  }
+  while (tokens.size > state.about.keptTokens) remove(tokens.keys().next().value);
+}
+
+function remove(position) {
+  const { element: gone } = tokens.get(position);
+  const turn = gone.parentElement;
+  gone.remove();
+  dropped.set(position, tokens.get(position).label);
+  if (dropped.size > MOST_DROPPED) dropped.delete(dropped.keys().next().value);
+  if (!turn.childElementCount) turn.remove();
+  tokens.delete(position);
+  if (state.pinned === position) state.pinned = null;
+  if (state.hovered === position) state.hovered = null;
+}
+
+let newestPosition = null;
+
+function goBackTo(position) {
+  for (const known of [...tokens.keys()]) if (known >= position) remove(known);
+  newestPosition = [...tokens.keys()].at(-1) ?? null;
+}
+
+function load(given) {
+  const { tokens: list, version, settings, isBusy, canRetry, canGoOn, ...about } = given;
+  Object.assign(state, { about, version, isBusy, canRetry, canGoOn, pinned: null, hovered: null });
+  tokens.clear();
+  dropped.clear();
+  state.lit = [];
+  $("conversation").replaceChildren(
+    element("p", {
+      className: "empty",
+      textContent:
+        "Nothing was said yet. The model goes on writing where your text ends, as the text it learned from does. " +
+        (hasPulls()
+          ? "Point at a token, tap it or walk to it with the arrow keys to see which earlier ones pulled it."
+          : ""),
+    }),
+  );
+  add(list);
+  newestPosition = list.at(-1)?.position ?? null;
+  showSettings(settings);
+  $("subtitle").textContent = about.introduction;
+  scrollDown();
+  update();
+}
+
+const hasPulls = () => state.about.law === "newton";
+
+function scrollDown() {
+  $("conversation").scrollTop = $("conversation").scrollHeight;
+}
+const isAtEnd = () => {
+  const { scrollTop, scrollHeight, clientHeight } = $("conversation");
+  return scrollTop + clientHeight > scrollHeight - 60;
+};
+
+// Talking.
+
+const handlers = {
+  begin: (event) => (state.version = event.version),
+  back: (event) => goBackTo(event.position),
+  tokens: (event) => {
+    add(event.tokens);
+    newestPosition = event.tokens.at(-1).position;
+  },
+  rest: (event) => {
+    const token = tokens.get(newestPosition);
+    token.text += event.text;
+    setText(token.element, token.text);
+  },
+  reading: (event) => {
+    const progress = `reading, ${plain.format(event.read)} of ${plain.format(event.of)} tokens`;
+    tell(notices, event.read < event.of ? progress : "");
+  },
+  notice: (event) => tell([...notices, event.text]),
+  written: (event) => {
+    const speed = plain.format(event.count / event.seconds);
+    tell([...notices, `${plain.format(event.count)} tokens, ${speed} tokens/s`]);
+  },
+  failed: (event) => notify(event.text, true),
+  end: (event) => Object.assign(state, event),
+};
+
+let frame = null;
+function updateSoon() {
+  frame ??= requestAnimationFrame(() => {
+    frame = null;
+    update();
+  });
+}
+
+async function talk(action, text = "") {
+  if (state.isBusy || !$("composer").reportValidity()) return false;
+  const settings = changedSettings();
+  state.isBusy = true;
+  state.pinned = state.hovered = null;
+  notify("");
+  update();
+  let [isTaken, hasEnded] = [false, false];
+  try {
+    const response = await ask("/talk", { action, text, settings, version: state.version });
+    isTaken = true;
+    Object.assign(state.settings, settings);
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    let rest = "";
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) break;
+      const lines = (rest + value).split("\n");
+      rest = lines.pop();
+      const follows = isAtEnd();
+      for (const event of lines.map((line) => JSON.parse(line))) {
+        handlers[event.type](event);
+        hasEnded ||= event.type === "end";
+      }
+      if (follows) scrollDown();
+      updateSoon();
+    }
+    if (!hasEnded) throw new Refusal(0, "The server left in the middle of its answer.");
+    if (!tokens.size) load(await askForJson("/state"));
+  } catch (error) {
+    if (error.status === 409) await reload(error.message);
+    else if (error instanceof Refusal) notify(error.message, true);
+    else notify("The server left in the middle of its answer.", true);
+  }
+  if (isTaken || !state.isElsewhere) state.isBusy = false;
+  update();
+  const answer = $("conversation").lastElementChild;
+  if (hasEnded) $("spoken").textContent = answer.textContent.replaceAll("⏎", "");
+  return isTaken;
+}
+
+async function send() {
+  const text = $("prompt").value;
+  if (!text || state.isBusy) return;
+  $("prompt").value = "";
+  const isTaken = await talk("send", text + ($("line-end").checked ? "\n" : ""));
+  if (!isTaken && !$("prompt").value) $("prompt").value = text;
+}
+
+async function stop() {
+  if (!state.isBusy) return;
+  try {
+    await ask("/stop", {});
+  } catch (error) {
+    notify(error.message, true);
+  }
+}
+
+async function reset() {
+  try {
+    load(await askForJson("/reset", {}));
+    notify("");
+    $("prompt").focus();
+  } catch (error) {
+    notify(error.message, true);
+  }
+}
+
+// What another tab did is shown here; while it does, this one waits.
+async function reload(why) {
+  try {
+    load(await askForJson("/state"));
+  } catch (error) {
+    return notify(error.message, true);
+  }
+  state.isElsewhere = state.isBusy;
+  notify(state.isBusy ? "An answer is being written in another tab." : why);
+  if (state.isBusy) setTimeout(() => reload("This is how it went on in another tab."), 1000);
+}
+
+async function lookAgain() {
+  if (document.hidden || state.isBusy) return;
+  try {
+    const { version } = await askForJson("/version");
+    if (version !== state.version) await reload("This is how it went on in another tab.");
+  } catch {
+    // the next thing that is sent will say so
+  }
+}
+
+function showButtons() {
+  $("send").disabled = state.isBusy;
+  $("stop").disabled = !state.isBusy;
+  $("retry").disabled = state.isBusy || !state.canRetry;
+  $("more").disabled = state.isBusy || !state.canGoOn;
+  $("reset").disabled = state.isBusy;
+  document.body.dataset.busy = state.isBusy ? "yes" : "no";
+}
+
+// Settings.
+
+const settingInputs = () => [...document.querySelectorAll(".settings input[name]")];
+
+function showSettings(settings) {
+  state.settings = settings;
+  for (const input of settingInputs()) input.value = settings[input.name] ?? "";
+  describeSettings();
+}
+
+function describeSettings() {
+  $("settings-now").textContent = settingInputs()
+    .filter((input) => input.value !== "")
+    .map((input) => `${input.name} ${input.value}`)
+    .join(", ");
+}
+
+// Those alone: a seed may be longer than numbers are here.
+function changedSettings() {
+  const changed = settingInputs().filter(
+    (input) => input.value !== String(state.settings[input.name] ?? ""),
+  );
+  return Object.fromEntries(
+    changed.map((input) => [input.name, input.value === "" ? null : Number(input.value)]),
+  );
+}
+
+// Listening.
+
+function listen() {
+  $("composer").addEventListener("submit", (event) => {
+    event.preventDefault();
+    send();
+  });
+  $("prompt").addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    send();
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape") return;
+    if (state.isBusy) stop();
+    else choose(null);
+  });
+  $("stop").onclick = stop;
+  $("retry").onclick = () => talk("retry");
+  $("more").onclick = () => talk("more");
+  $("reset").onclick = reset;
+  $("head").onchange = update;
+  $("settings").addEventListener("input", describeSettings);
+  const list = $("conversation");
+  const positionOf = (event) => {
+    const made = event.target.closest(".token");
+    return made ? Number(made.dataset.position) : null;
+  };
+  list.addEventListener("click", (event) => {
+    const position = positionOf(event);
+    if (position !== null) choose(position === state.pinned ? null : position);
+  });
+  list.addEventListener("pointerover", (event) => {
+    if (event.pointerType === "touch") return;
+    const position = positionOf(event);
+    if (position === state.hovered) return;
+    state.hovered = position;
+    updateSoon();
+  });
+  list.addEventListener("pointerleave", () => {
+    state.hovered = null;
+    updateSoon();
+  });
+  list.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    const positions = [...tokens.keys()];
+    const at = positions.indexOf(state.pinned ?? newestPosition);
+    const moves = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: positions.length - 1 };
+    const next = moves[event.key];
+    if (next === undefined || !positions.length) return;
+    event.preventDefault();
+    const isFirst = state.pinned === null && event.key.startsWith("Arrow");
+    choose(positions[isFirst ? at : Math.max(0, Math.min(positions.length - 1, next))]);
+  });
+  document.addEventListener("visibilitychange", lookAgain);
+  window.addEventListener("focus", lookAgain);
+}
+
+function fillPicker() {
+  const { numLayers, numHeads } = state.about;
+  $("picker").hidden = !hasPulls();
+  $("head").append(
+    element("option", { value: allHeads(), textContent: "all heads (mean)" }),
+    ...Array.from({ length: numLayers }, (_, block) =>
+      element(
+        "optgroup",
+        { label: `block ${block + 1}` },
+        ...Array.from({ length: numHeads + 1 }, (_, head) =>
+          element("option", {
+            value: block * (numHeads + 1) + head,
+            textContent:
+              `block ${block + 1}, ` + (head === numHeads ? "mean of heads" : `head ${head + 1}`),
+          }),
+        ),
+      ),
+    ),
+  );
+}
+
+async function start() {
+  listen();
+  try {
+    const given = await askForJson("/state");
+    state.about = given;
+    fillPicker();
+    load(given);
+    if (given.isBusy) await reload("");
+    document.body.dataset.ready = "yes";
+    $("prompt").focus();
+  } catch (error) {
+    notify(error.message, true);
+  }
+}
+
+start();

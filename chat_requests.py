@@ -1,0 +1,187 @@
+"""The HTTP of the chat's page, by the standard library: who may ask, for what, and how it is told.
+
+A page of another site can neither read nor steer, whatever name it gave this computer; nothing in a
+request names a file; what is refused is refused in one line.
+"""
+
+import contextlib
+import json
+import socket
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+
+from errors import warn
+
+HERE = Path(__file__).resolve().parent
+FILES = {
+    "/": ("chat_page.html", "text/html; charset=utf-8"),
+    "/map_page.css": ("map_page.css", "text/css; charset=utf-8"),
+    "/chat_page.css": ("chat_page.css", "text/css; charset=utf-8"),
+    "/chat_pulls.js": ("chat_pulls.js", "text/javascript; charset=utf-8"),
+    "/chat_page.js": ("chat_page.js", "text/javascript; charset=utf-8"),
+}
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+LARGEST_BODY = 1 << 18  # bytes
+MOST_THROWN_AWAY, READ_SIZE = 1 << 24, 1 << 16  # bytes of a request that is refused
+LONGEST_SILENCE = 30  # seconds until a connection is given up
+
+
+def read_files():
+    """What `FILES` names, by path: contents and type. Nothing else is ever read."""
+    return {path: ((HERE / name).read_bytes(), kind) for path, (name, kind) in FILES.items()}
+
+
+class Refused(Exception):
+    """A request that is not carried out: a status of 4xx and one line."""
+
+    def __init__(self, status, message):
+        super().__init__(message)
+        self.status = status
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection to a `chat_server.ChatServer`."""
+
+    files = read_files()
+
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "newton-gravity-chat", ""
+    timeout = LONGEST_SILENCE
+    disable_nagle_algorithm = True
+
+    def do_GET(self):
+        self._carry_out(self._get)
+
+    def do_POST(self):
+        self._carry_out(self._post)
+
+    def _get(self):
+        path, _, query = self.path.partition("?")
+        if path in self.files:
+            return self._send(200, *self.files[path])
+        if path == "/state":
+            return self._send_json(self.server.state())
+        if path == "/version":
+            return self._send_json({"version": self.server.conversation.version})
+        if path == "/pulls":
+            return self._send_json(self.server.pulls(query))
+        raise Refused(404, "there is no such page")
+
+    def _post(self):
+        actions = {"/stop": self.server.stop, "/reset": self.server.reset}
+        if self.path not in (*actions, "/talk"):
+            raise Refused(404, "there is no such page")
+        request = self._request()
+        if self.path in actions:
+            return self._send_json(actions[self.path]())
+        self._stream(self.server.talk(request))
+
+    def _carry_out(self, method):
+        try:
+            self._refuse_strangers()
+            method()
+        except Refused as refused:
+            self._send_line(refused.status, str(refused))
+        except OSError:  # the browser left
+            self.close_connection = True
+        except Exception as error:
+            warn(f"a request failed: {type(error).__name__}: {error}")
+            self._send_line(500, f"the server failed: {type(error).__name__}")
+
+    def _refuse_strangers(self):
+        """Only this server's own page, at this server's own address, may ask."""
+        hosts, origin = self.headers.get_all("Host", []), self.headers.get("Origin")
+        if len(hosts) != 1 or not self.server.knows(hosts[0]):
+            raise Refused(
+                403, "not known by that name: ask by address, or start it with --host NAME"
+            )
+        if origin is not None and origin.lower() != f"http://{hosts[0].lower()}":
+            raise Refused(403, "pages of other sites may not ask")
+
+    def _request(self):
+        """The JSON object of a request's body."""
+        kind = self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise Refused(415, "send application/json")
+        length = self.headers.get("Content-Length", "")
+        if "Transfer-Encoding" in self.headers or not length:
+            raise Refused(411, "say how long it is: Content-Length")
+        if not (length.isascii() and length.isdigit()):
+            raise Refused(400, "Content-Length must be a whole number")
+        if len(length) > 9 or int(length) > LARGEST_BODY:
+            raise Refused(413, f"too long: send at most {LARGEST_BODY:,} bytes")
+        try:
+            request = json.loads(self.rfile.read(int(length)).decode("utf-8"))
+        except (ValueError, RecursionError):
+            raise Refused(400, "that is no JSON") from None
+        if not isinstance(request, dict):
+            raise Refused(400, "send a JSON object")
+        return request
+
+    def _stream(self, job):
+        """The events of a job as lines of JSON, each as it comes; who leaves stops the job."""
+        try:
+            self._send_head(200, "application/x-ndjson", None)
+            while (event := job.events.get()) is not None:
+                line = _to_json(event) + b"\n"
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
+            self.wfile.write(b"0\r\n\r\n")
+        except OSError:
+            job.stopped.set()
+            raise
+
+    def _send_json(self, data):
+        self._send(200, _to_json(data), "application/json")
+
+    def _send_line(self, status, text):
+        """A refusal, after which the connection ends.
+
+        What the request may still hold is thrown away: a connection that is closed before it came
+        takes the answer with it.
+        """
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            self._send(status, (text + "\n").encode(), "text/plain; charset=utf-8")
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(1)
+            for _ in range(MOST_THROWN_AWAY // READ_SIZE):
+                if not self.connection.recv(READ_SIZE):
+                    break
+
+    def _send(self, status, body, kind):
+        self._send_head(status, kind, len(body))
+        self.wfile.write(body)
+
+    def _send_head(self, status, kind, length):
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        if length is None:
+            self.send_header("Transfer-Encoding", "chunked")
+        else:
+            self.send_header("Content-Length", str(length))
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        for name, value in (
+            ("Content-Security-Policy", POLICY),
+            ("X-Content-Type-Options", "nosniff"),
+            ("Referrer-Policy", "no-referrer"),
+            ("Cross-Origin-Resource-Policy", "same-origin"),
+            ("Cache-Control", "no-store"),
+        ):
+            self.send_header(name, value)
+        self.end_headers()
+
+    def send_error(self, code, message=None, explain=None):
+        """What the standard library refuses, as one line too."""
+        code = 405 if code == 501 else code
+        self._send_line(code, "only GET and POST" if code == 405 else "that is no request")
+
+    def log_message(self, *_):
+        """The terminal is for the URL and warnings."""
+
+
+def _to_json(data):
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).encode()

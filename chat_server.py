@@ -1,0 +1,297 @@
+"""The chat as a web page, `chat.py --serve`: one model, one conversation, one answer at a time.
+
+The model is fed by the thread that calls `serve`; others carry its events to the browser
+(`chat_requests.py`).
+"""
+
+import argparse
+import contextlib
+import ipaddress
+import math
+import queue
+import signal
+import socket
+import threading
+import unicodedata
+from http.server import ThreadingHTTPServer
+
+from chat_requests import Handler, Refused
+from errors import UserError, warn
+from live_conversation import KEPT_TOKENS
+from terminal import one_line, printable
+
+EVENTS_AHEAD = 64  # of a browser that is slower than the model
+
+
+class Job:
+    """One answer on its way: what is to be done, and the events it yields, None at the end."""
+
+    def __init__(self, make_events):
+        self._make_events = make_events
+        self.stopped = threading.Event()
+        self.events = queue.Queue(EVENTS_AHEAD)
+
+    def run(self):
+        """In the model's thread."""
+        try:
+            for event in self._make_events(self.stopped):
+                self._put(event)
+        except BaseException:
+            self.stopped.set()
+            raise
+
+    def finish(self):
+        """No event comes any more."""
+        self._put(None)
+
+    def _put(self, event):
+        """Wait for the browser, but not for one that left."""
+        while True:
+            try:
+                return self.events.put(event, timeout=0.2)
+            except queue.Full:
+                if self.stopped.is_set():
+                    with contextlib.suppress(queue.Empty):
+                        self.events.get_nowait()
+
+
+class ChatServer(ThreadingHTTPServer):
+    """Listens; the model's thread takes one `Job` after the other from `jobs`."""
+
+    daemon_threads = True
+
+    def __init__(self, host, port, conversation, parsers, about):
+        self.conversation, self.parsers, self.about = conversation, parsers, about
+        self.named_host = host
+        self.jobs = queue.Queue()
+        self.job, self._job_lock = None, threading.Lock()
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        self.address_family = family
+        super().__init__((host, port), Handler)
+        self.is_loopback = _is_loopback(self.server_address[0])
+
+    @property
+    def url(self):
+        host, port = self.server_address[:2]
+        if host in ("0.0.0.0", "::"):
+            host = socket.gethostname()
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+
+    def knows(self, host):
+        """Whether a Host header names this server: a name of another's choosing does not.
+
+        An address cannot be rebound by whoever owns a domain; a name can.
+        """
+        name = _host_name(host)
+        names = {"localhost", self.named_host.lower()}
+        if not self.is_loopback:
+            names.add(socket.gethostname().lower())
+        if name in names:
+            return True
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return _is_loopback(name) or not self.is_loopback
+
+    def begin(self, make_events, check=lambda: None):
+        """Hand a job to the model's thread, if it has none.
+
+        Args:
+            make_events: from the event that stops it to the events of the page.
+            check: called once nothing else can begin; may raise `Refused`.
+        """
+        with self._job_lock:
+            if self.job is not None:
+                raise Refused(409, "an answer is being written: stop it, or wait")
+            check()
+            self.job = Job(make_events)
+            self.jobs.put(self.job)
+            return self.job
+
+    def work(self):
+        """The model's thread: jobs, one after the other, until Ctrl-C."""
+        while True:
+            job = self.jobs.get()
+            try:
+                job.run()
+            finally:
+                with self._job_lock:
+                    self.job = None
+                job.finish()
+
+    def state(self):
+        """All that a page needs to show the conversation."""
+        conversation = self.conversation
+        return {
+            **self.about,
+            "version": conversation.version,
+            "isBusy": self.job is not None,
+            "settings": conversation.settings,
+            "canRetry": conversation.can_retry,
+            "canGoOn": conversation.can_go_on,
+            "keptTokens": KEPT_TOKENS,
+            "tokens": [token.to_json() for token in conversation.kept()],
+        }
+
+    def pulls(self, query):
+        """Every row of the pulls on the token at a position."""
+        number = query.removeprefix("position=")
+        if not (number.isascii() and number.isdigit() and len(number) < 16):
+            raise Refused(400, "give the position of a token: /pulls?position=0")
+        for token in self.conversation.kept():
+            if token.position == int(number):
+                return {"position": token.position, "rows": token.pull_rows()}
+        raise Refused(404, f"the token at position {int(number):,} is not kept")
+
+    def talk(self, request):
+        """The job that a request asks for.
+
+        Raises:
+            Refused: where it asks for what cannot be done.
+        """
+        conversation = self.conversation
+        action, settings = request.get("action"), self._settings(request.get("settings", {}))
+        if action not in ("send", "retry", "more"):
+            raise Refused(400, "action must be send, retry or more")
+        text = _text(request.get("text", "")) if action == "send" else ""
+
+        def check():
+            version = request.get("version", conversation.version)
+            if type(version) is not int:
+                raise Refused(400, "version must be a whole number")
+            if version != conversation.version:
+                raise Refused(409, "this conversation went on in another tab")
+            if action == "retry" and not conversation.can_retry:
+                raise Refused(409, "nothing was answered yet")
+            if action == "more" and not conversation.can_go_on:
+                raise Refused(409, "write something first")
+            conversation.start(settings)
+
+        def make_events(stopped):
+            yield {"type": "begin", "version": conversation.version}
+            try:
+                if action == "send":
+                    yield from conversation.reply(text, stopped)
+                else:
+                    yield from getattr(conversation, action)(stopped)
+            except Exception as error:
+                # the model's state may be half of a token: nothing can be built on it
+                conversation.forget()
+                reason = one_line(str(error))[:300]
+                if not isinstance(error, UserError):
+                    reason = f"the model failed, {type(error).__name__}: {reason}"
+                yield {"type": "failed", "text": f"{reason} (the conversation starts afresh)"}
+            yield {
+                "type": "end",
+                "version": conversation.version,
+                "canRetry": conversation.can_retry,
+                "canGoOn": conversation.can_go_on,
+            }
+
+        return self.begin(make_events, check)
+
+    def stop(self):
+        """Stop the answer that is being written, if there is one."""
+        job = self.job
+        if job is not None:
+            job.stopped.set()
+        return {"wasBusy": job is not None}
+
+    def reset(self):
+        """Forget the conversation."""
+
+        def make_events(_):
+            self.conversation.forget()
+            yield {}
+
+        job = self.begin(make_events)
+        while job.events.get() is not None:
+            pass
+        return self.state()
+
+    def _settings(self, given):
+        """Settings as the command line would take them; what is not given stays as it is."""
+        if not isinstance(given, dict):
+            raise Refused(400, "settings must be an object")
+        settings = dict(self.conversation.settings)
+        for name, value in given.items():
+            if name not in settings:
+                raise Refused(400, f"no such setting: {printable(name[:40])}")
+            if value is None and self.parsers[name][1]:
+                settings[name] = None
+                continue
+            if type(value) not in (int, float):
+                raise Refused(400, f"{name} must be a number")
+            try:
+                settings[name] = self.parsers[name][0](str(value))
+            except (ValueError, OverflowError, argparse.ArgumentTypeError) as error:
+                raise Refused(400, f"{name}: {one_line(str(error))[:200]}") from None
+            if isinstance(settings[name], float) and not math.isfinite(settings[name]):
+                raise Refused(400, f"{name} must be a finite number")
+        return settings
+
+    def handle_error(self, request, client_address):
+        """A browser that left in the middle of a request is nobody's mistake."""
+
+
+def serve(conversation, host, port, parsers, about):
+    """Serve until Ctrl-C, which raises `KeyboardInterrupt`.
+
+    Args:
+        conversation: a `LiveConversation`.
+        port: 0 takes any that is free.
+        parsers: of each setting, how its text is read, and whether it may be off.
+        about: what the page says of the model; plain types.
+
+    Raises:
+        UserError: where host and port cannot be had.
+    """
+    # started in the background of a script it would be deaf to Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        server = ChatServer(host, port, conversation, parsers, about)
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"--host {host} --port {port} cannot be had ({reason}): "
+            "--port 0 takes any port that is free"
+        ) from None
+    if not server.is_loopback:
+        warn(f"--host {host}: whoever reaches this port can read and use this chat")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    print(f"chat at {server.url} (Ctrl-C stops it)", flush=True)
+    try:
+        server.work()
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def _is_loopback(address):
+    try:
+        return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+def _host_name(host):
+    """The name or address of a Host header, without its port."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    return host.rpartition(":")[0].lower() if ":" in host else host.lower()
+
+
+def _text(text):
+    """The text that a user sent, with line ends as the models know them."""
+    if not isinstance(text, str):
+        raise Refused(400, "text must be a text")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if not text:
+        raise Refused(400, "write something first")
+    for character in text:
+        if unicodedata.category(character) == "Cc" and character not in "\n\t":
+            raise Refused(
+                400, f"the text holds a control character, U+{ord(character):04X}: remove it"
+            )
+    return text
