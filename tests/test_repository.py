@@ -140,7 +140,8 @@ def test_report_prints_what_the_runs_wrote(in_tmp, small_text):
 
 def copy_of_the_repository(folder, **settings):
     """Copy the scripts; returns the environment to call them in: this one, and the settings."""
-    for pattern in ("*.py", "*.cpp", "*.sh", "requirements*.txt", "reports/first_release.json"):
+    patterns = ("*.py", "*.cpp", "*.html", "*.css", "*.js", "*.sh", "requirements*.txt")
+    for pattern in (*patterns, "reports/first_release.json"):
         for path in ROOT.glob(pattern):
             (folder / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
             shutil.copy(path, folder / path.relative_to(ROOT))
