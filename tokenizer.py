@@ -206,7 +206,7 @@ def _byte_level_parts(file):
         raise UserError(f"its model is {_shown(model['type'])}, not BPE")
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
-            raise UserError(f"it has a {key}, as byte-level BPE has not")
+            raise UserError(f"it has {key}, which byte-level BPE has not")
     vocab, unknown = model["vocab"], model.get("unk_token")
     contents = {token["content"] for token in added}
     for token, i in (*vocab.items(), *((token["content"], token["id"]) for token in added)):

@@ -6,6 +6,7 @@ python tests/hostile_files.py        a table of them, and what each is refused w
 import contextlib
 import io
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -66,7 +67,13 @@ def too_large_ids(directory):
     path.write_bytes(b"\xff" * path.stat().st_size)
 
 
+def two_terabytes_of_nothing(directory):
+    os.truncate(directory / "train.bin", 2 << 40)
+    split(tokens=1 << 40)(directory)
+
+
 TOKEN_FILES = {
+    "2 TB of holes": two_terabytes_of_nothing,
     "ids that are objects": meta(dtype="|O"),
     "ids of 10^9 bytes": meta(dtype="|V1000000000"),
     "ids as a list": meta(dtype=["<u2"]),
