@@ -106,7 +106,15 @@ def test_token_files(name, watched):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_runs(name, trained, watched):
-    assert is_one_clear_line(hostile_files.attempt_report(trained[0], *RUNS[name]))
+    assert is_one_clear_line(hostile_files.attempt_report(trained[0], RUNS[name]))
+
+
+def test_the_run_itself_is_reported(trained, watched):
+    """So that what the others are refused for is what was changed; a loss may be null."""
+    fine = {"train_loss": None, "val_loss": None, "perplexity": None, "bits_per_byte": None}
+    for changes in ({}, fine | {"repulsion": None, "peak_memory_bytes": None}):
+        change = hostile_files.evaluation(**changes)
+        assert hostile_files.attempt_report(trained[0], change) == ""
 
 
 def test_a_pipe_is_not_waited_for(watched):
