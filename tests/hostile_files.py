@@ -127,7 +127,7 @@ RUNS = {
     "an evaluation of text": overwrite("metrics.jsonl", b'{"step": "x"}\n'),
     "an evaluation from a pipe": a_pipe,
     "a loss of text": evaluation(val_loss="<script>"),
-    "a loss of 10^5000": evaluation(val_loss=10**4000),
+    "a loss of 10^4000": evaluation(val_loss=10**4000),
     "a loss of NaN": evaluation(val_loss=float("nan")),
     "a step of nothing": evaluation(step=None),
     "half a step": evaluation(step=1.5),
