@@ -24,7 +24,7 @@ from gravity import gravity_attention
 from metrics import code_version, machine
 from model import NGT
 from options import DEFAULTS, PRESETS, script_parser, whole
-from report_geometry import markdown
+from page import markdown_table
 from scaling_model import (
     GPU,
     SIZES,
@@ -171,7 +171,7 @@ def measured_section(args, numbers, parameters):
         "(smallest to largest). Bytes are those of the loopback device over the whole run: "
         "evaluations, rendezvous and, where AdamW's state is shared out, gathering it for the two "
         "checkpoints, which is also where the first process has its peak.\n\n"
-        + markdown(head, lines)
+        + markdown_table(head, lines)
     )
 
 
@@ -219,7 +219,7 @@ vocabulary x tokens of a micro-step: use --gradient-accumulation-steps). Assumed
 {GPU["network_bytes_per_s"] / 1e9:.0f} GB/s a GPU beyond it.
 Efficiency is a ceiling: stragglers, evaluations and kernels that wait are not in it.
 
-{markdown(head, lines)}
+{markdown_table(head, lines)}
 
 A step sends the same however few its tokens, so what scales is a large batch or accumulation, which
 sends once a step. Weights and gradients themselves are not shared out: 8 P is the floor, so above
@@ -272,7 +272,7 @@ def context_section(model, timed, whose):
         )
     head = ["context", "pairs a token and head, NGT", "vanilla", "fewer", "MFLOP a token and head"]
     head += ["vanilla", "cache, NGT, fp32", "vanilla"]
-    clock = markdown(
+    clock = markdown_table(
         ["context", "microseconds a token"],
         [[f"{tokens:,}", f"{value:.1f}"] for tokens, value in timed.items()],
     )
@@ -284,7 +284,7 @@ all. Windows of {whose}: {len(flat)} heads, {flat[0]:,.0f} to {flat[-1]:,.0f} to
 {statistics.median(flat):,.0f}. FLOPs are those of the two products of a pair, forward and backward
 (3 x 2 x (coordinates + values)). What --field-tolerance skips inside the window is not counted.
 
-{markdown(head, lines)}
+{markdown_table(head, lines)}
 
 Measured: forward and backward of the operator with the first layer's law, random points, fp32,
 {torch.get_num_threads()} threads:

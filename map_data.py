@@ -90,6 +90,8 @@ def measure(model, tokens):
     mass = geometry.mass[0].cpu().double().numpy()
     if not (np.isfinite(z).all() and np.isfinite(mass).all()):
         raise UserError("the coordinates of this checkpoint are not finite: use another")
+    if not (np.isfinite(pulls.weights).all() and np.isfinite(pulls.profile).all()):
+        raise UserError("the pulls of this checkpoint are not finite: use another")
     if float(np.ptp(z, axis=1).max()) < 1e-6 * max(1.0, float(np.abs(z).max())):
         raise UserError("all tokens are at the same place: there is nothing to show")
     log_chance = F.log_softmax(logits[0].cpu().double(), -1)  # (T, vocab_size)

@@ -320,9 +320,10 @@ class PublishedGravityAttention(nn.Module):
     def pull_rows(self, z, mass, positions, rows):
         """Softmax weights of the tokens of a slice, (H, rows, rows.stop): columns are sources."""
         q, k = (x.float() for x in self.points(z))
-        mass = mass.float()
+        # what it weighs is not what it hands on: only the weights are asked for
+        mass = torch.ones_like(mass) if self.config.mass_in_value else mass.float()
         one_hot = torch.eye(rows.stop, device=z.device).expand(*k.shape[:2], -1, -1)
-        weights = published_gravity_attention(
+        return published_gravity_attention(
             q[:, :, rows],
             k[:, :, : rows.stop],
             one_hot,  # what a source hands on is its own column
@@ -332,7 +333,6 @@ class PublishedGravityAttention(nn.Module):
             key_positions=positions[: rows.stop],
             **self.law(),
         )[0]
-        return weights / mass[0, : rows.stop] if self.config.mass_in_value else weights
 
     def forward(self, h, z, mass, positions, kv_cache=None):
         q, k = self.points(z)

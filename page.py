@@ -1,7 +1,12 @@
-"""HTML documents that need no network, and JSON that is safe inside them."""
+"""Documents that no stranger's text can change: HTML without a network, JSON in it, Markdown."""
 
 import html
 import json
+import re
+
+from terminal import one_line, printable
+
+MARKUP = "&<>|`[]"
 
 
 def to_page(figure, title):
@@ -20,3 +25,33 @@ def json_for_script(data):
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text.encode("utf-8", errors="backslashreplace").decode()  # lone surrogates
+
+
+def markdown_text(value):
+    """One line of text in Markdown: it starts no HTML, link, picture, code or table cell."""
+    return "".join(f"&#{ord(c)};" if c in MARKUP else c for c in one_line(str(value)))
+
+
+def markdown_code(value):
+    """One line as code, whatever backticks are in it; no table cell, which a bar would end."""
+    text = one_line(str(value))
+    fence = "`" * (_longest_run(text) + 1)
+    inner = f" {text} " if "`" in text else text
+    return f"{fence}{inner}{fence}"
+
+
+def markdown_block(text, language=""):
+    """Lines as a block of code, whatever backticks are in them."""
+    fence = "`" * max(3, _longest_run(text) + 1)
+    return f"{fence}{language}\n{printable(text)}\n{fence}"
+
+
+def _longest_run(text):
+    return max(map(len, re.findall("`+", text)), default=0)
+
+
+def markdown_table(head, lines):
+    """A table of texts; the first column to the left, the others to the right."""
+    lines = [[markdown_text(cell) for cell in line] for line in (head, *lines)]
+    lines.insert(1, ["---", *["---:"] * (len(head) - 1)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -7,6 +7,7 @@ row, mean and standard deviation.
 
 import csv
 import io
+import itertools
 import json
 import shlex
 import statistics
@@ -14,9 +15,21 @@ from pathlib import Path
 
 from errors import UserError, run_script, write_whole
 from options import script_parser
-from report_geometry import geometry_section, markdown
-from report_runs import NOT_RUN, Run, all_values, duration, find_runs, group, label_of, mean
+from page import markdown_block, markdown_code, markdown_table, markdown_text
+from report_geometry import geometry_section
+from report_runs import (
+    NOT_RUN,
+    Run,
+    all_values,
+    duration,
+    find_runs,
+    group,
+    is_plain,
+    label_of,
+    mean,
+)
 from report_study import write_study
+from terminal import cells, one_line
 
 EXAMPLES = """examples:
   python report.py --runs shakespeare_vanilla shakespeare
@@ -67,9 +80,12 @@ def terminal_table(variants):
                 mean([run.median("tokens_per_s") for run in v.runs], ",.0f") if last else "",
             )
         )
-    widths = [max(len(line[n]) for line in lines) for n in range(len(head))]
+    label_width = max(cells(line[0]) for line in lines)
+    widths = [max(len(line[n]) for line in lines) for n in range(1, len(head))]
     return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+        "  ".join(
+            [line[0] + " " * (label_width - cells(line[0])), *map(str.rjust, line[1:], widths)]
+        )
         for line in lines
     )
 
@@ -99,7 +115,7 @@ def result_table(variants, choose):
                 f"{statistics.mean(perplexities) / baseline:.3f}" if finite else "",
             ]
         )
-    return markdown(head, lines)
+    return markdown_table(head, lines)
 
 
 def speed_table(variants):
@@ -122,7 +138,7 @@ def speed_table(variants):
                 f"{statistics.mean(speeds) / baseline:.3f}",
             ]
         )
-    return markdown(head, lines)
+    return markdown_table(head, lines)
 
 
 def settings_table(variants):
@@ -139,7 +155,7 @@ def settings_table(variants):
         ]
         lines.append([title, *shown])
     lines.append(["seeds", *(", ".join(str(r.config["seed"]) for r in v.runs) for v in ran)])
-    return markdown(["", *(v.label for v in ran)], lines)
+    return markdown_table(["", *(v.label for v in ran)], lines)
 
 
 def _setting(value):
@@ -161,6 +177,8 @@ def reference_section(path):
         head = list(reference["rows"][0])
         lines = [[row[key] for key in head] for row in reference["rows"]]
         title, setting = reference["title"], reference["setting"]
+        if not all(map(is_plain, (title, setting, *head, *itertools.chain(*lines)))):
+            raise ValueError("a value in it is no number and no short text")
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(
             f"--reference {path} cannot be used ({error}): name a file in the form of "
@@ -168,8 +186,9 @@ def reference_section(path):
         ) from None
     lines = [[_setting(value) for value in line] for line in lines]
     return (
-        f"## {title}\n\nNot measured here, and not comparable with the tables above unless the "
-        f"setting is the same: {setting} (from `{path}`).\n\n{markdown(head, lines)}"
+        f"## {markdown_text(title)}\n\nNot measured here, and not comparable with the tables above "
+        f"unless the setting is the same: {markdown_text(setting)} (from {markdown_code(path)})."
+        f"\n\n{markdown_table(head, lines)}"
     )
 
 
@@ -179,8 +198,8 @@ def write_report(output, names, variants, reference):
 
     ran = [v for v in variants if v.runs]
     runs = [run for v in ran for run in v.runs]
-    curves = [(v.label, run.name, run.rows) for v in ran for run in v.runs]
-    title = f"Report: {', '.join(names)}"
+    curves = [(v.label, one_line(run.name), run.rows) for v in ran for run in v.runs]
+    title = one_line(f"Report: {', '.join(names)}")
     common = set.intersection(*({row["step"] for row in run.rows} for run in runs))
     shortest = min(run.rows[-1]["wall_time"] for run in runs)
     configs = [run.config for run in runs]
@@ -188,13 +207,17 @@ def write_report(output, names, variants, reference):
     tokens = max(run.rows[-1]["tokens"] for run in runs)
     command = ["python", "report.py", "--runs", *names]
     command += ["--reference", str(reference)] if reference else []
+
+    def values(key):
+        return markdown_text(all_values(configs, key))
+
     parts = [
-        f"# {title}",
-        f"**Corpus:** {all_values(configs, 'source')}. **Steps:** {steps} (of "
-        f"{all_values(configs, 'max_steps')} planned), up to {tokens:,} tokens each. "
-        f"**Machine:** {all_values(configs, 'machine')}. **Seed:** {all_values(configs, 'seed')}. "
-        f"**Commit:** {all_values(configs, 'code_version')}.",
-        f"Written by `{shlex.join([*command, '--output', str(output)])}` from the runs' own files. "
+        f"# {markdown_text(title)}",
+        f"**Corpus:** {values('source')}. **Steps:** {markdown_text(steps)} (of "
+        f"{values('max_steps')} planned), up to {tokens:,} tokens each. **Machine:** "
+        f"{values('machine')}. **Seed:** {values('seed')}. **Commit:** {values('code_version')}.",
+        f"Written by {markdown_code(shlex.join([*command, '--output', str(output)]))} from the "
+        "runs' own files. "
         "`ratio` is the perplexity over that of the first line; training time is that of the "
         "steps, evaluations not counted; losses are nats a token on fixed validation windows.",
         "## At equal steps",
@@ -220,8 +243,8 @@ def write_report(output, names, variants, reference):
     if reference:
         parts.append(reference_section(reference))
     commands = [shlex.join(["python", *run.config["command"]]) for run in runs]
-    parts += ["## Commands", "```bash\n" + "\n".join(commands) + "\n```"]
-    parts += [f"{v.label}: {NOT_RUN}." for v in variants if not v.runs]
+    parts += ["## Commands", markdown_block("\n".join(commands), "bash")]
+    parts += [f"{markdown_text(v.label)}: {NOT_RUN}." for v in variants if not v.runs]
     page = page_of_curves(curves, title).encode()
     picture = io.BytesIO()
     save_png(picture, curves)
@@ -240,7 +263,11 @@ def _csv(runs):
     writer = csv.DictWriter(text, ["run", "model", "seed", *columns], lineterminator="\n")
     writer.writeheader()
     for run in runs:
-        same = {"run": run.name, "model": label_of(run.config), "seed": run.config["seed"]}
+        same = {
+            "run": one_line(run.name),
+            "model": label_of(run.config),
+            "seed": run.config["seed"],
+        }
         writer.writerows(same | row for row in run.rows)
     return text.getvalue().encode()
 
@@ -282,10 +309,11 @@ def main(argv=None):
     runs = [run for v in variants for run in v.runs]
     print(terminal_table(variants))
     for source in dict.fromkeys(run.config["source"] for run in runs):
-        print(f"text: {source}")
+        print(one_line(f"text: {source}"))
     for run in runs:
         command = shlex.join(["python", *run.config["command"]])
-        print(f"{run.name}: {run.config['machine']}, seed {run.config['seed']}, {command}")
+        told = f"{run.name}: {run.config['machine']}, seed {run.config['seed']}, {command}"
+        print(one_line(told))
     if args.output is not None:
         write_report(Path(args.output), args.runs, variants, args.reference)
         print(f"wrote {args.output}")

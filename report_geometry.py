@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from checkpoint import best_path, load_model
 from errors import UserError
+from page import markdown_code, markdown_table, markdown_text
 
 SHOWN_TOKENS = 12
 
@@ -14,13 +15,15 @@ def geometry_section(label, config):
     path = best_path(config["checkpoint_path"])
     try:
         model, tokenizer, checkpoint = load_model(path)
+        if checkpoint["config"]["model_type"] != "ngt":
+            raise UserError(f"{path} is of a vanilla transformer, which has no coordinates")
     except UserError as error:
-        return f"### {label}\n\nNot shown: {error}."
-    step = checkpoint["iter"]
+        return f"### {markdown_text(label)}\n\nNot shown: {markdown_text(error)}."
+    step = checkpoint.get("iter", 0)
     return "\n\n".join(
         [
-            f"### {label}, step {step:,}",
-            f"From `{path}`. {EXPLAINED[model.config.law]}",
+            f"### {markdown_text(label)}, step {step:,}",
+            f"From {markdown_code(path)}. {EXPLAINED[model.config.law]}",
             heads_table(model),
             *mass_lines(model, tokenizer),
         ]
@@ -57,13 +60,7 @@ def heads_table(model):
         for head in range(heads):
             values = [None if c is None else c[head % len(c)] for c in columns]
             lines.append([n, head, *map(_number, values)])
-    return markdown(["layer", "head", *titles], lines)
-
-
-def markdown(head, lines):
-    """A table; the first column to the left, the others to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return markdown_table(["layer", "head", *titles], lines)
 
 
 def _number(value):
@@ -79,7 +76,9 @@ def mass_lines(model, tokenizer):
     order = masses.argsort(descending=True).tolist()
 
     def shown(tokens):
-        return ", ".join(f"`{_code(tokenizer.label(t))}` {float(masses[t]):.3f}" for t in tokens)
+        return ", ".join(
+            f"{markdown_code(tokenizer.label(t))} {float(masses[t]):.3f}" for t in tokens
+        )
 
     return [
         f"Heaviest tokens: {shown(order[:SHOWN_TOKENS])}.",
@@ -87,8 +86,3 @@ def mass_lines(model, tokenizer):
         f"Masses from {float(masses.min()):.3f} to {float(masses.max()):.3f}, "
         f"median {float(masses.median()):.3f}.",
     ]
-
-
-def _code(text):
-    """A backtick would end the code span, a bar the table cell."""
-    return text.replace("`", "'").replace("|", "¦")

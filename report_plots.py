@@ -39,7 +39,7 @@ def save_png(path, curves):
         panel.set_xlabel(title)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("validation loss (nats a token)")
-    panels[0].legend()
+    _legend(panels[0])
     figure.tight_layout()
     try:
         figure.savefig(path, dpi=110, format="png")
@@ -83,6 +83,12 @@ def _colours(curves):
     return {label: COLOURS[n % len(COLOURS)] for n, label in enumerate(labels)}
 
 
+def _legend(panel):
+    """Labels as they are: a dollar in one is no formula."""
+    for text in panel.legend().get_texts():
+        text.set_parse_math(False)
+
+
 def save_lengths_png(path, rows_by_label):
     """Loss against the length of the context, a line a model.
 
@@ -99,7 +105,7 @@ def save_lengths_png(path, rows_by_label):
     panel.set_xlabel("tokens of context")
     panel.set_ylabel("loss of the last 64 tokens (nats a token)")
     panel.grid(alpha=0.3)
-    panel.legend()
+    _legend(panel)
     figure.tight_layout()
     try:
         figure.savefig(path, dpi=110, format="png")

@@ -1,7 +1,7 @@
 """The report of run_study.sh: one table a question, every number from the runs' own files."""
 
 import io
-import json
+import math
 import shlex
 import statistics
 from pathlib import Path
@@ -11,11 +11,24 @@ import torch.nn as nn
 
 from checkpoint import build_model
 from errors import UserError, write_whole
-from report_geometry import geometry_section, markdown
-from report_runs import NOT_RUN, all_values, duration, find_runs, label_of, mean
+from page import markdown_block, markdown_code, markdown_table, markdown_text
+from report_geometry import geometry_section
+from report_runs import (
+    NOT_RUN,
+    all_values,
+    duration,
+    find_runs,
+    is_number,
+    label_of,
+    loss_or_worst,
+    mean,
+    read_evaluation,
+)
+from terminal import one_line
 
 BASELINE = "rotary"
 STAGES = ("rates", "ablations", "headline", "full", "sizes")
+MOST_LAYERS = 200
 NOT_A_CHANGE = {
     *("seed", "checkpoint_path", "command", "code_version", "torch_version", "machine", "device"),
     *("parameters", "mlp_dim", "source", "token_directory", "data_path", "compile"),
@@ -37,24 +50,28 @@ def write_study(output, name):
         raise UserError(f"--study: there is no run below runs/{name}: start with run_study.sh")
     headline = _by_model(stages["headline"])
     configs = [run.config for run in runs]
-    evaluations = {label: _evaluation(found[0]) for label, found in headline.items()}
+    evaluations = {label: read_evaluation(found[0]) for label, found in headline.items()}
     evaluations |= {
-        f"{_short(run)}, {run.rows[-1]['step']:,} steps": _evaluation(run)
+        f"{_short(run)}, {run.rows[-1]['step']:,} steps": read_evaluation(run)
         for run in (*stages["full"], *stages["ablations"])
     }
     evaluations = {label: found for label, found in evaluations.items() if found}
+
+    def values(key):
+        return markdown_text(all_values(configs, key))
+
     parts = [
-        f"# The study `{name}`: gravity against dot-product attention",
-        f"**Corpus:** {all_values(configs, 'source')}, SHA-256 "
-        f"`{all_values(configs, 'source_sha256')}`. **Machine:** "
-        f"{all_values(configs, 'machine')}. **Commits:** {all_values(configs, 'code_version')}. "
+        f"# The study {markdown_code(name)}: gravity against dot-product attention",
+        f"**Corpus:** {values('source')}, SHA-256 "
+        f"{markdown_code(all_values(configs, 'source_sha256'))}. **Machine:** "
+        f"{values('machine')}. **Commits:** {values('code_version')}. "
         f"**Cost:** {len(runs)} runs, "
         f"{duration(sum(run.rows[-1]['wall_time'] for run in runs))} of training in all, each on "
         "the threads named.",
-        f"Written by `python report.py --study {name} --output {output}` from the runs' own files. "
-        "Losses are nats a token on fixed validation windows; ± is the standard deviation over "
-        "seeds; a paired difference is taken between runs of the same seed, which read the same "
-        "batches. Commands of all runs stand at the end.",
+        f"Written by {markdown_code(f'python report.py --study {name} --output {output}')} from "
+        "the runs' own files. Losses are nats a token on fixed validation windows; ± is the "
+        "standard deviation over seeds; a paired difference is taken between runs of the same "
+        "seed, which read the same batches. Commands of all runs stand at the end.",
         "## Headline",
         _headline_table(headline),
     ]
@@ -84,15 +101,16 @@ def write_study(output, name):
     ] + [
         geometry_section(f"{_short(run)} (ablation)", run.config)
         for run in stages["ablations"]
-        if run.config["use_soft_cutoff"]
+        if run.config["model"] == "ngt" and run.config.get("use_soft_cutoff")
     ] or [f"{NOT_RUN}."]
     parts.append("## Commands")
     commands = [
-        f"# {run.name}, commit {str(run.config['code_version'])[:12]}\n"
+        one_line(f"# {run.name}, commit {str(run.config.get('code_version'))[:12]}")
+        + "\n"
         + shlex.join(["python", *run.config["command"]])
         for run in runs
     ]
-    parts.append("```bash\n" + "\n".join(commands) + "\n```")
+    parts.append(markdown_block("\n".join(commands), "bash"))
     write_whole(output, ("\n\n".join(parts) + "\n").encode())
 
 
@@ -106,7 +124,7 @@ def _stage(name, stage):
 
 
 def _short(run):
-    return run.name.split("/")[-1]
+    return one_line(run.name.split("/")[-1])
 
 
 def _by_model(runs):
@@ -125,6 +143,10 @@ def _by_model(runs):
 
 def _baseline(headline):
     return next((runs for label, runs in headline.items() if BASELINE in label), [])
+
+
+def _last(run, key, form):
+    return mean([run.rows[-1][key]], form)
 
 
 def _unfinished(run):
@@ -160,22 +182,34 @@ def _headline_table(headline):
                 ", ".join(str(run.config["seed"]) for run in runs),
                 mean([row["val_loss"] for row in last], ".4f"),
                 mean([row["perplexity"] for row in last], ".2f"),
-                mean([row["bits_per_byte"] for row in last], ".4f"),
+                mean([row.get("bits_per_byte") for row in last], ".4f"),
                 mean(ratios, ".4f") if ratios else "",
                 mean([run.median("tokens_per_s") for run in runs], ",.0f"),
                 duration(statistics.mean(row["wall_time"] for row in last)),
             ]
         )
-    return markdown(head, lines) if lines else f"{NOT_RUN}."
+    return markdown_table(head, lines) if lines else f"{NOT_RUN}."
 
 
 def training_flops(config, tokens):
     """Flops of the matrix products of training on so many tokens, causal pairs alone.
 
     As `benchmark.py` counts them: forward and backward, nothing recomputed.
+
+    Raises:
+        UserError: where the config, a stranger's perhaps, describes no model that was trained.
     """
-    with torch.device("meta"):
-        model = build_model(config)
+    try:
+        if not 0 < config["num_layers"] <= MOST_LAYERS or config["block_size"] < 1:
+            raise ValueError("num_layers or block_size is out of bounds")
+        with torch.device("meta"):
+            model = build_model(config)
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, UserError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"--study: the run of {config['checkpoint_path']} is of no model that can be built "
+            f"({reason}): train it anew"
+        ) from None
     c = model.config
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     width = c.hidden_dim // c.num_heads
@@ -201,7 +235,9 @@ def _cost_table(headline):
             end = other.rows[-1]
             within = run.within(end["wall_time"])
             losses += [within["val_loss"]] if within else []
-            there = next((r for r in run.rows if r["val_loss"] <= end["val_loss"]), None)
+            there = next(
+                (r for r in run.rows if loss_or_worst(r) <= loss_or_worst(end) < math.inf), None
+            )
             if there is None:
                 continue
             steps.append(there["step"])
@@ -222,7 +258,7 @@ def _cost_table(headline):
         "The first evaluation at or below the baseline's last loss, by seed. A model that is "
         "quicker has decayed its learning rate less by then, which counts against it."
     )
-    return f"{markdown(head, lines)}\n\n{note}"
+    return f"{markdown_table(head, lines)}\n\n{note}"
 
 
 def _rate_table(runs):
@@ -231,13 +267,15 @@ def _rate_table(runs):
     models = {}
     for run in runs:
         model = _short(run).rsplit("_", 1)[0]
+        if not is_number(run.config.get("learning_rate")):
+            raise UserError(f"--study: runs/{run.name} has no learning_rate: train it anew")
         models.setdefault(model, {})[run.config["learning_rate"]] = run
     rates = sorted({rate for found in models.values() for rate in found})
     lines = []
     for model, found in models.items():
-        best = min(found, key=lambda rate: found[rate].rows[-1]["val_loss"])
+        best = min(found, key=lambda rate: loss_or_worst(found[rate].rows[-1]))
         shown = [
-            f"{found[rate].rows[-1]['val_loss']:.4f}" + _unfinished(found[rate])
+            _last(found[rate], "val_loss", ".4f") + _unfinished(found[rate])
             if rate in found
             else NOT_RUN
             for rate in rates
@@ -246,7 +284,7 @@ def _rate_table(runs):
     seed = all_values([run.config for run in runs], "seed")
     steps = all_values([run.config for run in runs], "max_steps")
     note = f"Validation loss after {steps} steps, seed {seed}, which no other table has."
-    return f"{note}\n\n{markdown(['model', *(f'{rate:g}' for rate in rates), 'best'], lines)}"
+    return f"{note}\n\n{markdown_table(['model', *(f'{rate:g}' for rate in rates), 'best'], lines)}"
 
 
 def _change(config, default):
@@ -262,15 +300,15 @@ def _ablation_table(runs):
     head = ["name", "what changes", "parameters", "val loss", "perplexity", "difference of loss"]
     head += ["repulsion", "tokens/s"]
     lines = []
-    for run in sorted(runs, key=lambda run: run.rows[-1]["val_loss"]):
+    for run in sorted(runs, key=lambda run: loss_or_worst(run.rows[-1])):
         pairs = _paired([run], [default], "val_loss")
         lines.append(
             [
                 _short(run) + _unfinished(run),
                 _change(run.config, default.config),
                 f"{run.config['parameters']:,}",
-                f"{run.rows[-1]['val_loss']:.4f}",
-                f"{run.rows[-1]['perplexity']:.2f}",
+                _last(run, "val_loss", ".4f"),
+                _last(run, "perplexity", ".2f"),
                 f"{pairs[0][0] - pairs[0][1]:+.4f}" if pairs else "",
                 f"{run.rows[-1].get('repulsion') or 0:.4f}",
                 f"{run.median('tokens_per_s'):,.0f}",
@@ -282,7 +320,7 @@ def _ablation_table(runs):
         "runs of the default at other seeds say which differences mean anything. Repulsion: the "
         "energy of the final coordinates, which grows without bound where they collapse."
     )
-    return f"{note}\n\n{markdown(head, lines)}"
+    return f"{note}\n\n{markdown_table(head, lines)}"
 
 
 def _full_table(runs, headline):
@@ -295,12 +333,12 @@ def _full_table(runs, headline):
             [
                 _short(run) + _unfinished(run),
                 run.config["seed"],
-                f"{run.rows[-1]['val_loss']:.4f}",
-                f"{run.rows[-1]['perplexity']:.2f}",
+                _last(run, "val_loss", ".4f"),
+                _last(run, "perplexity", ".2f"),
                 f"{pairs[0][0] / pairs[0][1]:.4f}" if pairs else "",
             ]
         )
-    return markdown(["name", "seed", "val loss", "perplexity", "perplexity / rotary"], lines)
+    return markdown_table(["name", "seed", "val loss", "perplexity", "perplexity / rotary"], lines)
 
 
 def _size_table(runs):
@@ -312,28 +350,14 @@ def _size_table(runs):
             _short(run) + _unfinished(run),
             f"{run.config['parameters']:,}",
             f"{run.rows[-1]['tokens']:,}",
-            f"{run.rows[-1]['val_loss']:.4f}",
-            f"{run.rows[-1]['perplexity']:.2f}",
+            _last(run, "val_loss", ".4f"),
+            _last(run, "perplexity", ".2f"),
             f"{run.median('tokens_per_s'):,.0f}",
             duration(run.rows[-1]["wall_time"]),
         ]
         for run in runs
     ]
-    return markdown(head, lines)
-
-
-def _evaluation(run):
-    """What evaluate.py wrote of a run; None where it was not evaluated."""
-    path = Path("runs") / run.name / "evaluation.json"
-    if not path.exists():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("by_length", "by_place", "by_frequency", "repeats"):
-            found[key]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}): write it anew with evaluate.py") from None
-    return found
+    return markdown_table(head, lines)
 
 
 def _evaluated(evaluations, key, title, name_of, value="loss"):
@@ -346,15 +370,17 @@ def _evaluated(evaluations, key, title, name_of, value="loss"):
     for name, found in rows.items():
         values = [found.get(label) for label in evaluations]
         lines.append([name, *("" if v is None else f"{v:.4f}" for v in values)])
-    return markdown([title, *evaluations], lines)
+    return markdown_table([title, *evaluations], lines)
 
 
 def _length_table(evaluations):
     if not evaluations:
         return f"{NOT_RUN}."
-    first = next(iter(evaluations.values()))["by_length"]
+    tokens = [row["tokens"] for found in evaluations.values() for row in found["by_length"]]
+    if not tokens:
+        return f"{NOT_RUN}: the validation text is too short."
     note = (
-        f"Loss of the same {first[0]['tokens']:,} tokens after contexts of several lengths; "
+        f"Loss of the same {tokens[0]:,} tokens after contexts of several lengths; "
         "empty where the model's positions end."
     )
     table = _evaluated(evaluations, "by_length", "context", lambda row: f"{row['context']:,}")

@@ -103,12 +103,33 @@ def open_token_data(directory):
 
 
 def _largest_id(path, dtype):
-    """Read in parts: a memory map that was read through counts as memory used."""
-    largest = -1
-    with open(path, "rb") as file:
+    """Read in parts: a memory map that was read through counts as memory used.
+
+    Raises:
+        ValueError: where the file has holes, which no corpus has: 2 TB of nothing need no disk, and
+            a day to be read.
+    """
+    largest, size = -1, path.stat().st_size
+    with open(path, "rb") as file, byte_bar(f"checking {path.name}", size) as bar:
+        if _data_before_a_hole(file, size) < size:
+            raise ValueError(f"{path.name} has holes in it")
         while len(ids := np.fromfile(file, dtype, CHECKED_AT_ONCE)):
             largest = max(largest, int(ids.max()))
+            bar.update(ids.nbytes)
     return largest
+
+
+def _data_before_a_hole(file, size):
+    """In bytes; all of them where the system does not tell.
+
+    The blocks that a file takes say less: file systems that compress take fewer for a whole one.
+    """
+    try:
+        return file.seek(0, os.SEEK_HOLE)
+    except (AttributeError, OSError):
+        return size
+    finally:
+        file.seek(0)
 
 
 def write_token_files(directory, corpus, make_tokenizer, say):

@@ -4,6 +4,7 @@ Each has `vocab_size`, `encode(text) -> list of ids`, `decode(ids) -> text`, `la
 to read, `to_vocab()` (plain types, as a checkpoint keeps them) and `fingerprint` (SHA-256 of it).
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +17,21 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from errors import UserError, write_whole
 
 LONGEST_CHARACTER = 4  # bytes, in UTF-8
+LONGEST_TOKEN = 1000  # letters
+LONGEST_LABEL = 200  # letters
+LONGEST_SEQUENCE = 8  # normalizers, or pre-tokenizers, one after the other
 UNKNOWN = "\ufffd"  # what a char tokenizer writes for a character that it never saw
+NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase")
+GPT4_WORDS = (  # a regular expression of a stranger's may take for ever, or leave text out
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BYTE_LEVEL_FLAGS = ("add_prefix_space", "trim_offsets", "use_regex")
+KNOWN_WORDS = {  # of GPT-2, GPT-4 and Llama 3, Qwen 2: each letter is in one of the pieces
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    GPT4_WORDS,
+    GPT4_WORDS.replace("{1,3}", ""),
+}
 
 
 def _byte_of_letter():
@@ -39,12 +54,13 @@ class _Tokenizer:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def label(self, token):
-        """A token as people read it: spaces and line ends visible, broken bytes in hex."""
+        """A token for people, cut short: spaces and line ends visible, broken bytes in hex."""
         text = self.decode([token])
         if UNKNOWN in text:
             text = self._raw(token)
         shown = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
-        return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown) or "∅"
+        shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown) or "∅"
+        return shown if len(shown) <= LONGEST_LABEL else shown[: LONGEST_LABEL - 1] + "…"
 
     def _raw(self, token):
         return UNKNOWN
@@ -97,27 +113,31 @@ class CharTokenizer(_Tokenizer):
 
 
 class BPETokenizer(_Tokenizer):
-    """Byte-level BPE (as GPT-2's), trained on the corpus by the `tokenizers` library."""
+    """Byte-level BPE (as GPT-2's), trained on the corpus by the `tokenizers` library.
+
+    Of a file only what makes ids of a text is used. What cuts, pads or adds to them (truncation,
+    padding, post-processor, dropout) is left out, and ids become bytes again, whatever its decoder.
+
+    Raises:
+        UserError: where it is no such file, or another kind of tokenizer.
+    """
 
     name = "bpe"
 
     def __init__(self, tokenizer_json):
         try:
-            self._tokenizer = Tokenizer.from_str(tokenizer_json)
+            used = json.dumps(_byte_level_parts(json.loads(tokenizer_json)))
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise UserError(f"not a file of the tokenizers library: {error}") from None
+        try:
+            self._tokenizer = Tokenizer.from_str(used)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the library raises bare Exception, or panics
             raise UserError(f"not a file of the tokenizers library: {error}") from None
-        byte_level = isinstance(self._tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel)
-        if self._tokenizer.decoder is None and byte_level:  # the first release wrote none
-            self._tokenizer.decoder = decoders.ByteLevel()
-        if not isinstance(self._tokenizer.model, models.BPE):
-            kind = type(self._tokenizer.model).__name__
-            raise UserError(f"its model is {kind}, not BPE")
         self._json = tokenizer_json
         self.vocab_size = self._tokenizer.get_vocab_size()
-        ids = self._tokenizer.get_vocab().values()
-        if not ids or max(ids) != self.vocab_size - 1:
+        if {*self._tokenizer.get_vocab().values()} != {*range(self.vocab_size)}:
             raise UserError(f"its {self.vocab_size:,} ids are not those from 0 on")
 
     @classmethod
@@ -130,21 +150,25 @@ class BPETokenizer(_Tokenizer):
             vocab_size=vocab_size,
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             special_tokens=[],
+            max_token_length=LONGEST_TOKEN,
             show_progress=show_progress,
         )
         tokenizer.train_from_iterator(texts, trainer)
         return cls(tokenizer.to_str())
 
     def encode(self, text):
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with _failures_named():
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_array(self, texts):
         """As `encode`, several texts into one int64 array, on all cores."""
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        with _failures_named():
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return np.concatenate([np.array(e.ids, dtype=np.int64) for e in encodings])
 
     def decode(self, ids):
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        with _failures_named():
+            return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def _raw(self, token):
         piece = self._tokenizer.id_to_token(token) or UNKNOWN
@@ -157,6 +181,87 @@ class BPETokenizer(_Tokenizer):
     def save(self, path):
         """Write the `tokenizers` library's own JSON file, whole or not at all."""
         write_whole(Path(path), self._json.encode())
+
+
+@contextlib.contextmanager
+def _failures_named():
+    """What the `tokenizers` library raises of itself, bare Exception or a panic, as a UserError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"the tokenizer failed on a text ({error}): use another") from None
+
+
+def _byte_level_parts(file):
+    """Of a `tokenizers` file what makes ids, once it is known to be harmless, as a new one.
+
+    Raises:
+        UserError: where it is not byte-level BPE.
+        KeyError, TypeError, AttributeError: where it is no such file.
+    """
+    model, added = file["model"], file.get("added_tokens") or []
+    if model.get("type", "BPE") != "BPE":
+        raise UserError(f"its model is {_shown(model['type'])}, not BPE")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise UserError(f"it has {key}, which byte-level BPE has not")
+    vocab, unknown = model["vocab"], model.get("unk_token")
+    contents = {token["content"] for token in added}
+    for token, i in (*vocab.items(), *((token["content"], token["id"]) for token in added)):
+        if type(i) is not int or not 0 <= i < 1 << 31:
+            raise UserError(f"its token {_shown(token)} has no id from 0 on")
+        if not 0 < len(token) <= LONGEST_TOKEN:
+            raise UserError(f"it has a token of {len(token):,} letters, not 1 to {LONGEST_TOKEN:,}")
+        if token not in contents and not BYTE_OF_LETTER.keys() >= {*token}:
+            raise UserError(f"its token {_shown(token)} is not of byte-level BPE")
+    if unknown is not None and unknown not in vocab:
+        raise UserError(f"its unknown token {_shown(unknown)} is not in its vocabulary")
+    for part in _sequence(file.get("normalizer"), "normalizers"):
+        if part["type"] not in NORMALIZERS:
+            raise UserError(f"its normalizer is {_shown(part['type'])}, not {_any(NORMALIZERS)}")
+    *before, last = _sequence(file.get("pre_tokenizer"), "pretokenizers") or [{"type": "none"}]
+    if last["type"] != "ByteLevel":
+        raise UserError(f"its pre-tokenizer is {_shown(last['type'])}, not ByteLevel")
+    for part in before:
+        if part["type"] != "Digits" and not _is_known_split(part):
+            raise UserError(f"its pre-tokenizer {_shown(part['type'])} is not a known one")
+    # the spaces around a token are text too
+    added = [token | {"lstrip": False, "rstrip": False} for token in added]
+    return {
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": file.get("normalizer"),
+        "pre_tokenizer": file["pre_tokenizer"],
+        "decoder": {"type": "ByteLevel", **dict.fromkeys(BYTE_LEVEL_FLAGS, True)},
+        "model": model | {"type": "BPE", "dropout": None},
+    }
+
+
+def _sequence(part, key):
+    """A normalizer or pre-tokenizer, or those of a sequence, as a list of dicts with a type."""
+    if part is None:
+        return []
+    parts = part[key] if part["type"] == "Sequence" else [part]
+    if len(parts) > LONGEST_SEQUENCE:
+        raise UserError(f"it has {len(parts):,} {key}: more than {LONGEST_SEQUENCE}")
+    return parts
+
+
+def _is_known_split(part):
+    how = part.get("behavior"), part.get("invert")
+    is_whole = how in (("Isolated", False), ("Removed", True))  # the rest, of which there is none
+    return part["type"] == "Split" and is_whole and part["pattern"].get("Regex") in KNOWN_WORDS
+
+
+def _any(names):
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _shown(value):
+    """A stranger's value in an error, short."""
+    return repr(value[:40]) if isinstance(value, str) else f"a {type(value).__name__}"
 
 
 class TiktokenTokenizer(_Tokenizer):
@@ -270,6 +375,9 @@ def _char_list(vocab):
         itos = [itos[i] for i in range(len(itos))]
     if not itos or not all(isinstance(c, str) and c for c in itos):
         raise ValueError("itos must list characters")
+    longest = max(map(len, itos))
+    if longest > LONGEST_TOKEN:
+        raise ValueError(f"itos holds {longest:,} letters as one, more than {LONGEST_TOKEN:,}")
     return itos
 
 

@@ -2,13 +2,16 @@
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+import hostile_checkpoints
 import hostile_files
 from checkpoint import load_model, read_checkpoint
-from hostile_files import CONTENTS, FILES, RUNS, TOKEN_FILES, TRAINING, Malice
+from hostile_checkpoints import CONTENTS, FILES, TRAINING, Malice
+from hostile_files import RUNS, TOKEN_FILES, TOKENIZERS
 from metrics import peak_memory_bytes
 from test_chat import LETTERS, make_checkpoint
 
@@ -17,9 +20,18 @@ MOST_SECONDS = 20
 MOST_BYTES = 400_000_000
 
 
+def forget_the_peak():
+    """Else that of an earlier test hides those of this one; returns whether the system can."""
+    path = Path("/proc/self/clear_refs")
+    if path.exists():
+        path.write_text("5")
+    return path.exists()
+
+
 @pytest.fixture
 def watched(in_tmp):
     """Within it nothing may run, take long or take memory."""
+    forget_the_peak()
     started, before = time.monotonic(), peak_memory_bytes(CPU)
     yield
     assert time.monotonic() - started < MOST_SECONDS
@@ -33,12 +45,12 @@ def is_one_clear_line(message, name="evil"):
 
 @pytest.mark.parametrize("name", CONTENTS)
 def test_contents(name, watched):
-    assert is_one_clear_line(hostile_files.attempt_checkpoint(CONTENTS[name]))
+    assert is_one_clear_line(hostile_checkpoints.attempt_checkpoint(CONTENTS[name]))
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_files(name, watched):
-    assert is_one_clear_line(hostile_files.attempt_file(FILES[name]()))
+    assert is_one_clear_line(hostile_checkpoints.attempt_file(FILES[name]()))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +60,7 @@ def trained(tmp_path_factory):
     before = os.getcwd()
     os.chdir(folder)
     try:
-        return folder, hostile_files.train_a_little()
+        return folder, hostile_checkpoints.train_a_little()
     finally:
         os.chdir(before)
 
@@ -63,7 +75,7 @@ NAMED = {
 @pytest.mark.parametrize("name", TRAINING)
 def test_resumed(name, trained, watched, monkeypatch):
     monkeypatch.chdir(trained[0])
-    message = hostile_files.attempt_resume(trained[1], TRAINING[name])
+    message = hostile_checkpoints.attempt_resume(trained[1], TRAINING[name])
     assert is_one_clear_line(message, NAMED.get(name, "evil"))
     assert not (trained[0] / "planted.json").exists()
 
@@ -71,8 +83,27 @@ def test_resumed(name, trained, watched, monkeypatch):
 def test_the_trained_checkpoint_itself_goes_on(trained, monkeypatch, capsys):
     """So that what the others are refused for is what was changed."""
     monkeypatch.chdir(trained[0])
-    assert hostile_files.attempt_resume(trained[1], lambda checkpoint: None) == ""
+    assert hostile_checkpoints.attempt_resume(trained[1], lambda checkpoint: None) == ""
     assert "resuming at step 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_tokenizers(name, watched, capfd):
+    """Refused before the library sees it: it does not panic."""
+    message = hostile_files.attempt_tokenizer(TOKENIZERS[name])
+    assert is_one_clear_line(message, "--tokenizer-path evil.json cannot be used")
+    assert "panicked" not in capfd.readouterr().err
+
+
+def test_a_great_need_of_memory_is_seen(in_tmp):
+    """That of the test itself, whatever was needed before it."""
+    earlier = b"x" * (2 * MOST_BYTES)
+    del earlier
+    if not forget_the_peak():
+        pytest.skip("this system does not forget a peak")
+    before = peak_memory_bytes(CPU)
+    again = b"x" * (2 * MOST_BYTES)
+    assert peak_memory_bytes(CPU) - before > MOST_BYTES and again
 
 
 @pytest.mark.parametrize("name", TOKEN_FILES)
@@ -82,17 +113,27 @@ def test_token_files(name, watched):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_runs(name, trained, watched):
-    assert is_one_clear_line(hostile_files.attempt_report(trained[0], *RUNS[name]))
+    assert is_one_clear_line(hostile_files.attempt_report(trained[0], RUNS[name]))
+
+
+def test_the_run_itself_is_reported(trained, watched):
+    """So that what the others are refused for is what was changed; a loss may be null."""
+    fine = {"train_loss": None, "val_loss": None, "perplexity": None, "bits_per_byte": None}
+    for changes in ({}, fine | {"repulsion": None, "peak_memory_bytes": None}):
+        change = hostile_files.evaluation(**changes)
+        assert hostile_files.attempt_report(trained[0], change) == ""
 
 
 def test_a_pipe_is_not_waited_for(watched):
     os.mkfifo("evil.pt")
-    assert "ordinary" in hostile_files._said_of(lambda: load_model("evil.pt"))
+    assert "ordinary" in hostile_checkpoints.said_of(lambda: load_model("evil.pt"))
 
 
 def test_a_global_in_the_pickle(watched):
     """What `torch.load` itself would run without `weights_only`."""
-    message = hostile_files.attempt_checkpoint(lambda checkpoint: checkpoint.update(vocab=Malice()))
+    message = hostile_checkpoints.attempt_checkpoint(
+        lambda checkpoint: checkpoint.update(vocab=Malice())
+    )
     assert "could run code" in message
     torch.load("evil.pt", weights_only=False)
     assert os.path.exists("pwned")

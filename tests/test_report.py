@@ -1,11 +1,13 @@
 """report.py: what the files say, all of it, and nothing that they do not say."""
 
+import csv
 import itertools
 import json
 import re
 import subprocess
 from pathlib import Path
 
+import markdown
 import numpy as np
 import pytest
 
@@ -172,6 +174,58 @@ def test_damaged_runs(in_tmp, name, content, words):
     assert not Path("r.md").exists()
 
 
+TRAPS = (
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "![x](http://evil.example/x.png)",
+    "[x](javascript:alert(1))",
+    "`` ` | a | b\n\n# c\n```\n<b>",
+    "x\x1b]0;PWNED\x07\x9b2J\u202e\ud800",
+    "$\\badmath{$",
+)
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_what_strangers_write_is_text(trap, in_tmp, capfd):
+    """On the screen, and as a Markdown program of others' makes HTML of the report."""
+    command = ["train_shakespeare.py", "--data-path", trap]
+    settings = {"source": trap, "machine": trap, "command": command, "code_version": trap}
+    settings |= {"torch_version": trap, "checkpoint_path": f"{trap}.pt"}
+    write_run("vanilla", [5.0, 4.0], model="vanilla", pos=trap, **settings)
+    write_run("ngt", [4.5, 3.0], law=trap, **settings)
+    reference = {"title": trap, "setting": trap, "rows": [{"model": trap, trap: trap}] * 2}
+    Path("ref.json").write_text(json.dumps(reference))
+    text, parts = make_report("vanilla", "ngt", reference=("--reference", "ref.json"))
+    shown = capfd.readouterr().out
+    assert all(c == "\n" or c.isprintable() for c in shown)
+    assert all(c == "\n" or c.isprintable() for c in text)
+    assert shown.count("\n") == 3 + 1 + 2 + 1  # the table, the text, a line a run, what was written
+    page = markdown.markdown(text, extensions=["tables", "fenced_code"])
+    assert not re.search("<(script|b)[> ]", page)
+    assert re.findall("<(?:img|a) [^>]*>", page) == [
+        '<img alt="validation loss" src="r.png" />',
+        '<a href="r.csv">',
+    ]
+    assert page.count("<h1>") == 1 and len(re.findall("<h2>", page)) == len(parts)
+    table = re.search(r"Speed and memory.*?</table>", page, re.S)[0]
+    assert [row.count("<td") for row in table.split("</tr>")[1:3]] == [6, 6]
+    with open("reports/r.csv", newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["10", "20", "10", "20"]
+    assert Path("reports/r.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_extreme_numbers_have_a_report(in_tmp):
+    """The largest that are taken make pictures and tables still."""
+    write_run("a", [700.0, 1e-40, 0.0])
+    rows = [json.loads(x) for x in Path("runs/a/metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row |= {"val_loss": row["val_loss"] * 1e37, "perplexity": 1e305, "wall_time": 1e40}
+        row |= {"tokens": 10**40, "tokens_per_s": 1e-40}
+    Path("runs/a/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_run("b", [1.0, 2.0], exponent=3)
+    make_report("a", "b")
+
+
 def test_bad_input_is_one_line(in_tmp):
     write_run("a", [4.0])
     line = error_line(run("report.py", "--runs", "b", cwd=in_tmp, check=1))
@@ -203,8 +257,8 @@ def test_real_runs(in_tmp, small_text):
     assert [row["step"] for row in rows] == [5, 10, 15, 20]
     assert all(a["wall_time"] < b["wall_time"] for a, b in itertools.pairwise(rows))
     assert text.count(f"{rows[-1]['val_loss']:.4f}") >= 1
-    csv = [line.split(",") for line in Path("reports/pair.csv").read_text().splitlines()]
-    assert [line[3] for line in csv[1:] if line[0] == "pair/ngt"] == ["5", "10", "15", "20"]
+    lines = [line.split(",") for line in Path("reports/pair.csv").read_text().splitlines()]
+    assert [line[3] for line in lines[1:] if line[0] == "pair/ngt"] == ["5", "10", "15", "20"]
     heads = re.findall(r"^\| (\d) \| (\d) \|", text, re.M)
     assert heads == [("0", "0"), ("0", "1"), ("1", "0"), ("1", "1")]
     assert "Heaviest tokens: `" in text

@@ -113,6 +113,74 @@ def test_paired_ratios_by_hand(in_tmp):
     assert Path("reports/s.png").exists()
 
 
+SHAPE = {"block_size": 32, "vocab_size": 300, "hidden_dim": 16, "num_layers": 1, "num_heads": 2}
+SHAPE |= {"mlp_dim": 16, "source_sha256": "0", "learning_rate": 1e-3, "model_type": "ngt"}
+SHAPE |= {"max_steps": 20}
+ROTARY = SHAPE | {"model": "vanilla", "pos": "rotary", "model_type": "vanilla"}
+EVALUATION = {
+    "by_length": [{"context": 64, "tokens": 640, "loss": None}],
+    "by_place": [{"first": 1, "last": 1, "loss": 4.0}],
+    "by_frequency": [],
+    "repeats": [{"text": "<b>|`", "gap": 32, "again": 1.0, "once": 2.0}],
+}
+
+
+def write_study_of(losses, evaluation=EVALUATION, **changes):
+    """A run of each stage, and rotary's."""
+    write_run("s/headline/rotary_1", losses, **ROTARY)
+    write_run("s/headline/ngt_1", losses, **SHAPE | changes)
+    for place in ("rates/ngt_1", "rates/ngt_2", "ablations/default", "full/x_1", "sizes/x_1"):
+        write_run(f"s/{place}", losses, **SHAPE)
+    (Path("runs/s/headline/ngt_1") / "evaluation.json").write_text(json.dumps(evaluation))
+
+
+@pytest.mark.parametrize("losses", [[None, None], [4.0, None], [None, 4.0]])
+def test_losses_that_are_not_finite(losses, in_tmp):
+    """Such a run ends no report; markup in an evaluation is text."""
+    write_study_of(losses)
+    row = json.loads(Path("runs/s/full/x_1/metrics.jsonl").read_text().splitlines()[0])
+    del row["bits_per_byte"]  # older runs have none
+    Path("runs/s/full/x_1/metrics.jsonl").write_text(json.dumps(row) + "\n")
+    report.main(["--study", "s", "--output", "reports/s.md"])
+    text = Path("reports/s.md").read_text()
+    assert ("not finite" in text) and "<b>" not in text
+    headline = cells(parts_of(text)["Headline"])["ngt (newton)"]
+    assert headline[2] == ("not finite" if losses[-1] is None else "4.0000")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_layers": 10**9},
+        {"num_layers": "1"},
+        {"hidden_dim": -4},
+        {"block_size": None},
+        {"model_type": "gpt"},
+        {"num_heads": 0},
+        {"hidden_dim": 10**30, "num_heads": 10**30},
+        {"evaluation": [1]},
+        {"evaluation": EVALUATION | {"by_length": [{"context": 0, "tokens": 1, "loss": 1.0}]}},
+        {"evaluation": EVALUATION | {"by_place": [[1, 2]]}},
+        {"evaluation": EVALUATION | {"repeats": [{"text": ["x"], "gap": 1}]}},
+        {"evaluation": EVALUATION | {"by_frequency": {"first": 1}}},
+    ],
+    ids=str,
+)
+def test_hostile_studies_are_one_line(changes, in_tmp):
+    write_study_of([4.0, 3.0], **changes)
+    with pytest.raises(UserError) as error:
+        report.main(["--study", "s", "--output", "reports/s.md"])
+    assert "anew" in str(error.value) and "\n" not in str(error.value)
+    assert not Path("reports/s.md").exists()
+
+
+def test_a_rate_that_is_no_number(in_tmp):
+    write_study_of([4.0, 3.0])
+    write_run("s/rates/ngt_3", [4.0, 3.0], **SHAPE | {"learning_rate": "1e-3"})
+    with pytest.raises(UserError, match="ngt_3 has no learning_rate"):
+        report.main(["--study", "s", "--output", "reports/s.md"])
+
+
 def test_a_study_that_was_never_run(in_tmp):
     with pytest.raises(UserError, match=r"run_study\.sh"):
         report.main(["--study", "none", "--output", "reports/s.md"])

@@ -452,6 +452,21 @@ def test_damaged_token_files(in_tmp, small_text, damage):
     assert {path: content for path, (content, _) in listing(directory).items()} == before
 
 
+def test_a_hole_in_a_token_file(in_tmp, small_text, monkeypatch):
+    """Seen wherever it is; a system that does not tell of holes still has its files read."""
+    directory = prepare("text", str(small_text)).directory
+    with open(directory / "train.bin", "r+b") as file:
+        whole = file.read()
+        file.truncate(len(whole) - 20_000)
+        file.truncate(len(whole))
+        if file.seek(0, os.SEEK_HOLE) == len(whole):
+            pytest.skip("this file system has no holes")
+    with pytest.raises(UserError, match=r"train\.bin has holes"):
+        open_token_data(directory)
+    monkeypatch.delattr(os, "SEEK_HOLE")
+    assert not open_token_data(directory).train[-10_000:].any()
+
+
 def test_memory_does_not_grow_with_the_text(in_tmp):
     """120 MB of text, from a small archive, within 300 MB above what the program itself takes."""
     Path("train.txt.xz").write_bytes(lzma.compress(b"the same line again\n" * 6_000_000, preset=0))

@@ -18,6 +18,8 @@ from tokenizers import Tokenizer, models
 from conftest import ROOT
 from errors import UserError
 from tokenizer import (
+    LONGEST_LABEL,
+    LONGEST_TOKEN,
     BPETokenizer,
     CharTokenizer,
     TextStream,
@@ -366,6 +368,7 @@ DAMAGED = {
     "bpe with other json": {"type": "bpe", "tokenizer_json": '{"a": [1]}'},
     "bpe cut short": {"type": "bpe", "tokenizer_json": BPE_JSON[: len(BPE_JSON) // 2]},
     "bpe that panics": {"type": "bpe", "tokenizer_json": json.dumps(PANICS)},
+    "char of a novel": {"type": "char", "itos": ["a", "e" * (LONGEST_TOKEN + 1)]},
     "tiktoken without name": {"type": "tiktoken"},
     "tiktoken with None": {"type": "tiktoken", "encoding_name": None},
     "tiktoken with a list": {"type": "tiktoken", "encoding_name": ["gpt2"]},
@@ -378,6 +381,13 @@ def test_damaged_vocabulary_is_a_user_error(vocab):
     """A damaged vocabulary is told to the user, never a traceback or a wrong tokenizer."""
     with pytest.raises(UserError):
         tokenizer_from_vocab(vocab)
+
+
+def test_labels_are_short():
+    """A vocabulary of long texts does not make a page of them."""
+    tokenizer = tokenizer_from_vocab({"itos": ["a", "b" * LONGEST_TOKEN, "\x00" * 100]})
+    assert tokenizer.label(1) == "b" * (LONGEST_LABEL - 1) + "…"
+    assert len(tokenizer.label(2)) == LONGEST_LABEL and tokenizer.label(0) == "a"
 
 
 def test_unknown_encoding_lists_the_known():

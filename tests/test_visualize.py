@@ -87,6 +87,36 @@ def test_points_masses_and_losses(in_tmp):
     assert shown["counts"][3] == TEXT.count(" ") and not shown["isCorpus"]
 
 
+@pytest.mark.parametrize("mass_in_value", [False, True])
+@pytest.mark.parametrize("law", ["newton", "published"])
+def test_tokens_without_mass(law, mass_in_value, in_tmp):
+    """Masses that are 0 in floating point: a page, whose shares are numbers."""
+    make_checkpoint("x.pt", law=law, mass_in_value=mass_in_value, block_size=64)
+    contents = torch.load("x.pt", weights_only=True)
+    contents["model_state"]["mass_emb.weight"].fill_(-200)
+    torch.save(contents, "x.pt")
+    flags = ("--png", "map.png", "--heads-png", "heads.png")
+    write_map("--text", TEXT, "--output", "map.html", *flags)
+    (shown,) = data_of(in_tmp / "map.html")
+    assert max(shown["mass"]) == 0
+    shares = unpacked(shown["weights"], "<u2").reshape(2, 3, len(TEXT), -1) / 65535
+    if law == "published" and mass_in_value:  # the law's weights have no mass in them
+        assert np.allclose(shares[:, :, :8].sum(-1), 1, atol=1e-3)
+    elif law == "newton" and not mass_in_value:
+        assert shares.max() == 0
+
+
+@pytest.mark.parametrize("law", ["newton", "published"])
+def test_pulls_that_are_no_numbers(law, in_tmp, monkeypatch):
+    make_checkpoint("x.pt", law=law, block_size=64)
+    name = "GravityAttention" if law == "newton" else "PublishedGravityAttention"
+    kind = getattr(model_module, name)
+    pull_rows = kind.pull_rows
+    monkeypatch.setattr(kind, "pull_rows", lambda *args: pull_rows(*args) * float("nan"))
+    with pytest.raises(UserError, match="pulls of this checkpoint are not finite"):
+        write_map("--text", TEXT)
+
+
 @pytest.mark.parametrize("law", ["newton", "published"])
 @pytest.mark.parametrize("pairs", [1 << 18, 50])
 def test_pulls_heads_and_distances(law, pairs, in_tmp, monkeypatch):
