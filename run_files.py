@@ -116,12 +116,15 @@ class RunFiles:
 
     def set_aside(self):
         """Rename what --overwrite gives up to NAME.old, until the new run has been saved."""
-        metrics = [self.directory / name for name in ("metrics.jsonl", "config.json")]
-        for path in (self.best, self.last, *metrics):
+        checkpoints = (self.best, self.last)
+        metrics = (self.directory / name for name in ("metrics.jsonl", "config.json"))
+        # an attempt that was killed before it saved anything has metrics, and nothing to keep
+        was_killed = not any(path.exists() for path in checkpoints)
+        for path in (*checkpoints, *metrics):
             old = path.with_name(path.name + ".old")
-            if path.exists():
+            if path.exists() and not (was_killed and old.exists()):
                 path.replace(old)
-            if old.exists():  # of an attempt that was killed, perhaps
+            if old.exists():
                 self._aside[path] = old
 
     def forget_earlier(self):

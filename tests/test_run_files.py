@@ -90,13 +90,16 @@ def test_overwrite_gives_up_nothing_before_it_has_something(finished, monkeypatc
 def test_what_was_set_aside_outlives_a_kill(in_tmp):
     """Attempts that end without a word do not lose what was there before the first of them."""
     files = RunFiles("c/a")
-    files.last.parent.mkdir()
-    files.last.write_text("good")
+    metrics = files.directory / "metrics.jsonl"
+    for path in (files.last, metrics):
+        path.parent.mkdir(parents=True)
+        path.write_text("good")
     files.set_aside()
+    metrics.write_text("of an attempt that was killed before it saved anything")
     again = RunFiles("c/a")
     again.set_aside()
     again.bring_back()
-    assert files.last.read_text() == "good"
+    assert files.last.read_text() == metrics.read_text() == "good"
 
 
 def test_the_best_of_another_run_is_not_called_its_own(finished, capsys):
