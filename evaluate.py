@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import load_model
 from data import eval_windows
-from errors import UserError, run_script, warn, write_whole
-from gravity_blocked import cpu_multiplies_bf16
-from options import choose_device, script_parser, whole
-from token_files import open_token_data
+from engine.checkpoint import load_model
+from system.cli import choose_device, script_parser, whole
+from system.errors import UserError, run_script, warn
+from system.files import write_whole
+from system.machine import cpu_multiplies_bf16
+from text.token_files import open_token_data
 
 EXAMPLES = """examples:
   python evaluate.py --checkpoint-path checkpoints/shakespeare.pt_best.pt

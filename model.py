@@ -19,22 +19,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from errors import UsageError
-from gravity import gravity_attention, gravity_field, published_gravity_attention
-from gravity_blocked import TINY, reach
+from engine.pulls import PULL_PAIRS
+from gravity.attention import gravity_attention
+from gravity.heads import merge_heads, softplus_inverse, split_heads
+from gravity.law import TINY, gravity_field, reach
+from gravity.published import PublishedGravityAttention
+from system.errors import UsageError
 
 LAWS = ("newton", "published")
 PUBLISHED_RADIUS = math.log1p(math.exp(4.0))  # softplus(4), where the first release starts
 NEWTON_RADIUS = 16.0
 LARGEST_EXPONENT = 1024  # a Gaussian in all but name
-PULL_PAIRS = 1 << 18  # pairs whose pull is shown at once
 NEAREST_TIME_SCALE = 0.35  # softenings a token, of a layer's first head at the start
-
-
-def softplus_inverse(value):
-    """The number whose softplus is `value` (> 0)."""
-    value = torch.as_tensor(value, dtype=torch.float64)
-    return (value + torch.log(-torch.expm1(-value))).float()
 
 
 def check_positive(config, *names):
@@ -131,18 +127,6 @@ class FeedForward(nn.Module):
 
     def forward(self, h):
         return self.dropout(self.down_proj(F.gelu(self.up_proj(h))))
-
-
-def split_heads(x, num_heads):
-    """(B, T, H*C) to (B, H, T, C)."""
-    batch, tokens, width = x.shape
-    return x.view(batch, tokens, num_heads, width // num_heads).transpose(1, 2)
-
-
-def merge_heads(x):
-    """(B, H, T, C) to (B, T, H*C)."""
-    batch, heads, tokens, width = x.shape
-    return x.transpose(1, 2).reshape(batch, tokens, heads * width)
 
 
 class GravityAttention(nn.Module):
@@ -277,81 +261,6 @@ class GravityAttention(nn.Module):
             if math.isfinite(window):  # a time scale that is 0 in floating point reaches for ever
                 kv_cache.keep_newest(self.layer, max(1, math.ceil(window)))
         return self.dropout(self.out_proj(merge_heads(pull)))
-
-
-class PublishedGravityAttention(nn.Module):
-    """The pull under `--law published`: the first release's softmax over one point a head."""
-
-    def __init__(self, config, layer):
-        super().__init__()
-        self.config, self.layer = config, layer
-        heads = config.num_heads
-        self.coord_proj_attn = nn.Linear(config.coord_dim, heads * config.head_coord_dim)
-        self.v_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
-        self.out_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
-        self.gamma_raw = nn.Parameter(torch.zeros(heads))
-        self.gravity_bias = nn.Parameter(torch.zeros(heads))
-        self.radius_raw = nn.Parameter(softplus_inverse(config.radius))
-
-    def reset_geometry(self):
-        """Start with points a few units apart, where the law's scores differ."""
-        self.coord_proj_attn.reset_parameters()
-
-    @property
-    def radius(self):
-        return None if self.config.cutoff == "none" else F.softplus(self.radius_raw.float())
-
-    def points(self, z):
-        """One point a head for both sides, (B, H, T, head_coord_dim) twice."""
-        x = split_heads(self.coord_proj_attn(z), self.config.num_heads)
-        return x, x
-
-    def law(self):
-        """The keyword arguments of `gravity.published_gravity_attention` for this layer."""
-        return dict(
-            gamma=F.softplus(self.gamma_raw.float()),
-            bias=self.gravity_bias.float(),
-            radius=self.radius,
-            cutoff=self.config.cutoff,
-            mass_in_value=self.config.mass_in_value,
-            use_rsqrt=self.config.use_rsqrt,
-        )
-
-    def pull_rows(self, z, mass, positions, rows):
-        """Softmax weights of the tokens of a slice, (H, rows, rows.stop): columns are sources."""
-        q, k = (x.float() for x in self.points(z))
-        # what it weighs is not what it hands on: only the weights are asked for
-        mass = torch.ones_like(mass) if self.config.mass_in_value else mass.float()
-        one_hot = torch.eye(rows.stop, device=z.device).expand(*k.shape[:2], -1, -1)
-        return published_gravity_attention(
-            q[:, :, rows],
-            k[:, :, : rows.stop],
-            one_hot,  # what a source hands on is its own column
-            mass[:, rows],
-            mass[:, : rows.stop],
-            query_positions=positions[rows],
-            key_positions=positions[: rows.stop],
-            **self.law(),
-        )[0]
-
-    def forward(self, h, z, mass, positions, kv_cache=None):
-        q, k = self.points(z)
-        v = split_heads(self.v_proj(h), self.config.num_heads)
-        key_positions, key_mass = positions, mass
-        if kv_cache is not None:
-            key_positions, k, v, key_mass = kv_cache.append(self.layer, positions, k, v, mass)
-        pull = published_gravity_attention(
-            q,
-            k,
-            v,
-            mass,
-            key_mass,
-            dropout=self.config.dropout if self.training else 0.0,
-            query_positions=positions,
-            key_positions=key_positions,
-            **self.law(),
-        )
-        return self.out_proj(merge_heads(pull))
 
 
 class Block(nn.Module):

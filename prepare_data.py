@@ -1,8 +1,10 @@
 """Fetch a corpus, train its tokenizer and write token files, ahead of training."""
 
-from data import check_tokenizer_file, prepare_data
-from errors import run_script
-from options import DEFAULTS, PRESETS, add_corpus_flags, script_parser
+from system.cli import script_parser
+from system.errors import run_script
+from text.preparation import check_tokenizer_file, prepare_data
+from training.config import DEFAULTS, PRESETS
+from training.options import add_corpus_flags
 
 EXAMPLES = """examples:
   python prepare_data.py                                    WikiText-103, BPE of 8192 tokens

@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./setup_venv.sh
-use_environment requirements.txt requirements-test.txt
+use_environment requirements.txt tests/requirements.txt
 
 ruff format --check . && ruff check . || fail "run: ruff format . && ruff check --fix ."
 exec python -m pytest "$@"

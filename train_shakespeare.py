@@ -9,22 +9,22 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import (
-    check_writable,
-    is_first_release,
-    model_config,
-    read_checkpoint,
-    save_checkpoint,
-)
-from data import check_long_enough, check_tokenizer_file, prepare_data
-from errors import UsageError, UserError, run_script, warn
-from metrics import RunLog, code_version, evaluate, machine, peak_memory_bytes
-from options import check_settings, choose_device, resolve, train_parser, warn_of_no_effect
-from progress import TrainingDisplay, above_the_line
-from ranks import is_restarted, joined
-from run_files import RunFiles, flag
-from stop_request import StopRequest, ignore_requests_to_save
-from trainer import Trainer
+from data import check_long_enough
+from engine.checkpoint import check_writable, is_first_release, read_checkpoint, save_checkpoint
+from engine.models import model_config
+from system.cli import choose_device
+from system.errors import UsageError, UserError, run_script, warn
+from system.machine import code_version, machine, peak_memory_bytes
+from text.preparation import check_tokenizer_file, prepare_data
+from training.config import resolve
+from training.display import TrainingDisplay, above_the_line
+from training.options import check_settings, train_parser, warn_of_no_effect
+from training.ranks import is_restarted, joined
+from training.run_files import RunFiles, flag
+from training.run_log import RunLog
+from training.stop_request import StopRequest, ignore_requests_to_save
+from training.trainer import Trainer
+from training.validation import evaluate
 
 EXAMPLES = """examples:
   python train_shakespeare.py                               NGT on Shakespeare, minutes on a CPU

@@ -15,16 +15,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from errors import UsageError
-from model import (
-    FeedForward,
-    check_context,
-    check_divisible,
-    check_positive,
-    init_weights,
-    merge_heads,
-    split_heads,
-)
+from gravity.heads import merge_heads, split_heads
+from model import FeedForward, check_context, check_divisible, check_positive, init_weights
+from system.errors import UsageError
 
 POSITIONS = ("learned", "rotary", "alibi")
 

@@ -6,15 +6,17 @@ what pulled it. Further tabs show each head's field by distance, and the masses 
 
 from pathlib import Path
 
-from checkpoint import load_model
-from errors import UsageError, UserError, run_script, warn, write_whole
-from map_data import align, measure, project
-from map_heads import field_by_distance, heads_table, pull_by_distance
-from map_page import Run, map_page, run_data
-from map_still import heads_still, still
-from map_vocabulary import frequencies, token_data, training_text_or_none, vocabulary
-from options import choose_device, script_parser, whole, whole_or_zero
-from tokenizer import TextStream
+from coords.data import align, measure, project
+from coords.heads import field_by_distance, heads_table, pull_by_distance
+from coords.page import Run, map_page, run_data
+from coords.still import heads_still, still
+from coords.vocabulary import frequencies, training_text_or_none, vocabulary
+from engine.checkpoint import load_model
+from system.cli import choose_device, script_parser, whole, whole_or_zero
+from system.errors import UsageError, UserError, run_script, warn
+from system.files import write_whole
+from text.token_files import token_data
+from text.tokenizer import TextStream
 
 EXAMPLES = """examples:
   python visualize_coords.py --checkpoint-path checkpoints/shakespeare.pt_best.pt

@@ -8,8 +8,8 @@ import statistics
 
 import torch
 
-from checkpoint import build_model
-from options import DEFAULTS
+from engine.models import build_model
+from training.config import DEFAULTS
 
 GPUS_A_HOST = 8
 GPU = {

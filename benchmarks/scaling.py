@@ -13,19 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from checkpoint import build_model, load_model
-from errors import UsageError, UserError, run_script, write_whole
-from gravity import gravity_attention
-from metrics import code_version, machine
-from model import NGT
-from options import DEFAULTS, PRESETS, script_parser, whole
-from page import markdown_table
-from scaling_model import (
+from benchmarks.paper import (
     GPU,
     SIZES,
     attention_flops,
@@ -36,12 +30,18 @@ from scaling_model import (
     parameters_of,
     saved_bytes,
 )
+from engine.checkpoint import load_model
+from engine.models import build_model
+from gravity.attention import gravity_attention
+from model import NGT
+from system.cli import whole
+from system.errors import UsageError, UserError
+from system.files import write_whole
+from system.machine import code_version, machine
+from system.markdown import markdown_table
+from training.config import DEFAULTS, PRESETS
 
-EXAMPLES = """examples:
-  python benchmark_scaling.py
-  python benchmark_scaling.py --checkpoint checkpoints/text.pt_best.pt --output reports/scaling.md
-"""
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 TEXT = "The mass of a word is what draws the next one near. "
 VOCAB_SIZE = len({*TEXT, *"0123456789", "�"})
 WIDTHS = ("hidden_dim", "num_layers", "num_heads", "block_size")
@@ -54,29 +54,6 @@ RANKS_ON_PAPER = (1, 8, 64)
 CONTEXTS_ON_PAPER = (512, 4096, 32_768, 262_144, 1_048_576)
 CONTEXTS_TIMED = (1024, 4096, 16_384, 65_536, 262_144)
 TOKENS_A_RANK = (2048, 4096, 16_384)
-
-
-def make_parser():
-    parser = script_parser(__doc__, EXAMPLES)
-    add = parser.add_argument
-    add("--ranks", default="1,2", help="numbers of processes to measure (default: %(default)s)")
-    add("--rounds", type=whole, default=3, help="runs of each, in turn (default: %(default)s)")
-    add("--steps", type=whole, default=12, help="steps of a run (default: %(default)s)")
-    add("--batch-size", type=whole, default=4, help="windows a step (default: %(default)s)")
-    add(
-        "--preset",
-        choices=list(SHAPES),
-        default="25m",
-        help="model sizes to measure (default: %(default)s)",
-    )
-    add(
-        "--checkpoint",
-        help="an NGT of the law newton whose windows say what far contexts cost (default: one "
-        "that has learned nothing)",
-    )
-    add("--output", metavar="FILE", help="write the page here (default: print it)")
-    add("--json", metavar="FILE", help="write the measured numbers here, too")
-    return parser
 
 
 def launch(ranks, flags, folder):
@@ -299,12 +276,11 @@ points, values and masses to the next rank. It is not built.
 """
 
 
-def main(argv=None):
-    """Measure, and write the page; returns the exit code."""
-    args = make_parser().parse_args(argv)
+def benchmark_scaling(args, device):
+    """Measure trainings and the operator, print or write the page; returns the numbers."""
     try:
         ranks = sorted({whole(part) for part in args.ranks.split(",")})
-    except ValueError:
+    except ArgumentTypeError:
         raise UsageError(f"--ranks {args.ranks}: give whole numbers, separated by commas") from None
     if args.steps < 6:
         raise UsageError(f"--steps {args.steps}: give at least 6, the first of which are warm-up")
@@ -312,27 +288,24 @@ def main(argv=None):
     numbers = measure(args, ranks)
     parameters = parameters_of(SHAPES[args.preset] | {"vocab_size": VOCAB_SIZE})
     timed = time_of_contexts(model.layers[0].attn)
-    words = ["python", "benchmark_scaling.py", *(sys.argv[1:] if argv is None else argv)]
     page = "\n\n".join(
         [
             "# How training scales out",
-            f"Written by `{' '.join(words)}` at {code_version() or 'an unknown version'} on "
-            f"{machine(torch.device('cpu'))}, PyTorch {torch.__version__}. No GPU was measured.",
+            f"Written by `python benchmark.py {' '.join(args.words)}` at "
+            f"{code_version() or 'an unknown version'} on {machine(device)}, PyTorch "
+            f"{torch.__version__}. No GPU was measured.",
             measured_section(args, numbers, parameters),
             paper_section(),
             context_section(model, timed, whose),
         ]
     )
-    if args.json:
-        plain = {f"{n}{' sharded' if s else ''}": rounds for (n, s), rounds in numbers.items()}
-        text = json.dumps({"runs": plain, "microseconds_a_token": timed}, indent=2)
-        write_whole(Path(args.json), text.encode())
     if args.output:
         write_whole(Path(args.output), page.encode())
         print(f"wrote {args.output}")
     else:
         print(page)
-    return 0
+    runs = {f"{n}{' sharded' if s else ''}": rounds for (n, s), rounds in numbers.items()}
+    return {"runs": runs, "microseconds_a_token": timed}
 
 
 def trained_or_fresh(path):
@@ -344,7 +317,3 @@ def trained_or_fresh(path):
     if not isinstance(model, NGT) or model.config.law != "newton":
         raise UsageError(f"--checkpoint {path} has no windows: name an NGT of the law newton")
     return model, f"`{Path(path).name}`"
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -15,7 +15,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from tqdm import tqdm
 
-from errors import UserError
+from system.errors import UserError
 
 STORED_SOURCES = 8  # of a token, a head: the strongest
 GUESSES = 3

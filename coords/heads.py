@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from gravity import gravity_field
+from gravity.law import gravity_field
 
 LONGEST_FIELD = 100_000  # tokens
 NEAR = 32  # tokens back up to which every distance is shown
@@ -25,7 +25,7 @@ def heads_table(model, profile):
     """A dict a head: what it learned, and what it looks at in the text.
 
     Args:
-        profile: (L, H, T), see `map_data.Pulls`.
+        profile: (L, H, T), see `data.Pulls`.
 
     Returns:
         L * H dicts of numbers; None where the law or the head has no such thing.

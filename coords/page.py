@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 from plotly.offline import get_plotlyjs
 
-from map_data import Measured
-from page import json_for_script
+from coords.data import Measured
+from system.markdown import json_for_script
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = (
-    *("map_data.js", "map_scene.js", "map_side.js", "map_heads.js", "map_vocabulary.js"),
-    "map_page.js",
+    *("data.js", "scene.js", "side.js", "heads.js", "vocabulary.js"),
+    "page.js",
 )
 LARGEST_SHARE = 65535  # a share of 1 as the page keeps it
 LARGEST_COORDINATE = 32767
@@ -107,10 +107,10 @@ def map_page(runs, title, layer):
     """
     parts = {
         "title": html.escape(title),
-        "style": (HERE / "map_page.css").read_text(encoding="utf-8"),
+        "style": (HERE / "page.css").read_text(encoding="utf-8"),
         "data": json_for_script({"layer": layer, "runs": runs}),
         "plotly": get_plotlyjs(),
         "script": "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS),
     }
-    skeleton = (HERE / "map_page.html").read_text(encoding="utf-8")
+    skeleton = (HERE / "page.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], skeleton)

@@ -20,7 +20,7 @@ def still(runs, layer):
     """The map after `layer` blocks, runs side by side, with the trails that led there.
 
     Args:
-        runs: one or two of `map_page.Run`.
+        runs: one or two of `page.Run`.
 
     Returns:
         PNG bytes.

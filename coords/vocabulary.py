@@ -1,32 +1,15 @@
 """The vocabulary's masses and how often each token occurs."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from errors import UserError, warn
-from token_files import open_token_data
+from system.errors import UserError, warn
+from text.token_files import token_data
 
 COUNTED_AT_ONCE = 1 << 22
 LISTED = 20  # heaviest, and lightest
 PLOTTED = 4000
-
-
-def token_data(checkpoint, tokenizer):
-    """The token files that a checkpoint was trained on.
-
-    Raises:
-        UserError: where they are not here, damaged, or of another tokenizer.
-    """
-    directory = checkpoint["config"].get("token_directory")
-    if not isinstance(directory, str) or not Path(directory).is_dir():
-        raise UserError("the text that this checkpoint was trained on is not here")
-    data = open_token_data(directory)
-    if data.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise UserError(f"{directory} is of another tokenizer")
-    return data
 
 
 def frequencies(data, tokens, vocab_size):

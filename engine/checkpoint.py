@@ -5,26 +5,24 @@ A checkpoint is a dict of tensors and plain types with the keys `model_state`, `
 `scheduler_state`, `scaler_state`, `rng_state`, `data_state`.
 """
 
-import math
 import pickle
 import tempfile
-from dataclasses import MISSING, fields
 from pathlib import Path
 
 import torch
 
-from archive import (
+from engine.checks import contradiction, is_plain, shown, unsound_tensors
+from engine.first_release import from_first_release
+from engine.models import build_model
+from engine.sealed_file import (
     DamagedArchive,
     check_archive,
     check_may_be_replaced,
     partial_path,
     write_archive,
 )
-from errors import UserError
-from first_release import from_first_release
-from model import NGT, NGTConfig
-from tokenizer import tokenizer_from_vocab
-from vanilla_model import Vanilla, VanillaConfig
+from system.errors import UserError
+from text.tokenizer import tokenizer_from_vocab
 
 FORMAT_VERSION = 2
 KEYS = {
@@ -32,8 +30,6 @@ KEYS = {
     *("scheduler_state", "scaler_state", "rng_state", "data_state"),
 }
 FIRST_RELEASE_KEYS = KEYS - {"format_version"}
-LARGEST_SIZE = 1 << 31
-MODELS = {"ngt": (NGT, NGTConfig), "vanilla": (Vanilla, VanillaConfig)}
 
 
 def best_path(path):
@@ -42,28 +38,6 @@ def best_path(path):
 
 def last_path(path):
     return Path(f"{path}_last.pt")
-
-
-def model_fields(model_type):
-    """The config fields that shape this kind of model, in order."""
-    return [field.name for field in fields(MODELS[model_type][1])]
-
-
-def model_config(config):
-    """The dataclass of a config (a plain dict with `model_type`); what is no field is left out.
-
-    Raises:
-        UsageError: where a size cannot be.
-    """
-    _, config_class = MODELS[config["model_type"]]
-    names = model_fields(config["model_type"])
-    return config_class(**{name: config[name] for name in names if name in config})
-
-
-def build_model(config):
-    """The model that a config describes, freshly initialised. Raises as `model_config`."""
-    model_class, _ = MODELS[config["model_type"]]
-    return model_class(model_config(config))
 
 
 def check_writable(path):
@@ -116,14 +90,14 @@ def read_checkpoint(path):
     is_old = "format_version" not in checkpoint
     unknown = checkpoint.keys() - (FIRST_RELEASE_KEYS if is_old else KEYS)
     if unknown:
-        raise UserError(f"checkpoint {path} holds {_shown(unknown.pop())}, as none does: refused")
-    if not is_old and not _is_plain(checkpoint["format_version"], FORMAT_VERSION):
+        raise UserError(f"checkpoint {path} holds {shown(unknown.pop())}, as none does: refused")
+    if not is_old and not is_plain(checkpoint["format_version"], FORMAT_VERSION):
         raise UserError(
-            f"checkpoint {path} is of format {_shown(checkpoint['format_version'])}, this program "
+            f"checkpoint {path} is of format {shown(checkpoint['format_version'])}, this program "
             f"reads {FORMAT_VERSION}: use the release that wrote it"
         )
     try:
-        why = _unsound_tensors(checkpoint["model_state"], path.stat().st_size)
+        why = unsound_tensors(checkpoint["model_state"], path.stat().st_size)
         if why is None and is_old:
             checkpoint = from_first_release(checkpoint)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError) as error:
@@ -135,7 +109,7 @@ def read_checkpoint(path):
     if why is None and not is_old and isinstance(config, dict):  # older ones do not say
         config.setdefault("retardation", "layers.0.attn.retardation" in checkpoint["model_state"])
     try:
-        why = why or _contradiction(checkpoint)
+        why = why or contradiction(checkpoint)
     except (KeyError, TypeError, RuntimeError, AttributeError, OverflowError, UserError) as error:
         why = _first_words(error)
     if why:
@@ -165,93 +139,6 @@ def _read_plain(path):
         ) from None
     except Exception:  # what a damaged pickle raises is anybody's guess
         raise UserError(f"checkpoint {path} is truncated, or no checkpoint: use another") from None
-
-
-def _unsound_tensors(state, file_size):
-    """Why these are no weights that a file of this size can hold; None where they are."""
-    if not isinstance(state, dict):
-        return "model_state is no dictionary"
-    total = 0
-    for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            return "model_state holds more than named tensors"
-        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
-            return f"{_shown(name)} is no tensor of weights"
-        if not tensor.is_contiguous():
-            return f"{_shown(name)} repeats its numbers"
-        total += tensor.numel() * tensor.element_size()
-    # a tied head is named twice
-    return "its tensors hold more than the file does" if total > 2 * file_size else None
-
-
-def _contradiction(checkpoint):
-    """Why this cannot be a checkpoint, in a few words; None where it can."""
-    config, state = checkpoint["config"], checkpoint["model_state"]
-    if not isinstance(config, dict):
-        return "config is no dictionary"
-    if not isinstance(config.get("model_type"), str) or config["model_type"] not in MODELS:
-        return "its model_type is unknown"
-    for field in fields(MODELS[config["model_type"]][1]):
-        value = config.get(field.name, field.default)
-        if value is MISSING:
-            return f"it has no {field.name}"
-        if not _is_of_type(value, getattr(field.type, "__name__", str(field.type))):
-            return f"{field.name} is {_shown(value)}"
-    step, best_val = checkpoint.get("iter", 0), checkpoint.get("best_val", 0)
-    if type(step) is not int or not 0 <= step < 1 << 62:
-        return f"iter is {_shown(step)}"
-    if type(best_val) not in (int, float) or not -1e300 < best_val <= math.inf:
-        return f"best_val is {_shown(best_val)}"
-    directory = config.get("token_directory")
-    if not isinstance(directory, str | None):
-        return f"token_directory is {_shown(directory)}"
-    layers = {name.split(".")[1] for name in state if name.startswith("layers.")}
-    if len(layers) != config["num_layers"]:
-        return f"{len(layers)} layers of weights for num_layers {config['num_layers']}"
-    if tuple(state["token_emb.weight"].shape) != (config["vocab_size"], config["hidden_dim"]):
-        return "token_emb.weight is not vocab_size by hidden_dim"
-    with torch.device("meta"):  # shapes alone
-        model = build_model(config)
-    expected = model.state_dict()
-    if expected.keys() != state.keys():
-        name = sorted(expected.keys() ^ state.keys())[0]
-        return f"{_shown(name)} is {'missing' if name in expected else 'of no such model'}"
-    for name, tensor in expected.items():
-        if tensor.shape != state[name].shape:
-            return f"{name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
-        if not bool(torch.isfinite(state[name].float()).all()):  # as the model will have it
-            return f"{name} holds NaN or infinity"
-    if getattr(model.config, "tie_head", False) and not torch.equal(
-        state["head.weight"], state["token_emb.weight"]
-    ):
-        return "its tied head is not its embedding"
-    return None
-
-
-def _is_plain(value, expected):
-    return type(value) is type(expected) and value == expected
-
-
-def _shown(value):
-    """A stranger's value in an error: short, and never written out where it is deep."""
-    if isinstance(value, str):
-        return repr(value[:40])
-    if value is None or isinstance(value, bool | float):
-        return repr(value)
-    if isinstance(value, int):
-        return repr(value) if abs(value) < 10**40 else "a very large number"
-    return f"a {type(value).__name__}"
-
-
-def _is_of_type(value, name):
-    """Whether a config's value is of a dataclass field's annotated type."""
-    if value is None:
-        return "None" in name
-    if name.startswith("int"):
-        return type(value) is int and abs(value) < LARGEST_SIZE
-    if name.startswith("float"):
-        return type(value) in (int, float) and abs(value) < 1e300
-    return type(value).__name__ == name
 
 
 def load_model(path, device="cpu"):

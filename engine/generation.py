@@ -6,123 +6,12 @@ import math
 import torch
 import torch.nn.functional as F
 
-from errors import UserError
-from gravity import gravity_field
-from gravity_blocked import TINY
+from engine.kv_cache import KVCache
+from gravity.law import TINY, gravity_field
+from system.errors import UserError
 
 PREFILL_CHUNK = 512
 COLDEST = 1e-6  # temperature, below which the likeliest token is taken
-MIN_CAPACITY = 256  # tokens
-
-
-class KVCache:
-    """What attention still needs of the tokens seen so far.
-
-    `length` counts all tokens ever seen; a layer may have forgotten the oldest of them. Every
-    layer writes into memory that doubles when it is full, so a new token copies no old ones, and
-    that stays as it is once what is forgotten makes room for what is new.
-    """
-
-    def __init__(self):
-        self.length = 0
-        self._layers = {}
-        self._newest = {}
-
-    def append(self, layer, positions, *entries):
-        """Add new tokens to a layer and return all that it remembers.
-
-        Args:
-            positions: (T,) of the new tokens.
-            entries: tensors of the new tokens, (B, H, T, C) or (B, T).
-
-        Returns:
-            `(positions, *entries)` over all remembered tokens; views, good until the next call.
-        """
-        new = (positions, *entries)
-        memory = self._layers.get(layer)
-        if memory is None:
-            memory = self._layers[layer] = _Memory(new)
-        return memory.append(new)
-
-    def exchange(self, layer, entries):
-        """Keep the last of `entries`, (B, T, C), for a layer and return the one kept before.
-
-        Returns:
-            (B, 1, C); the first of `entries` where none was kept.
-        """
-        before = self._newest.get(layer, entries[:, :1])
-        self._newest[layer] = entries[:, -1:].clone()
-        return before
-
-    def keep_newest(self, layer, count):
-        """Forget all but the newest `count` tokens of a layer."""
-        memory = self._layers[layer]
-        memory.start = max(memory.start, memory.stop - count)
-
-    def num_remembered(self, layer):
-        """Tokens that a layer still remembers."""
-        return self._layers[layer].stop - self._layers[layer].start
-
-    def most_remembered(self):
-        """Tokens that the layer with the longest memory remembers."""
-        return max(map(self.num_remembered, self._layers), default=0)
-
-    def remembered(self, layer):
-        """`(positions, *entries)` of a layer; views, good until the next `append`."""
-        return self._layers[layer].remembered()
-
-    def snapshot(self):
-        """This moment, at the cost of no copy: it shares memory that is only ever added to.
-
-        Copy it deeply before anything is appended to it.
-        """
-        cache = KVCache()
-        cache.length, cache._newest = self.length, dict(self._newest)
-        cache._layers = {layer: copy.copy(memory) for layer, memory in self._layers.items()}
-        return cache
-
-    def num_bytes(self):
-        """Memory that the layers hold, in bytes."""
-        entries = [entry for memory in self._layers.values() for entry in memory.entries]
-        return sum(x.numel() * x.element_size() for x in (*entries, *self._newest.values()))
-
-
-class _Memory:
-    """Tensors with room for more tokens; those from `start` to `stop` are remembered."""
-
-    def __init__(self, like):
-        self.start = self.stop = self.capacity = 0
-        self.entries = [entry.narrow(_token_dim(entry), 0, 0) for entry in like]
-
-    def append(self, new):
-        count = len(new[0])
-        if self.stop + count > self.capacity:
-            self._make_room(count)
-        for entry, tokens in zip(self.entries, new, strict=True):
-            entry.narrow(_token_dim(entry), self.stop, count).copy_(tokens)
-        self.stop += count
-        return self.remembered()
-
-    def _make_room(self, count):
-        """Move what is remembered to the front of new memory, larger where half is not free."""
-        kept = self.stop - self.start
-        if 2 * (kept + count) > self.capacity:
-            self.capacity = max(MIN_CAPACITY, 2 * (kept + count))
-        moved = []
-        for entry, old in zip(self.entries, self.remembered(), strict=True):
-            shape = list(entry.shape)
-            shape[_token_dim(entry)] = self.capacity
-            moved.append(entry.new_empty(shape))
-            moved[-1].narrow(_token_dim(entry), 0, kept).copy_(old)
-        self.entries, self.start, self.stop = moved, 0, kept
-
-    def remembered(self):
-        length = self.stop - self.start
-        return tuple(e.narrow(_token_dim(e), self.start, length) for e in self.entries)
-
-
-def _token_dim(entry):
-    return {1: 0, 2: 1, 4: 2}[entry.dim()]
 
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):

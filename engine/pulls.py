@@ -6,9 +6,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from gravity import gravity_field
-from gravity_blocked import TINY
-from model import PULL_PAIRS
+from gravity.law import TINY, gravity_field
+
+PULL_PAIRS = 1 << 18  # pairs whose pull is shown at once
+
 
 NUM_STRONGEST = 8  # sources kept of one row of weights
 

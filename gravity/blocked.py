@@ -9,14 +9,14 @@ Letters as in `gravity.py`; a pair is one query and one key of one head.
 """
 
 import bisect
-import functools
 import itertools
 import math
-import platform
 
 import torch
 
-TINY = 1e-30  # added to every sum of fields: nothing in reach means output 0, never NaN
+from gravity.law import TINY, proven_window, reach
+from system.machine import cpu_multiplies_bf16
+
 TILE_PAIRS = 1 << 18  # pairs computed at once: three fp32 buffers of that size stay near the L2
 CHUNK_STEP, LONGEST_CHUNK = 64, 1024  # keys that a block of queries meets at once
 
@@ -24,14 +24,6 @@ CHUNK_STEP, LONGEST_CHUNK = 64, 1024  # keys that a block of queries meets at on
 def tile_rows(matrices):
     """Queries of a block, for so many (batch, head) matrices: few matrices make taller tiles."""
     return 64 if matrices >= 16 else 128 if matrices >= 8 else 256
-
-
-@functools.cache
-def cpu_multiplies_bf16():
-    """Whether this CPU multiplies bf16 in hardware; else bf16 is far slower than fp32."""
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def integer_power(base, exponent, out=None):
@@ -48,36 +40,6 @@ def integer_power(base, exponent, out=None):
         if bit == "1":
             power = torch.mul(power, base, out=out)
     return power
-
-
-def reach(time_scale, time_offset, radius):
-    """How many tokens back a head can feel anything: beyond it the field is exactly 0, (H,).
-
-    `time_offset + radius / time_scale`, with one token of slack for rounding.
-    """
-    return time_offset + radius / time_scale + 1
-
-
-def proven_window(smallest_sum, time_scale, time_offset, exponent, max_mass, tolerance):
-    """How many tokens back must be kept so that all older ones together cannot matter.
-
-    Whatever the coordinates are, what is older than `n` tokens weighs together at most
-    `max_mass * sum_{d>n} (1 + (time_scale*(d - time_offset))^2)^-exponent`, and for
-    `n >= time_offset` the integral from n of `(time_scale*(d - time_offset))^(-2*exponent)` is
-    more than that sum. The window is the n at which that integral is `tolerance * smallest_sum`.
-
-    Args:
-        smallest_sum: the least sum of fields kept so far; further fields only add to it.
-
-    Returns:
-        A float of at least `time_offset`; inf where the sum is 0 or NaN.
-    """
-    if not smallest_sum > 0 or not time_scale > 0:
-        return math.inf
-    p = 2 * exponent - 1
-    log_window = math.log(max_mass / p) - math.log(tolerance) - math.log(smallest_sum)
-    log_window = (log_window - (p + 1) * math.log(time_scale)) / p
-    return time_offset + math.exp(log_window) * (1 + 1e-6) if log_window < 700 else math.inf
 
 
 def blocked_attention(q, *args):

@@ -1,5 +1,5 @@
-// Gravity attention on a CPU, forward and backward: the kernels of gravity_cpu.py, which compiles
-// this file and holds the door. gravity.py holds the formula, gravity_blocked.py the same path in
+// Gravity attention on a CPU, forward and backward: the kernels of cpu.py, which compiles
+// this file and holds the door. law.py holds the formula, blocked.py the same path in
 // plain PyTorch.
 //
 // One thread works on one (batch, head) at a time. A block of ROWS queries meets blocks of keys
@@ -318,7 +318,7 @@ struct Head {
     }
 
     // Whether all keys before `oldest` together provably weigh at most tolerance * smallest_sum,
-    // or are beyond the radius, for queries from `position` on. gravity_blocked.py has the proof.
+    // or are beyond the radius, for queries from `position` on. law.py has the proof.
     bool nothing_left(long oldest, int64_t position, float smallest_sum, double tolerance) const {
         double kept = (double)(position - p.key_positions[oldest]);
         if (p.cutoff) {

@@ -1,4 +1,4 @@
-"""The CPU's fast path of gravity attention: compiles `gravity_cpu.cpp` once and calls it.
+"""The CPU's fast path of gravity attention: compiles `cpu.cpp` once and calls it.
 
 Needs a C++ compiler (`CXX`, else g++). The library is kept under the user's cache directory, named
 after everything that it was made from.
@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from errors import warn
+from system.errors import warn
 
-SOURCE = Path(__file__).with_name("gravity_cpu.cpp")
+SOURCE = Path(__file__).with_name("cpu.cpp")
 # what -ffast-math would allow, but for infinities, NaN and the process-wide rounding mode
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
@@ -47,7 +47,7 @@ _RESULTS = ("result", "total", "first", "d_q", "d_k", "d_v", "d_mass", "d_law")
 
 
 class _Problem(ctypes.Structure):
-    """`struct Problem` of gravity_cpu.cpp, in its order."""
+    """`struct Problem` of cpu.cpp, in its order."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in _SIZES),

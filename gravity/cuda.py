@@ -1,9 +1,9 @@
 """The CUDA path of gravity attention: fused kernels, forward and backward.
 
-`triton_attention` takes what `gravity_blocked.blocked_attention` takes and gives the same numbers;
-`gravity.py` holds the formula and chooses the path. The kernels are in `gravity_kernels.py`; here
-are the tables they read, the sizes of their blocks, and the autograd function around them. Nothing
-here waits for the device.
+`triton_attention` takes what `blocked.blocked_attention` takes and gives the same numbers; `law.py`
+holds the formula, `attention.py` chooses the path, the kernels are in `cuda_*.py`. Here are the
+tables they read, the sizes of their blocks, and the autograd function around them. Nothing here
+waits for the device.
 
 The letters in shapes: B batch, H heads, Tq queries, Tk keys, C coordinates a head, D width of a
 value.
@@ -14,12 +14,14 @@ from typing import NamedTuple
 
 import torch
 
-from gravity_blocked import TINY, reach
+from gravity.law import TINY, reach
 
 try:
-    import gravity_kernels as kernels
+    from gravity.cuda_backward import key_gradient_kernel, query_gradient_kernel
+    from gravity.cuda_forward import forward_kernel
+    from gravity.cuda_tiles import norm_kernel
 except ImportError:  # PyTorch for the CPU comes without Triton
-    kernels = None
+    forward_kernel = None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 256  # of coordinates and of values: a tile of them has to fit on the chip
@@ -28,7 +30,7 @@ NORM_BLOCK = 128
 
 def triton_is_available():
     """Whether Triton can be imported; the kernels need a CUDA device besides."""
-    return kernels is not None
+    return forward_kernel is not None
 
 
 def triton_handles(q, k, v):
@@ -120,7 +122,7 @@ def _squared_norm(x):
     """|x|^2 over the last dimension in fp32, (B, H, T), without an fp32 copy of x."""
     batch, heads, length, width = x.shape
     norm = torch.empty(batch, heads, length, dtype=torch.float32, device=x.device)
-    kernels.norm_kernel[(_blocks(length, NORM_BLOCK) * batch * heads,)](
+    norm_kernel[(_blocks(length, NORM_BLOCK) * batch * heads,)](
         *(x, norm, *x.stride(), heads, length),
         WIDTH=width,
         C=_padded(width),
@@ -223,7 +225,7 @@ def attend(q, k, v, mass, time_scale, time_offset, radius, exponent, cutoff, tol
     inverse_total = torch.empty_like(q_norm)
     blocks = _blocks(num_queries, launch.query)
     first_kept = torch.empty(batch, heads, blocks, dtype=torch.int32, device=q.device)
-    kernels.forward_kernel[(blocks * batch * heads,)](
+    forward_kernel[(blocks * batch * heads,)](
         *(q, q_norm, k, k_norm, v, mass, times.tq, times.tk, time_scale, time_offset, radius),
         *(heads_reach, mass.max() if bounded else mass, times.visible),
         *(out, inverse_total, first_kept),
@@ -281,7 +283,7 @@ def _backward(ctx, grad_out, mass, saved, first_kept):
     law = _law(exponent, cutoff, width, saved.q.shape[-1]) | {
         "FORWARD_M": forward.query,
     }
-    kernels.query_gradient_kernel[(blocks * batch * heads,)](
+    query_gradient_kernel[(blocks * batch * heads,)](
         *(*rows_and_columns, *scalars, saved.visible, saved.out, saved.inverse_total, first_kept),
         *(grad_out, delta, dq, per_head),
         *(*strides, *saved.out.stride()[:3], *grad_out.stride(), *dq.stride(), *sizes),
@@ -291,7 +293,7 @@ def _backward(ctx, grad_out, mass, saved, first_kept):
         **for_query.options(),
     )
     blocks = _blocks(num_keys, for_key.key)
-    kernels.key_gradient_kernel[(blocks * batch * heads,)](
+    key_gradient_kernel[(blocks * batch * heads,)](
         *(*rows_and_columns, *scalars, saved.first_seen, saved.inverse_total, first_kept),
         *(grad_out, delta, dk, dv, dmass),
         *(*strides, *grad_out.stride(), *dk.stride(), *dv.stride(), *sizes),

@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from checkpoint import best_path, load_model
-from errors import UserError
-from page import markdown_code, markdown_table, markdown_text
+from engine.checkpoint import best_path, load_model
+from system.errors import UserError
+from system.markdown import markdown_code, markdown_table, markdown_text
 
 SHOWN_TOKENS = 12
 

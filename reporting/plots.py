@@ -4,12 +4,12 @@ import html
 
 import matplotlib
 import plotly.graph_objects as go
+from matplotlib import pyplot as plt
 from plotly.subplots import make_subplots
 
-from page import to_page
+from system.markdown import to_page
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 AXES = (("step", 1, "step"), ("wall_time", 1 / 60, "minutes of training"))
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")

@@ -9,22 +9,23 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from checkpoint import build_model
-from errors import UserError, write_whole
-from page import markdown_block, markdown_code, markdown_table, markdown_text
-from report_geometry import geometry_section
-from report_runs import (
+from engine.models import build_model
+from reporting.checks import is_number
+from reporting.geometry import geometry_section
+from reporting.runs import (
     NOT_RUN,
     all_values,
     duration,
     find_runs,
-    is_number,
     label_of,
     loss_or_worst,
     mean,
     read_evaluation,
 )
-from terminal import one_line
+from system.errors import UserError
+from system.files import write_whole
+from system.markdown import markdown_block, markdown_code, markdown_table, markdown_text
+from system.safe_text import one_line
 
 BASELINE = "rotary"
 STAGES = ("rates", "ablations", "headline", "full", "sizes")
@@ -42,7 +43,10 @@ def write_study(output, name):
     Raises:
         UserError: where nothing of it was run.
     """
-    from report_plots import save_lengths_png, save_png  # a second to import
+    from reporting.plots import (
+        save_lengths_png,  # a second to import
+        save_png,  # a second to import
+    )
 
     stages = {stage: _stage(name, stage) for stage in STAGES}
     runs = [run for found in stages.values() for run in found]

@@ -1,10 +1,9 @@
 """The one kind of error that a user's input causes, and how a script reports it."""
 
-import contextlib
 import os
 import sys
 
-from terminal import one_line
+from system.safe_text import one_line
 
 
 class UserError(Exception):
@@ -63,16 +62,3 @@ def run_script(main):
         # a full disk, say, met where nothing more could be said about it
         print(f"error: {one_line(str(error))}", file=sys.stderr, flush=True)
         sys.exit(1)
-
-
-def write_whole(path, data):
-    """Write bytes to a file, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None

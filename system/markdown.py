@@ -4,7 +4,7 @@ import html
 import json
 import re
 
-from terminal import one_line, printable
+from system.safe_text import one_line, printable
 
 MARKUP = "&<>|`[]"
 

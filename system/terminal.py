@@ -5,72 +5,13 @@ import shutil
 import sys
 import unicodedata
 
-JOINERS = "\u200c\u200d"  # emoji and Indic, Persian and Arabic letters need them
-FILLERS = "\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0"  # letters that nobody sees
+from system.safe_text import is_emoji, printable
+
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 LEVELS = " ▁▂▃▄▅▆▇█"
 LEVELS_ASCII = " .:-=+*#@"
 STYLES = {"dim": "2", "bold": "1"}
 WIDEST = 100  # cells; bars longer than that are hard to compare
-
-
-def printable(text, before=""):
-    """Text that can neither steer a terminal nor pass for other text.
-
-    Letters of every script, emoji, line ends and tabs stay. Control characters (C0, C1), changes of
-    direction, invisible and broken characters are written as Python would: `\\x1b`, `\\u202e`.
-
-    Args:
-        before: the character that was printed last: joiners and variation selectors are text only
-            after one that they can belong to.
-    """
-    if text.isascii() and text.isprintable():
-        return text
-    shown = []
-    for c in text:
-        shown.append(c if _is_text(c, before) else _escape(c))
-        before = c
-    return "".join(shown)
-
-
-def one_line(text):
-    """`printable`, with white space, line ends included, as single spaces."""
-    return printable(" ".join(text.split()))
-
-
-def _is_text(c, before):
-    if c in JOINERS:
-        return (
-            bool(before)
-            and not before.isascii()
-            and before not in JOINERS
-            and _is_text(before, "x")
-        )
-    if _is_selector(c):
-        return bool(before) and before.isprintable() and before != " " and not _is_selector(before)
-    if c in FILLERS:
-        return False
-    return c in "\n\t" or c.isprintable() or unicodedata.category(c) == "Zs" or _is_emoji(c)
-
-
-def _is_selector(c):
-    return "\ufe00" <= c <= "\ufe0f" or "\U000e0100" <= c <= "\U000e01ef"
-
-
-def _is_emoji(c):
-    """Of the planes kept for pictures, which are newer than some Pythons know."""
-    return "\U0001f000" <= c <= "\U0001faff"
-
-
-def _escape(c):
-    code = ord(c)
-    return (
-        f"\\x{code:02x}"
-        if code < 0x100
-        else f"\\u{code:04x}"
-        if code < 0x10000
-        else f"\\U{code:08x}"
-    )
 
 
 def cells(text):
@@ -88,7 +29,7 @@ def cells(text):
 def _width(c):
     if unicodedata.category(c) in ("Mn", "Me", "Cf") or "\u1160" <= c <= "\u11ff":
         return 0
-    return 2 if unicodedata.east_asian_width(c) in "FW" or _is_emoji(c) else 1
+    return 2 if unicodedata.east_asian_width(c) in "FW" or is_emoji(c) else 1
 
 
 def fit(text, width):

@@ -2,7 +2,8 @@
 
 import torch
 
-from terminal import bar, cells, columns, encodable, fit, level, printable, styled
+from system.safe_text import printable
+from system.terminal import bar, cells, columns, encodable, fit, level, styled
 
 SHOWN_PULLS = 8  # of one row of weights
 SHOWN_PULLS_OF_HEAD = 3  # where there are many heads

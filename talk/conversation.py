@@ -10,11 +10,12 @@ import time
 import torch
 from tqdm import tqdm
 
-from errors import warn
-from generation import TokenStream
-from line_input import without_broken_bytes
-from terminal import printable, say
-from tokenizer import CharTokenizer, TextStream
+from engine.generation import TokenStream
+from system.errors import warn
+from system.safe_text import printable
+from system.terminal import say
+from talk.line_input import without_broken_bytes
+from text.tokenizer import CharTokenizer, TextStream
 
 READ_AT_ONCE = 512  # tokens
 LONGEST_LABEL = 200  # characters; of a stranger's vocabulary

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from conversation import Conversation
-from line_input import BROKEN
-from live_pulls import PullRecord, Pulls
+from engine.pulls import PullRecord, Pulls
 from model import NGT
-from terminal import printable
-from tokenizer import CharTokenizer, TextStream
+from system.safe_text import printable
+from talk.conversation import Conversation
+from talk.line_input import BROKEN
+from text.tokenizer import CharTokenizer, TextStream
 
 KEPT_TOKENS = 2000  # of a conversation of any length
 READ_AT_ONCE = 256  # tokens; of a long memory fewer

@@ -6,8 +6,8 @@ import re
 import sys
 from pathlib import Path
 
-from errors import warn
-from terminal import is_capable, styled
+from system.errors import warn
+from system.terminal import is_capable, styled
 
 HISTORY_LINES = 1000
 BROKEN = re.compile("[\ud800-\udfff]")  # what Python reads a byte as that is no text

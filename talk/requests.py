@@ -10,15 +10,15 @@ import socket
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
-from errors import warn
+from system.errors import warn
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 FILES = {
-    "/": ("chat_page.html", "text/html; charset=utf-8"),
-    "/map_page.css": ("map_page.css", "text/css; charset=utf-8"),
-    "/chat_page.css": ("chat_page.css", "text/css; charset=utf-8"),
-    "/chat_pulls.js": ("chat_pulls.js", "text/javascript; charset=utf-8"),
-    "/chat_page.js": ("chat_page.js", "text/javascript; charset=utf-8"),
+    "/": ("talk/page.html", "text/html; charset=utf-8"),
+    "/style.css": ("coords/page.css", "text/css; charset=utf-8"),
+    "/page.css": ("talk/page.css", "text/css; charset=utf-8"),
+    "/details.js": ("talk/details.js", "text/javascript; charset=utf-8"),
+    "/page.js": ("talk/page.js", "text/javascript; charset=utf-8"),
 }
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -31,7 +31,7 @@ LONGEST_SILENCE = 30  # seconds until a connection is given up
 
 def read_files():
     """What `FILES` names, by path: contents and type. Nothing else is ever read."""
-    return {path: ((HERE / name).read_bytes(), kind) for path, (name, kind) in FILES.items()}
+    return {path: ((ROOT / name).read_bytes(), kind) for path, (name, kind) in FILES.items()}
 
 
 class Refused(Exception):

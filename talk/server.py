@@ -15,10 +15,10 @@ import threading
 import unicodedata
 from http.server import ThreadingHTTPServer
 
-from chat_requests import Handler, Refused
-from errors import UserError, warn
-from live_conversation import KEPT_TOKENS
-from terminal import one_line, printable
+from system.errors import UserError, warn
+from system.safe_text import one_line, printable
+from talk.events import KEPT_TOKENS
+from talk.requests import Handler, Refused
 
 EVENTS_AHEAD = 64  # of a browser that is slower than the model
 

@@ -26,10 +26,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "talk")]
 
 from test_chat import make_checkpoint
-from tokenizer import BPETokenizer, CharTokenizer
+
+from text.tokenizer import BPETokenizer, CharTokenizer
 
 TERMINAL_SHARE = 0.2
 BATCH = 25  # prompts between two looks at the process

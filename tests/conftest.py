@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import gravity
-import gravity_blocked
-import gravity_cpu
+from gravity import attention, blocked, cpu
 from script_runner import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,10 +67,10 @@ def small_blocks(monkeypatch):
     """Blocks so small that a few dozen tokens make many, ragged at the end."""
 
     def set_blocks(rows=5, pairs=70, chunk=7):
-        monkeypatch.setattr(gravity_blocked, "tile_rows", lambda matrices: rows)
-        monkeypatch.setattr(gravity_blocked, "TILE_PAIRS", pairs)
-        monkeypatch.setattr(gravity_blocked, "CHUNK_STEP", chunk)
-        monkeypatch.setattr(gravity_blocked, "LONGEST_CHUNK", chunk)
+        monkeypatch.setattr(blocked, "tile_rows", lambda matrices: rows)
+        monkeypatch.setattr(blocked, "TILE_PAIRS", pairs)
+        monkeypatch.setattr(blocked, "CHUNK_STEP", chunk)
+        monkeypatch.setattr(blocked, "LONGEST_CHUNK", chunk)
 
     set_blocks()
     return set_blocks
@@ -82,8 +80,8 @@ def small_blocks(monkeypatch):
 def either_path(request, monkeypatch):
     """With the compiled kernels, and with the blocked path alone, for fp32 and bf16."""
     if request.param == "pytorch":
-        monkeypatch.setattr(gravity, "can_attend", lambda q, v: False)
-    elif gravity_cpu.library() is None:
+        monkeypatch.setattr(attention, "can_attend", lambda q, v: False)
+    elif cpu.library() is None:
         pytest.skip("no C++ compiler")
 
 
@@ -91,13 +89,13 @@ def either_path(request, monkeypatch):
 def visited(monkeypatch):
     """A list that grows by the number of pairs each time that a tile of the field is computed."""
     pairs = []
-    inverse = gravity_blocked._Tiles.inverse
+    inverse = blocked._Tiles.inverse
 
     def counting(self, heads, rows, columns):
         pairs.append((heads[1] - heads[0]) * (rows[1] - rows[0]) * (columns[1] - columns[0]))
         return inverse(self, heads, rows, columns)
 
-    monkeypatch.setattr(gravity_blocked._Tiles, "inverse", counting)
+    monkeypatch.setattr(blocked._Tiles, "inverse", counting)
     return pairs
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_shakespeare
-from errors import run_script
-from trainer import Trainer
+from system.errors import run_script
+from training.trainer import Trainer
 
 take_step = Trainer.step
 

@@ -20,8 +20,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checkpoint import read_checkpoint
-from errors import UserError
+from engine.checkpoint import read_checkpoint
+from system.errors import UserError
 
 CHECKPOINT_INTERVAL = 7
 STEPS = 300

@@ -10,13 +10,14 @@ import zipfile
 from pathlib import Path
 
 import torch
+from test_chat import make_checkpoint
 
 import train_shakespeare
-from checkpoint import build_model, load_model
 from conftest import SENTENCES
-from errors import UserError
-from test_chat import make_checkpoint
-from tokenizer import BPETokenizer
+from engine.checkpoint import load_model
+from engine.models import build_model
+from system.errors import UserError
+from text.tokenizer import BPETokenizer
 
 BIG = 10**12
 BPE_JSON = BPETokenizer.train(["some text"], 260).to_vocab()["tokenizer_json"]

@@ -13,11 +13,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "talk")]
 
 import report
 from conftest import SENTENCES
-from data import prepare_data
 from hostile_checkpoints import (
     BIG,
     CONTENTS,
@@ -29,8 +28,9 @@ from hostile_checkpoints import (
     said_of,
     train_a_little,
 )
-from token_files import open_token_data
-from tokenizer import GPT4_WORDS, BPETokenizer, load_bpe
+from text.preparation import prepare_data
+from text.token_files import open_token_data
+from text.tokenizer import GPT4_WORDS, BPETokenizer, load_bpe
 
 
 def meta(**changes):

@@ -77,7 +77,10 @@ def _script(command, cwd, environment, streams):
     sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")
     sys.stderr = os.fdopen(2, "w", buffering=1)
     sys.argv = command
-    sys.path[:] = [str(ROOT), *(x for x in sys.path if Path(x or ".").resolve() != ROOT / "tests")]
+    sys.path[:] = [
+        str(ROOT),
+        *(x for x in sys.path if not Path(x or ".").resolve().is_relative_to(ROOT / "tests")),
+    ]
     code = 0
     try:
         runpy.run_path(command[0], run_name="__main__")

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from checkpoint import load_model
 from conftest import error_line, run
-from data import open_token_data
+from engine.checkpoint import load_model
+from text.token_files import open_token_data
 
 TRAIN = (
     *("train_shakespeare.py", "--dataset", "text", "--data-path", "small.txt"),

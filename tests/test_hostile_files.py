@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_chat import LETTERS, make_checkpoint
 
 import hostile_checkpoints
 import hostile_files
-from checkpoint import load_model, read_checkpoint
+from engine.checkpoint import load_model, read_checkpoint
 from hostile_checkpoints import CONTENTS, FILES, TRAINING, Malice
 from hostile_files import RUNS, TOKEN_FILES, TOKENIZERS
-from metrics import peak_memory_bytes
-from test_chat import LETTERS, make_checkpoint
+from system.machine import peak_memory_bytes
 
 CPU = torch.device("cpu")
 MOST_SECONDS = 20

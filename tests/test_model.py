@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import generation
-from checkpoint import build_model
-from errors import UsageError
-from generation import KVCache
+from engine import kv_cache
+from engine.kv_cache import KVCache
+from engine.models import build_model
 from model import NGT, NGTConfig, repulsion_loss
-from options import DEFAULTS, PRESETS
+from system.errors import UsageError
+from training.config import DEFAULTS, PRESETS
 from vanilla_model import Attention, Vanilla, VanillaConfig, alibi_slopes, rotate
 
 VOCAB, BLOCK = 29, 16
@@ -102,7 +102,7 @@ def test_cached_equals_uncached(name):
 @torch.no_grad()
 def test_newton_with_a_radius_forgets(name, monkeypatch):
     """The cache stops growing, and the output stays that of a pass that forgets nothing."""
-    monkeypatch.setattr(generation, "MIN_CAPACITY", 2)
+    monkeypatch.setattr(kv_cache, "MIN_CAPACITY", 2)
     model = lively(name)
     tokens = ids(5 * BLOCK)
     full = model(tokens)

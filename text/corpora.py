@@ -14,8 +14,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from errors import UserError, write_whole
-from text_files import between, kept_line, kept_lines, read_blocks, sha256_of
+from system.errors import UserError
+from system.files import write_whole
+from text.stream import between, kept_line, kept_lines, read_blocks, sha256_of
 
 SHAKESPEARE_FILE = Path("data") / "shakespeare" / "input.txt"
 TINY_URL = (

@@ -8,7 +8,7 @@ import zlib
 
 from tqdm import tqdm
 
-from errors import UserError
+from system.errors import UserError
 
 BLOCK_BYTES = 1 << 20
 PIECE_CHARS = 1 << 16

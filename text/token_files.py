@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from errors import UserError, write_whole
-from text_files import PIECE_CHARS, pieces
-from tokenizer import tokenizer_from_vocab
+from system.errors import UserError
+from system.files import write_whole
+from text.stream import PIECE_CHARS, pieces
+from text.tokenizer import tokenizer_from_vocab
 
 FORMAT_VERSION = 1
 BATCH_PIECES = 32
@@ -298,3 +299,18 @@ def _encoded(tokenizer, texts):
             yield batch, ids.result()
     finally:
         workers.shutdown(cancel_futures=True)
+
+
+def token_data(checkpoint, tokenizer):
+    """The token files that a checkpoint was trained on.
+
+    Raises:
+        UserError: where they are not here, damaged, or of another tokenizer.
+    """
+    directory = checkpoint["config"].get("token_directory")
+    if not isinstance(directory, str) or not Path(directory).is_dir():
+        raise UserError("the text that this checkpoint was trained on is not here")
+    data = open_token_data(directory)
+    if data.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"{directory} is of another tokenizer")
+    return data

@@ -14,7 +14,8 @@ import numpy as np
 import tiktoken
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from errors import UserError, write_whole
+from system.errors import UserError
+from system.files import write_whole
 
 LONGEST_CHARACTER = 4  # bytes, in UTF-8
 LONGEST_TOKEN = 1000  # letters

@@ -16,7 +16,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from errors import UserError, write_whole
+from system.errors import UserError
+from system.files import write_whole
 
 FRAME = struct.Struct("<QI")  # a record's length and its checksum; data and its checksum follow
 

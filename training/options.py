@@ -6,102 +6,27 @@ common default.
 """
 
 import argparse
-import math
 from collections import defaultdict
 
-import torch
-
-from checkpoint import MODELS, build_model, model_fields
-from errors import UsageError, UserError, warn
+from engine.models import MODELS, model_fields
 from model import LAWS
+from system.cli import (
+    not_negative,
+    positive,
+    random_seed,
+    script_parser,
+    share,
+    whole,
+    whole_or_zero,
+)
+from system.errors import UserError, warn
+from training.config import DEFAULTS, PRESETS, is_given
 from vanilla_model import POSITIONS
 
 MOST_TOKENS = 1 << 28  # a micro-step that a checkpoint may ask for
 MOST_TOKENS_A_STEP = 1 << 33
 MOST = defaultdict(lambda: 1 << 31, seed=1 << 63, sample_tokens=100_000)  # of whole numbers
 LONGEST_SETTING = 4096
-
-DEFAULTS = {
-    "model": "ngt",
-    "dataset": "shakespeare",
-    "tokenizer": "char",
-    "bpe_vocab_size": 8192,
-    "tiktoken_encoding": "gpt2",
-    "hidden_dim": 128,
-    "coord_dim": 64,
-    "head_coord_dim": 16,
-    "num_layers": 4,
-    "num_heads": 4,
-    "block_size": 64,
-    "dropout": 0.0,
-    "law": "newton",
-    "exponent": 4,
-    "mass_in_value": False,
-    "retardation": True,
-    "farthest_time_scale": 0.0035,
-    "use_radius_cutoff": True,
-    "use_soft_cutoff": False,
-    "use_rsqrt": False,
-    "pos": "learned",
-    "repulsion": True,
-    "lambda_repulsion": 0.05,
-    "repulsion_interval": 10,
-    "batch_size": 12,
-    "gradient_accumulation_steps": 1,
-    "learning_rate": 1e-3,
-    "min_learning_rate": 1e-4,
-    "weight_decay": 0.1,
-    "grad_clip": 1.0,
-    "max_steps": 2000,
-    "use_cosine_schedule": True,
-    "warmup_steps": 100,
-    "seed": 1337,
-    "use_amp": False,
-    "compile": False,
-    "deterministic": False,
-    "device": "auto",
-    "eval_interval": 250,
-    "eval_iters": 100,
-    "sample_tokens": 100,
-    "checkpoint_interval": 250,
-    "max_skipped_steps": 10,
-    "shard_optimizer": False,
-}
-
-# mlp_dim makes the parameters of a compared pair equal to within 1 %
-PRESETS = {
-    "shakespeare": {"mlp_dim": {"newton": 576, "published": 596, "vanilla": 512}},
-    "text": {
-        "mlp_dim": {"newton": 596, "published": 604, "vanilla": 512},
-        "tokenizer": "bpe",
-        "bpe_vocab_size": 2048,
-        "block_size": 256,
-        "batch_size": 8,
-        "learning_rate": 4e-3,  # the best of 1e-3 to 8e-3 for both models (reports/study.md)
-        "min_learning_rate": 4e-4,
-        "max_steps": 6000,
-        "eval_interval": 500,
-        "eval_iters": 50,
-        "checkpoint_interval": 500,
-    },
-    "wikitext103": {
-        "mlp_dim": {"newton": 2048, "published": 2056, "vanilla": 1560},
-        "tokenizer": "bpe",
-        "hidden_dim": 512,
-        "num_layers": 8,
-        "num_heads": 8,
-        "block_size": 512,
-        "batch_size": 16,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 6e-4,
-        "min_learning_rate": 6e-5,
-        "warmup_steps": 2000,
-        "max_steps": 15000,
-        "eval_interval": 500,
-        "eval_iters": 16,
-        "checkpoint_interval": 500,
-    },
-}
 
 
 def _default(name):
@@ -133,62 +58,6 @@ class _Group:
         self.add(flag, help, dest=dest, action=argparse.BooleanOptionalAction)
 
 
-def whole(text):
-    """An integer of at least 1."""
-    value = _number(int, text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is too small: give at least 1")
-    return value
-
-
-def whole_or_zero(text):
-    """An integer of at least 0."""
-    value = _number(int, text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative: give at least 0")
-    return value
-
-
-def random_seed(text):
-    """What a PyTorch generator takes."""
-    value = whole_or_zero(text)
-    if value >= 1 << 63:
-        raise argparse.ArgumentTypeError(f"{text} is too large: give less than 2^63")
-    return value
-
-
-def positive(text):
-    """A finite number above 0."""
-    value = _number(float, text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} must be a number above 0")
-    return value
-
-
-def not_negative(text):
-    """A finite number of at least 0."""
-    value = _number(float, text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} must be a number of at least 0")
-    return value
-
-
-def share(text):
-    """A number from 0 to below 1."""
-    value = _number(float, text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be from 0 to below 1")
-    return value
-
-
-def _number(kind, text):
-    try:
-        return kind(text)
-    except ValueError:
-        what = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"{text!r} is no {what}") from None
-
-
 def add_corpus_flags(parser, dataset=DEFAULTS["dataset"]):
     """Flags that say which text and which tokenizer; `dataset` is what a script takes unasked."""
     group = _Group(parser, "text")
@@ -214,15 +83,6 @@ def add_corpus_flags(parser, dataset=DEFAULTS["dataset"]):
         "(default: trained, and kept with the token files)",
     )
     group.add("--tiktoken-encoding", "any encoding that tiktoken knows, by name")
-
-
-def script_parser(description, examples):
-    """A script's parser, whose help keeps the line ends of its manual and examples."""
-    return argparse.ArgumentParser(
-        description=description,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
 
 
 def train_parser(description, examples):
@@ -352,36 +212,6 @@ def train_parser(description, examples):
     return parser
 
 
-def is_given(args, name):
-    """Whether the user gave this flag."""
-    return getattr(args, name, None) is not None
-
-
-def resolve(args, resumed=None):
-    """One value for every flag, as a plain dict.
-
-    Args:
-        args: what argparse returned.
-        resumed: the config of the checkpoint being resumed.
-
-    Raises:
-        UsageError: where a given flag contradicts the shape of the resumed model.
-    """
-    names = [*DEFAULTS, "data_path", "tokenizer_path", "mlp_dim", "num_parameters"]
-    names += ["radius", "field_tolerance"]
-    given = {name: getattr(args, name) for name in names if is_given(args, name)}
-    if resumed is not None:
-        _check_against(given, resumed)
-        config = {name: resumed.get(name, DEFAULTS.get(name)) for name in names} | given
-    else:
-        preset = dict(PRESETS[given.get("dataset", DEFAULTS["dataset"])])
-        matched = preset.pop("mlp_dim")
-        config = dict.fromkeys(names) | DEFAULTS | preset | given
-        if config["mlp_dim"] is None:
-            config["mlp_dim"] = _mlp_dim(config, given, matched)
-    return config
-
-
 def check_settings(config, path):
     """Refuse settings of a checkpoint that the command line would not take.
 
@@ -413,64 +243,6 @@ def _is_acceptable(action, value):
     return parsed == value and (action.choices is None or value in action.choices)
 
 
-def _mlp_dim(config, given, matched):
-    kind = "vanilla" if config["model"] == "vanilla" else config["law"]
-    aim = config["num_parameters"]
-    if (
-        aim is None
-        and not {"hidden_dim", "coord_dim", "head_coord_dim", "num_heads"} & given.keys()
-    ):
-        return matched[kind]
-    width = 4 * config["hidden_dim"]
-    if kind == "newton" and aim is None:
-        return width
-
-    def parameters(**changes):
-        vocab_size = config["bpe_vocab_size"] if config["tokenizer"] == "bpe" else 256
-        shape = config | {"model_type": config["model"], "vocab_size": vocab_size} | changes
-        with torch.device("meta"):
-            return sum(p.numel() for p in build_model(shape).parameters())
-
-    aim = aim or parameters(model_type="ngt", law="newton", mlp_dim=width)
-    without = parameters(mlp_dim=8)
-    a_channel = (parameters(mlp_dim=16) - without) / 8
-    return 8 + max(0, round((aim - without) / a_channel / 4) * 4)
-
-
-def _check_against(given, resumed):
-    if given.get("model", resumed["model"]) != resumed["model"]:
-        raise UsageError(
-            f"--model {given['model']} contradicts the checkpoint, which is {resumed['model']}: "
-            "drop the flag or give another --checkpoint-path"
-        )
-    shape = {*model_fields(resumed["model"]), "tokenizer"} - {"dropout", "field_tolerance"}
-    for name, value in given.items():
-        if name == "dataset" and value != resumed[name]:
-            raise UsageError(
-                f"--dataset {value} contradicts the checkpoint, which was trained on "
-                f"{resumed[name]}: drop the flag or give another --checkpoint-path"
-            )
-        if name not in shape or value == resumed.get(name):
-            if name in resumed and value != resumed[name] and name not in _FREE_ON_RESUME:
-                warn(f"--{name.replace('_', '-')} changes from {resumed[name]} to {value}")
-            continue
-        raise UsageError(
-            f"--{name.replace('_', '-')} {value} contradicts the checkpoint, which has "
-            f"{resumed.get(name)}: drop the flag or give another --checkpoint-path"
-        )
-
-
-_FREE_ON_RESUME = {
-    "device",
-    "eval_interval",
-    "sample_tokens",
-    "checkpoint_interval",
-    "data_path",
-    "tokenizer_path",
-    "shard_optimizer",
-}
-
-
 def warn_of_no_effect(args, config):
     """One warning for each given flag that this kind of model does not listen to."""
     given = [name for name in vars(args) if is_given(args, name)]
@@ -488,21 +260,3 @@ def warn_of_no_effect(args, config):
     for name in {"exponent", "retardation", "farthest_time_scale"} & set(given):
         if config["law"] == "published":
             warn(f"--{name.replace('_', '-')} has no effect under --law published")
-
-
-def choose_device(name):
-    """The device that `--device` names.
-
-    Raises:
-        UsageError: where there is no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError, AttributeError):
-        raise UsageError(
-            f"--device {name} is not available here: use --device cpu, or --device auto"
-        ) from None
-    return device

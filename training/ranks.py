@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from errors import UsageError
+from system.errors import UsageError
 
 TIMEOUT = datetime.timedelta(
     minutes=10

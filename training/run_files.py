@@ -9,8 +9,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from checkpoint import best_path, last_path
-from errors import UsageError, UserError
+from engine.checkpoint import best_path, last_path
+from system.errors import UsageError, UserError
 
 DEFAULT_PATH = "checkpoints/shakespeare.pt"
 BEGUN = ".launch"  # in the run's directory: which launch of torchrun began it

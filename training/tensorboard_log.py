@@ -11,11 +11,11 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from torch.utils.tensorboard import summary
 
-from checkpoint import model_fields
-from errors import write_whole
-from event_file import EventFile
-from generation import TokenStream, sample
+from engine.generation import TokenStream, sample
+from engine.models import model_fields
 from model import NGT
+from system.files import write_whole
+from training.event_file import EventFile
 
 MOST_ROWS = 1000  # as many points of a curve as TensorBoard's page draws
 MOST_HISTOGRAMS = 16_000  # in all, of half a kilobyte each

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import FORMAT_VERSION, build_model
 from data import get_batch
-from errors import UserError, warn
-from gravity import step_around_when_compiling
-from gravity_blocked import cpu_multiplies_bf16
+from engine.checkpoint import FORMAT_VERSION
+from engine.models import build_model
+from gravity.attention import step_around_when_compiling
 from model import NGT, repulsion_loss
-from ranks import Ranks
+from system.errors import UserError, warn
+from system.machine import cpu_multiplies_bf16
+from training.ranks import Ranks
 
 LARGEST_SEED = 1 << 63
 

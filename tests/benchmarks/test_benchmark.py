@@ -12,9 +12,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
-from benchmark import first_release_attention, make_parser, make_trainer, step_floor
+from benchmark import make_parser
+from benchmarks import attention, models, timing
+from benchmarks.training import first_release_attention, make_trainer, step_floor
 from conftest import ROOT, error_line, run
-from gravity import published_gravity_attention
+from gravity.published import published_gravity_attention
 
 TINY = ("--preset", "shakespeare", "--batch-size", "2", "--block-size", "16", "--steps", "2")
 
@@ -81,11 +83,11 @@ def test_attention_with_a_checkpoint_and_decode(in_tmp, small_text):
         *(in_tmp, "attention", "--checkpoint", checkpoint, "--block-sizes", "40", "--steps", "1")
     )
     assert numbers["rows"][0]["heads"] == 2
-    network, tokenizer, config = benchmark.load_newton(checkpoint, "cpu")
+    network, tokenizer, config = models.load_newton(checkpoint, "cpu")
     args = SimpleNamespace(checkpoint=checkpoint, text=str(small_text))
-    tokens = benchmark.some_tokens(args, network, tokenizer, config, 40)
+    tokens = models.some_tokens(args, network, tokenizer, config, 40)
     assert tokenizer.decode(tokens.tolist()) == small_text.read_text()[:40]
-    calls = benchmark.operator_inputs(network, tokens[None])
+    calls = attention.operator_inputs(network, tokens[None])
     assert len(calls) == 2 and torch.equal(calls[0]["mass"], network.mass(tokens[None]))
 
     numbers = numbers_of(
@@ -111,7 +113,7 @@ def test_models_take_turns():
     """Every second round runs in reverse order, and the warm-up is not counted."""
     order = []
     functions = {name: lambda name=name: order.append(name) for name in "ab"}
-    seconds = benchmark.interleaved(functions, 3, torch.device("cpu"), "turns", warm_up=1)
+    seconds = timing.interleaved(functions, 3, torch.device("cpu"), "turns", warm_up=1)
     assert "".join(order) in ("abbaabba", "baabbaab")
     assert [len(x) for x in seconds.values()] == [3, 3]
 

@@ -6,10 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import benchmark_scaling
-from checkpoint import build_model
-from options import DEFAULTS
-from scaling_model import (
+from benchmarks import scaling
+from benchmarks.paper import (
     SIZES,
     bytes_on_the_wire,
     efficiency,
@@ -18,6 +16,8 @@ from scaling_model import (
     parameters_of,
     saved_bytes,
 )
+from engine.models import build_model
+from training.config import DEFAULTS
 
 
 def test_sizes_are_what_they_are_called():
@@ -66,12 +66,10 @@ def test_efficiency_falls_with_fewer_tokens():
 @pytest.mark.slow
 def test_the_page_is_of_real_trainings(in_tmp):
     flags = ["--preset", "shakespeare", "--rounds", "1", "--steps", "6", "--json", "s.json"]
-    assert benchmark_scaling.main([*flags, "--output", "s.md"]) == 0
+    assert scaling.main([*flags, "--output", "s.md"]) == 0
     page, numbers = Path("s.md").read_text(), json.loads(Path("s.json").read_text())
     assert "## Measured" in page and "1,048,576" in page
     assert {"1", "2", "2 sharded"} == numbers["runs"].keys()
     two = numbers["runs"]["2"][0]
-    parameters = parameters_of(
-        benchmark_scaling.SHAPES["shakespeare"] | {"vocab_size": benchmark_scaling.VOCAB_SIZE}
-    )
+    parameters = parameters_of(scaling.SHAPES["shakespeare"] | {"vocab_size": scaling.VOCAB_SIZE})
     assert two["wire_bytes"] > 2 * bytes_on_the_wire(parameters, 2, False)

@@ -6,12 +6,12 @@ import re
 import matplotlib.image
 import numpy as np
 import pytest
+from test_chat import LETTERS, make_checkpoint
+from test_visualize import TEXT, data_of, unpacked
 
 import visualize_coords
 from conftest import BROWSER
-from test_chat import LETTERS, make_checkpoint
-from test_visualize import TEXT, data_of, unpacked
-from tokenizer import BPETokenizer, CharTokenizer
+from text.tokenizer import BPETokenizer, CharTokenizer
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright here")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium here")

@@ -6,19 +6,20 @@ import re
 
 import numpy as np
 import pytest
-import torch
-
-import map_data
-import model as model_module
 import test_first_release
+import torch
+from test_chat import LETTERS, make_checkpoint
+from test_published import published_by_hand
+
+import model as model_module
 import visualize_coords
 from conftest import error_line, run
-from data import prepare_data
-from errors import UserError
-from page import json_for_script
-from test_chat import LETTERS, make_checkpoint
-from test_published_law import published_by_hand
-from tokenizer import BPETokenizer
+from coords import data as coords_data
+from engine import pulls
+from system.errors import UserError
+from system.markdown import json_for_script
+from text.preparation import prepare_data
+from text.tokenizer import BPETokenizer
 
 TEXT = "the quick brown fox jumps over the lazy dog"
 
@@ -121,7 +122,7 @@ def test_pulls_that_are_no_numbers(law, in_tmp, monkeypatch):
 @pytest.mark.parametrize("pairs", [1 << 18, 50])
 def test_pulls_heads_and_distances(law, pairs, in_tmp, monkeypatch):
     """The strongest sources, and where heads look, from weights in float64 whole."""
-    monkeypatch.setattr(model_module, "PULL_PAIRS", pairs)
+    monkeypatch.setattr(pulls, "PULL_PAIRS", pairs)
     model = make_checkpoint("x.pt", law=law, block_size=64, num_heads=4, head_coord_dim=3)
     tokens = LETTERS.encode(TEXT)
     write_map("--text", TEXT, "--output", "map.html")
@@ -259,7 +260,7 @@ def test_two_runs_of_the_same_tokens_face_the_same_way(in_tmp):
     """A mirrored picture of the same run is turned back; distances stay."""
     points = np.random.default_rng(0).normal(size=(3, 20, 3))
     mirrored = points * [1, -1, -1]
-    assert np.allclose(map_data.align(mirrored, points), points)
+    assert np.allclose(coords_data.align(mirrored, points), points)
     make_checkpoint("x.pt")
     write_map("--text", TEXT, "--compare", "x.pt", "--output", "map.html")
     one, two = data_of(in_tmp / "map.html")
@@ -272,7 +273,7 @@ def test_tsne_is_one_picture_of_all_layers(in_tmp, capsys):
     centres = generator.normal(size=(3, 6)) * 30
     cluster = np.arange(144) % 3
     z = (centres[cluster] + generator.normal(size=(144, 6))).reshape(2, 72, 6)
-    points, axes = map_data.project(z, "tsne")
+    points, axes = coords_data.project(z, "tsne")
     flat = points.reshape(144, 3)
     far = np.linalg.norm(flat[:, None] - flat[None], axis=-1) + np.eye(144) * 1e9
     assert (cluster[far.argmin(1)] == cluster).mean() > 0.95 and points.shape == (2, 72, 3)
@@ -330,12 +331,12 @@ def test_coordinates_that_are_no_numbers(in_tmp):
     with torch.no_grad():
         model.layers[-1].coord_norm.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite"):
-        map_data.measure(model, tokens)
+        coords_data.measure(model, tokens)
     model = make_checkpoint("x.pt")
     with torch.no_grad():
         model.norm.weight.fill_(float("inf"))
     with pytest.raises(UserError, match="losses"):
-        map_data.measure(model, tokens)
+        coords_data.measure(model, tokens)
 
 
 def test_json_cannot_end_its_script():

@@ -14,10 +14,10 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from checkpoint import is_first_release, load_model
 from conftest import SENTENCES
-from errors import UserError
-from generation import TokenStream
+from engine.checkpoint import is_first_release, load_model
+from engine.generation import TokenStream
+from system.errors import UserError
 
 TEXT = "".join(SENTENCES)
 CHARACTERS = sorted(set(TEXT))

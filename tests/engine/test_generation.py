@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from generation import TokenStream, sample
+from engine.generation import TokenStream, sample
 from test_model import ALL, BLOCK, NEWTON, ids, lively
 
 PROBABILITIES = torch.tensor([0.1, 0.4, 0.02, 0.3, 0.05, 0.13])

@@ -6,27 +6,28 @@ import sys
 
 import pytest
 import torch
-
-import gravity_cpu
-from conftest import ROOT
-from gravity import gravity_attention, gravity_attention_reference
 from test_gravity import CUTOFFS, assert_close, double, output_and_gradients, particles
 
-pytestmark = pytest.mark.skipif(gravity_cpu.compiler() is None, reason="no C++ compiler")
+from conftest import ROOT
+from gravity import cpu
+from gravity.attention import gravity_attention
+from gravity.law import gravity_attention_reference
+
+pytestmark = pytest.mark.skipif(cpu.compiler() is None, reason="no C++ compiler")
 
 
 @pytest.fixture
 def oldest_met(monkeypatch):
     """For each forward pass the oldest key that each block of queries met, (B, H, blocks)."""
     found = []
-    run_kernel = gravity_cpu._Call.run
+    run_kernel = cpu._Call.run
 
     def spying(self, kernel, **results):
         run_kernel(self, kernel, **results)
         if kernel == "gravity_forward":
             found.append(results["first"])
 
-    monkeypatch.setattr(gravity_cpu._Call, "run", spying)
+    monkeypatch.setattr(cpu._Call, "run", spying)
     return found
 
 
@@ -184,7 +185,7 @@ def test_without_a_working_compiler_one_warning(case, tmp_path):
 def test_the_library_is_made_once_and_survives_a_read_only_home(tmp_path):
     """A second process compiles nothing; where nothing can be kept it still works."""
     environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    command = [sys.executable, "-c", "import gravity_cpu; print(gravity_cpu.library()._name)"]
+    command = [sys.executable, "-c", "from gravity import cpu; print(cpu.library()._name)"]
 
     def call():
         return subprocess.run(

@@ -14,9 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import gravity
-from gravity import gravity_attention_reference, gravity_field
-from gravity_blocked import TINY
+from gravity import attention
+from gravity.law import TINY, gravity_attention_reference, gravity_field
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -72,13 +71,11 @@ def particles(length, heads=2, batch=1, coords=5, width=6, queries=None, seed=0)
 
 def set_blocks(forward, query_gradient, key_gradient):
     """Small blocks, given as (rows of a query block, of a key block): few tokens make many."""
-    import gravity_triton
+    from gravity import cuda
 
-    cut = [
-        gravity_triton.Launch(*blocks, 4, 1) for blocks in (forward, query_gradient, key_gradient)
-    ]
-    gravity_triton.launches = lambda *_: cut
-    gravity_triton.NORM_BLOCK = 32
+    cut = [cuda.Launch(*blocks, 4, 1) for blocks in (forward, query_gradient, key_gradient)]
+    cuda.launches = lambda *_: cut
+    cuda.NORM_BLOCK = 32
 
 
 def arguments(data, law, mass_in_value, tolerance, positions):
@@ -95,10 +92,10 @@ def arguments(data, law, mass_in_value, tolerance, positions):
 
 def kept_pairs(*args):
     """The pairs that the forward pass kept, (B, H, Tq, Tk) bool; takes what `arguments` does."""
-    import gravity_triton
+    from gravity import cuda
 
-    query_block = gravity_triton.launches()[0].query
-    saved, first = gravity_triton.attend(*arguments(*args))
+    query_block = cuda.launches()[0].query
+    saved, first = cuda.attend(*arguments(*args))
     first = first.repeat_interleave(query_block, -1)[:, :, : saved.q.shape[2]]
     return torch.arange(saved.k.shape[2]) >= first[..., None]
 
@@ -170,7 +167,7 @@ def errors(
         out relative to the sum kept, and "beyond", the largest error against the sum over all
         pairs, over max|v|.
     """
-    from gravity_triton import triton_attention
+    from gravity.cuda import triton_attention
 
     if blocks is not None:
         set_blocks(*blocks)
@@ -361,7 +358,7 @@ def test_beyond_the_radius(interpreted, cutoff):
 
 def in_empty_space(cutoff):
     """Output and gradients of tokens that nothing reaches, as the largest absolute number."""
-    from gravity_triton import triton_attention
+    from gravity.cuda import triton_attention
 
     set_blocks((16, 16), (16, 16), (16, 16))
     data = {name: tensor.float().requires_grad_() for name, tensor in particles(37).items()}
@@ -418,22 +415,20 @@ def compiled(dtype, cutoff, coords, width, launches=None):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    import gravity_kernels
-    import gravity_triton
+    from gravity import cuda
 
-    padded = [gravity_triton._padded(size) for size in (coords, width)]
+    padded = [cuda._padded(size) for size in (coords, width)]
     if launches is None:
-        launches = gravity_triton.launches(dtype, max(padded), 512)
+        launches = cuda.launches(dtype, max(padded), 512)
     else:
-        launches = [gravity_triton.Launch(*launch) for launch in launches]
-    law = gravity_triton._law(4, cutoff, width, coords)
+        launches = [cuda.Launch(*launch) for launch in launches]
+    law = cuda._law(4, cutoff, width, coords)
     law |= {"TINY": TINY, "BOUNDED": True, "FORWARD_M": launches[0].query}
     inputs = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "grad_ptr", "dq_ptr", "dk_ptr", "dv_ptr")
     tables = ("visible_ptr", "first_seen_ptr", "first_kept_ptr")
     results = []
-    names = ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")
-    for name, launch in zip(names, launches, strict=True):
-        kernel = getattr(gravity_kernels, name)
+    kernels = (cuda.forward_kernel, cuda.query_gradient_kernel, cuda.key_gradient_kernel)
+    for kernel, launch in zip(kernels, launches, strict=True):
         constants = law | {"M": launch.query, "N": launch.key}
         signature, values, hints = {}, {}, {}
         for place, argument in enumerate(kernel.arg_names):
@@ -510,7 +505,7 @@ def test_gpu_16_bits(dtype, cutoff, width):
 @ON_GPU
 def test_gpu_at_16384_tokens():
     """Against rows and columns that the formula can afford: the last queries, all their keys."""
-    from gravity_triton import triton_attention, triton_handles
+    from gravity.cuda import triton_attention, triton_handles
 
     length, rows = 16384, 256
     data = {n: t.float() for n, t in on_gpu(particles(length, coords=16, width=64)).items()}
@@ -538,7 +533,7 @@ def test_gpu_at_16384_tokens():
 
 @ON_GPU
 def test_gpu_never_waits_for_the_device():
-    from gravity_triton import triton_attention
+    from gravity.cuda import triton_attention
 
     data = {n: t.float().requires_grad_() for n, t in on_gpu(particles(300)).items()}
     positions = (torch.arange(300, device="cuda"), torch.arange(300, device="cuda"))
@@ -554,11 +549,11 @@ def test_gpu_never_waits_for_the_device():
 def test_without_triton_one_warning(monkeypatch, capsys):
     """On a GPU without Triton the plain path takes over, and says so once."""
     on_gpu = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.float32)
-    monkeypatch.setattr(gravity, "triton_handles", lambda *_: False)
-    monkeypatch.setattr(gravity, "triton_is_available", lambda: False)
-    monkeypatch.setattr(gravity, "blocked_attention", lambda *_: "plain")
-    gravity._warn_of_no_triton.cache_clear()
-    assert [gravity._attend(on_gpu, on_gpu, on_gpu) for _ in range(2)] == ["plain"] * 2
+    monkeypatch.setattr(attention, "triton_handles", lambda *_: False)
+    monkeypatch.setattr(attention, "triton_is_available", lambda: False)
+    monkeypatch.setattr(attention, "blocked_attention", lambda *_: "plain")
+    attention._warn_of_no_triton.cache_clear()
+    assert [attention._attend(on_gpu, on_gpu, on_gpu) for _ in range(2)] == ["plain"] * 2
     warning = capsys.readouterr().err
     assert warning.count("warning: ") == 1 and "pip install triton" in warning
-    gravity._warn_of_no_triton.cache_clear()
+    attention._warn_of_no_triton.cache_clear()

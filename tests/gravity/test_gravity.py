@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-import gravity
-import gravity_blocked
-from gravity import gravity_attention, gravity_attention_reference
+from gravity import attention, blocked
+from gravity.attention import gravity_attention
+from gravity.law import gravity_attention_reference
 
 CUTOFFS = ("none", "hard", "soft")
 EXPONENTS = (1, 3, 4, 8)
@@ -175,14 +175,14 @@ def test_blocked_equals_reference(
     )
     assert not visited
     exact = output_and_gradients(gravity_attention, double(single), upstream.double(), **settings)
-    assert len(visited) >= 2 * math.ceil(tokens / gravity_blocked.tile_rows(2 * heads))
+    assert len(visited) >= 2 * math.ceil(tokens / blocked.tile_rows(2 * heads))
     assert_close(exact, truth, 1e-10, 1e-12)
     compiled = output_and_gradients(gravity_attention, single, upstream, **settings)
     law = {n for n in truth if n in ("time_scale", "time_offset", "radius")}
     for names, limit in ((truth.keys() - law, 2e-5), (law, 1e-4)):  # fp32 sums of either sign
         parts = ({n: x for n, x in tensors.items() if n in names} for tensors in (compiled, truth))
         assert_close(*parts, limit, limit)
-    monkeypatch.setattr(gravity, "can_attend", lambda q, v: False)
+    monkeypatch.setattr(attention, "can_attend", lambda q, v: False)
     visited.clear()
     plain = output_and_gradients(gravity_attention, single, upstream, **settings)
     assert visited

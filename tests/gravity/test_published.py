@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-
-from gravity import published_gravity_attention
 from test_gravity import CUTOFFS, assert_close, double, leaves
+
+from gravity.published import published_gravity_attention
 
 
 def published_by_hand(data, radius, cutoff, mass_in_value):

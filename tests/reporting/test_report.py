@@ -13,9 +13,9 @@ import pytest
 
 import report
 from conftest import BROWSER, error_line, run
-from errors import UserError
-from report import result_table
-from report_runs import find_runs, group
+from reporting.runs import find_runs, group
+from reporting.tables import result_table
+from system.errors import UserError
 
 SMALL = (
     *("--hidden-dim", 16, "--num-layers", 2, "--num-heads", 2, "--block-size", 8),

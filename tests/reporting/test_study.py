@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_report import cells, write_run
 
 import report
-from errors import UserError
-from test_report import cells, write_run
+from system.errors import UserError
 from test_repository import copy_of_the_repository
 
 TINY = {

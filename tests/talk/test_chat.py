@@ -14,10 +14,11 @@ import pytest
 import torch
 
 import chat
-from checkpoint import FORMAT_VERSION, build_model, save_checkpoint
 from conftest import ROOT, error_line, run
-from terminal import printable
-from tokenizer import BPETokenizer, CharTokenizer
+from engine.checkpoint import FORMAT_VERSION, save_checkpoint
+from engine.models import build_model
+from system.safe_text import printable
+from text.tokenizer import BPETokenizer, CharTokenizer
 
 LETTERS = CharTokenizer.train("abcdefghijklmnopqrstuvwxyz :\n\x1b")
 
@@ -288,7 +289,7 @@ def test_a_hostile_pickle_is_refused_and_not_run(in_tmp):
 
 
 def test_truncated_flipped_and_contradictory_checkpoints(in_tmp, capsys):
-    from errors import UserError
+    from system.errors import UserError
 
     make_checkpoint("x.pt")
     whole = (in_tmp / "x.pt").read_bytes()

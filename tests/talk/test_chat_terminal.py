@@ -13,17 +13,18 @@ import unicodedata
 
 import pytest
 import torch
+from test_chat import LETTERS, make_checkpoint
 
 import chat
-import terminal
 from chat_campaign import campaign
-from checkpoint import save_checkpoint
 from conftest import ROOT, error_line, run
-from conversation import Conversation
-from errors import UserError, run_script, warn
-from terminal import bar, cells, fit, printable
-from test_chat import LETTERS, make_checkpoint
-from tokenizer import CharTokenizer
+from engine.checkpoint import save_checkpoint
+from system import terminal as system_terminal
+from system.errors import UserError, run_script, warn
+from system.safe_text import printable
+from system.terminal import bar, cells, fit
+from talk.conversation import Conversation
+from text.tokenizer import CharTokenizer
 
 TEXTS = (
     *(
@@ -141,9 +142,13 @@ def test_bars_are_as_long_as_the_shares_say(monkeypatch):
         *("", "▏", "█████", "█████▋", "██████████", "██████████")
     ]
     assert bar(0.5, 0) == bar(0.5, -3) == ""
-    monkeypatch.setattr(terminal, "can_show", lambda text: text.isascii())
+    monkeypatch.setattr(system_terminal, "can_show", lambda text: text.isascii())
     assert [bar(share, 10) for share in (0, 1e-9, 0.5, 1)] == ["", "#", "#####", "##########"]
-    assert fit("a⏎", 4) == "a\\n " and terminal.level(1) == "@" and terminal.level(0) == " "
+    assert (
+        fit("a⏎", 4) == "a\\n "
+        and system_terminal.level(1) == "@"
+        and system_terminal.level(0) == " "
+    )
 
 
 WORDS = CharTokenizer.train("abcdefghijklmnopqrstuvwxyz :\n한漢")

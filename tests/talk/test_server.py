@@ -13,18 +13,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_chat import make_checkpoint
 
 import chat
-import chat_server
-import live_conversation
-from chat_server import ChatServer
-from checkpoint import load_model
 from conftest import BROWSER, ROOT
-from errors import UserError
-from live_conversation import LiveConversation
-from terminal import printable
-from test_chat import make_checkpoint
-from tokenizer import BPETokenizer, CharTokenizer
+from engine.checkpoint import load_model
+from system.errors import UserError
+from system.safe_text import printable
+from talk import events as talk_events
+from talk import server as talk_server
+from talk.events import LiveConversation
+from talk.server import ChatServer
+from text.tokenizer import BPETokenizer, CharTokenizer
 
 HOSTILE = ("<script>document.title='pwned'</script>", "<img src=x onerror=alert(1)>", "\u202e")
 LETTERS = CharTokenizer([*"abcdefghijklmnopqrstuvwxyz :\n\x1b", *HOSTILE])
@@ -298,8 +298,8 @@ def make_conversation(tokenizer=LETTERS, **config):
 
 def test_memory_stays_as_it_is_and_the_newest_stay_true(in_tmp, monkeypatch):
     """Of a long text and a long answer the newest tokens are kept, with the pulls they felt."""
-    monkeypatch.setattr(live_conversation, "KEPT_TOKENS", 50)
-    monkeypatch.setattr(live_conversation, "READ_PAIRS", 4000)
+    monkeypatch.setattr(talk_events, "KEPT_TOKENS", 50)
+    monkeypatch.setattr(talk_events, "READ_PAIRS", 4000)
     conversation = make_conversation()
     fed, feed = [], conversation.stream.feed
     monkeypatch.setattr(
@@ -375,7 +375,7 @@ def test_hosts_ports_and_flags(in_tmp, capsys, monkeypatch):
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(chat_server.ChatServer, "work", interrupt)
+    monkeypatch.setattr(talk_server.ChatServer, "work", interrupt)
     flags = ["--checkpoint-path", "x.pt", "--serve"]
     with pytest.raises(KeyboardInterrupt):
         chat.main([*flags, "--port", "0", "--host", "0.0.0.0"])

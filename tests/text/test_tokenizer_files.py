@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from test_tokenizer import BPE_JSON, ENGLISH, HANGUL, TEXTS
 from tokenizers import (
     AddedToken,
     Regex,
@@ -15,9 +16,8 @@ from tokenizers import (
     trainers,
 )
 
-from errors import UserError
-from test_tokenizer import BPE_JSON, ENGLISH, HANGUL, TEXTS
-from tokenizer import GPT4_WORDS, LONGEST_TOKEN, BPETokenizer, load_bpe, tokenizer_from_vocab
+from system.errors import UserError
+from text.tokenizer import GPT4_WORDS, LONGEST_TOKEN, BPETokenizer, load_bpe, tokenizer_from_vocab
 
 
 def test_what_would_cut_or_pad_a_text_is_not_used():

@@ -8,11 +8,11 @@ import sys
 import time
 
 import pytest
+from test_tensorboard_log import TINY, evaluation
 
-import progress
 from conftest import ROOT
-from progress import TrainingDisplay, time_left
-from test_dashboard import TINY, evaluation
+from training import display as training_display
+from training.display import TrainingDisplay, time_left
 
 LIVE = re.compile(r"/100,?000\b.* loss ")
 
@@ -25,7 +25,7 @@ def test_time_left():
 def test_through_a_pipe_lines_are_plain(capsys, monkeypatch):
     """Rows, and between two that are far apart a line of the same news."""
     clock = [1000.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(training_display.time, "monotonic", lambda: clock[0])
     with TrainingDisplay(15000, 5000, 768) as display:
         for step in range(5001, 5014):
             clock[0] += 10

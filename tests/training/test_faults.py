@@ -15,12 +15,12 @@ import pytest
 import torch
 
 import train_shakespeare
-import trainer as trainer_module
-from checkpoint import best_path, last_path, read_checkpoint, save_checkpoint
 from conftest import ROOT, error_line, run
-from errors import UserError
+from engine.checkpoint import best_path, last_path, read_checkpoint, save_checkpoint
 from fault_campaign import CHECKPOINT_INTERVAL, campaign
 from soak import soak
+from system.errors import UserError
+from training import trainer as training_trainer
 
 SMALL = (
     *("--data-path", "small.txt", "--hidden-dim", 32, "--num-layers", 1, "--num-heads", 2),
@@ -94,8 +94,8 @@ def trained(in_tmp, small_text):
 
 ASKED_TWICE = """
 import os, signal, sys, time
-from ranks import Ranks
-from stop_request import StopRequest
+from training.ranks import Ranks
+from training.stop_request import StopRequest
 first, second = (getattr(signal, name) for name in sys.argv[1:3])
 with StopRequest() as stop:
     os.kill(os.getpid(), first)
@@ -269,13 +269,14 @@ def test_what_a_killed_writer_left_is_cleared_away(trained, in_tmp):
 
 def test_fp16_overflow_is_no_skipped_step(in_tmp, small_text):
     """The scaler halves its scale until the gradients fit; nothing is counted, then it learns."""
-    from data import prepare_data
-    from options import resolve, train_parser
+    from text.preparation import prepare_data
+    from training.config import resolve
+    from training.options import train_parser
 
     flags = [*map(str, SMALL), "--no-repulsion", "--warmup-steps", "0"]
     config = resolve(train_parser("", "").parse_args(flags))
     data = prepare_data("shakespeare", str(small_text), say=lambda line: None)
-    trainer = trainer_module.Trainer(config, data, torch.device("cpu"))
+    trainer = training_trainer.Trainer(config, data, torch.device("cpu"))
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     before = {k: v.clone() for k, v in trainer.raw_model.state_dict().items()}
     trainer.step()

@@ -10,8 +10,8 @@ import time
 import pytest
 import torch
 
-from checkpoint import read_checkpoint
 from conftest import ROOT, run
+from engine.checkpoint import read_checkpoint
 
 STEPS = 50
 SMALL = (

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import train_shakespeare
-from checkpoint import read_checkpoint
 from conftest import ROOT
-from errors import UserError
-from run_files import RunFiles
-from trainer import Trainer
+from engine.checkpoint import read_checkpoint
+from system.errors import UserError
+from training.run_files import RunFiles
+from training.trainer import Trainer
 
 SMALL = (
     *("--data-path", "small.txt", "--hidden-dim", 16, "--num-layers", 1, "--num-heads", 2),

@@ -21,15 +21,16 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from tensorboard.util.tensor_util import make_ndarray
-
-import dashboard
-from checkpoint import build_model, read_checkpoint
-from conftest import BROWSER, ROOT, error_line, run
-from dashboard import Dashboard, as_code, sample_text
-from errors import UserError
-from metrics import RunLog
 from test_train import assert_same_run, same
-from tokenizer import CharTokenizer
+
+from conftest import BROWSER, ROOT, error_line, run
+from engine.checkpoint import read_checkpoint
+from engine.models import build_model
+from system.errors import UserError
+from text.tokenizer import CharTokenizer
+from training import tensorboard_log
+from training.run_log import RunLog
+from training.tensorboard_log import Dashboard, as_code, sample_text
 
 TINY = (
     *("--hidden-dim", 16, "--coord-dim", 8, "--head-coord-dim", 4, "--num-layers", 1),
@@ -71,7 +72,7 @@ def texts(events):
 
 def hparams(directory, name):
     """The session infos of that name in a run's only event file."""
-    from event_file import read_events
+    from training.event_file import read_events
 
     (path,) = directory.glob("events.out.tfevents.*")
     values = [value for event in read_events(path) for value in event.summary.value]
@@ -258,12 +259,14 @@ def test_event_files_stay_under_50_mb(eval_interval, in_tmp, most_bytes, monkeyp
         def times(most, board=board, evaluations=evaluations):
             return sum(board._is_due(step, most) for step in evaluations)
 
-        counted = times(dashboard.MOST_ROWS)
+        counted = times(tensorboard_log.MOST_ROWS)
         assert counted >= min(len(evaluations), 500)  # bounded, not bare
-        drawn = times(min(dashboard.MOST_TIMES, dashboard.MOST_HISTOGRAMS // (1 + 5 * layers)))
+        drawn = times(
+            min(tensorboard_log.MOST_TIMES, tensorboard_log.MOST_HISTOGRAMS // (1 + 5 * layers))
+        )
         assert drawn >= min(len(evaluations), 20)
         total = start + scalars * counted + histograms * drawn
-        total += text * times(dashboard.MOST_SAMPLES)
+        total += text * times(tensorboard_log.MOST_SAMPLES)
         assert total < 50e6, (folder, eval_interval, total)
 
 
@@ -335,7 +338,7 @@ def test_a_disk_that_fills_ends_with_one_line(what, max_steps, in_tmp, small_tex
 
 
 def test_the_projector_is_bounded(in_tmp, monkeypatch):
-    monkeypatch.setattr(dashboard, "PROJECTOR_NUMBERS", 16 * 5)
+    monkeypatch.setattr(tensorboard_log, "PROJECTOR_NUMBERS", 16 * 5)
     model, data = small()
     Dashboard(in_tmp, CONFIG).projector(model, data.tokenizer, 3)
     (tensors,) = in_tmp.rglob("tensors.tsv")

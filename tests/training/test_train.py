@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import train_shakespeare
-import trainer as trainer_module
-from checkpoint import load_model, read_checkpoint
 from conftest import ROOT, error_line, run
 from data import eval_batches
-from errors import run_script
-from metrics import RunLog
-from token_files import open_token_data
+from engine.checkpoint import load_model, read_checkpoint
+from system.errors import run_script
+from text.token_files import open_token_data
+from training import trainer as training_trainer
+from training.run_log import RunLog
 
 SMALL = (
     *("--hidden-dim", 32, "--coord-dim", 8, "--head-coord-dim", 4, "--num-layers", 2),
@@ -206,13 +206,14 @@ def test_tensorboard_gets_curves_geometry_and_labels(in_tmp, small_text):
 @pytest.fixture
 def trainer(in_tmp, small_text):
     """A trainer in this process, and the config it has."""
-    from data import prepare_data
-    from options import resolve, train_parser
+    from text.preparation import prepare_data
+    from training.config import resolve
+    from training.options import train_parser
 
     flags = [str(flag) for flag in (*SMALL, "--data-path", small_text, "--dropout", 0)]
     config = resolve(train_parser("", "").parse_args(flags))
     data = prepare_data("shakespeare", str(small_text), say=lambda line: None)
-    return trainer_module.Trainer(config, data, torch.device("cpu"))
+    return training_trainer.Trainer(config, data, torch.device("cpu"))
 
 
 def test_accumulation_is_the_mean_over_micro_steps(trainer):
@@ -250,10 +251,10 @@ def test_learning_rate_schedule():
         **{"learning_rate": 1.0, "min_learning_rate": 0.1, "warmup_steps": 10},
         **{"max_steps": 110, "use_cosine_schedule": True},
     }
-    rate = [trainer_module.learning_rate(step, config) for step in (0, 9, 10, 60, 110)]
+    rate = [training_trainer.learning_rate(step, config) for step in (0, 9, 10, 60, 110)]
     assert rate == pytest.approx([0.1, 1.0, 1.0, 0.55, 0.1])
     config["use_cosine_schedule"] = False
-    assert trainer_module.learning_rate(100, config) == 1.0
+    assert training_trainer.learning_rate(100, config) == 1.0
 
 
 def test_a_step_that_is_not_finite_changes_nothing(trainer):
@@ -306,10 +307,10 @@ def test_no_checkpoint_is_written_while_steps_are_skipped(in_tmp, small_text, mo
     flags = ("--data-path", small_text, "--checkpoint-path", "c/x", "--max-steps", 5)
     train(*flags, cwd=in_tmp)
     good = (in_tmp / "c" / "x_last.pt").read_bytes()
-    loss = trainer_module.Trainer.loss
+    loss = training_trainer.Trainer.loss
     nan = float("nan")
     monkeypatch.setattr(
-        trainer_module.Trainer, "loss", lambda *args: tuple(x * nan for x in loss(*args))
+        training_trainer.Trainer, "loss", lambda *args: tuple(x * nan for x in loss(*args))
     )
     flags = ("--resume", "--checkpoint-path", "c/x", "--max-steps", 50)
     code, error = refuse(capsys, *flags, "--checkpoint-interval", 1, "--max-skipped-steps", 5)
@@ -410,7 +411,8 @@ def test_a_checkpoint_path_that_cannot_be_written(in_tmp, small_text, capsys):
 
 
 def test_presets_fill_what_is_not_given_and_flags_win(in_tmp):
-    from options import resolve, train_parser
+    from training.config import resolve
+    from training.options import train_parser
 
     parser = train_parser("", "")
     config = resolve(parser.parse_args(["--dataset", "wikitext103", "--num-layers", "3"]))

@@ -1,0 +1,1 @@
+"""The map: where tokens are, what pulls them, drawn as one HTML page."""

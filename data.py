@@ -1,0 +1,51 @@
+"""Token files become batches: a pure function of (seed, step, micro-step)."""
+
+import numpy as np
+import torch
+
+from system.errors import UserError
+
+EVAL_WINDOWS_PER_ITER = 16
+
+
+def check_long_enough(tokens, block_size, split, data):
+    """Raise `UserError` where a split is too short for a single block and its target."""
+    if len(tokens) < block_size + 1:
+        raise UserError(
+            f"the {split} split of {data.meta['source']} has {len(tokens)} tokens, fewer than "
+            f"--block-size {block_size} and one more: give more text or a smaller --block-size"
+        )
+
+
+def get_batch(tokens, batch_size, block_size, seed, step, micro_step=0):
+    """A random training batch, the same for the same (seed, step, micro_step).
+
+    Returns:
+        inputs and targets, both (batch_size, block_size) int64.
+    """
+    rng = np.random.default_rng([seed, step, micro_step])
+    starts = rng.integers(0, len(tokens) - block_size, size=batch_size)
+    return _windows(tokens, starts, block_size)
+
+
+def eval_windows(tokens, block_size, eval_iters):
+    """Starts of the fixed evaluation windows: evenly spread, without overlap.
+
+    At most `eval_iters * EVAL_WINDOWS_PER_ITER` of them, and never more than the split holds.
+    """
+    available = (len(tokens) - 1) // block_size
+    count = min(available, eval_iters * EVAL_WINDOWS_PER_ITER)
+    return np.arange(count) * available // count * block_size
+
+
+def eval_batches(tokens, block_size, eval_iters, batch_size):
+    """Yield the fixed evaluation windows, (<= batch_size, block_size) inputs and targets."""
+    starts = eval_windows(tokens, block_size, eval_iters)
+    for first in range(0, len(starts), batch_size):
+        yield _windows(tokens, starts[first : first + batch_size], block_size)
+
+
+def _windows(tokens, starts, block_size):
+    index = np.asarray(starts)[:, None] + np.arange(block_size + 1)
+    windows = torch.from_numpy(tokens[index].astype(np.int64))
+    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()

@@ -1,0 +1,1 @@
+"""A trained model: checkpoints, generation, and which token pulls which."""

@@ -1,0 +1,209 @@
+"""The Triton kernel of the forward pass."""
+
+import triton
+import triton.language as tl
+
+from gravity.cuda_tiles import (
+    add_weighted,
+    blocks_before,
+    dot,
+    load_keys,
+    load_rows,
+    provably_needed_from,
+    softened_power,
+)
+
+
+@triton.jit
+def _attend(
+    sums,
+    total,
+    block,
+    q,
+    q_norm,
+    q_time,
+    tq,
+    t_first,
+    k_ptr,
+    k_norm_ptr,
+    v_ptr,
+    mass_ptr,
+    tk_ptr,
+    stride_kt,
+    stride_kc,
+    stride_vt,
+    stride_vd,
+    num_keys,
+    time_scale,
+    edge,
+    inverse_radius2,
+    MASKED: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    BITS: tl.constexpr,
+    CUTOFF: tl.constexpr,
+    COORDS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    N: tl.constexpr,
+):
+    """Add one key block to the sums of a query block: sums [M, D], total [M]."""
+    n = block * N + tl.arange(0, N)
+    k, v, k_norm, mass, tk = load_keys(
+        *(k_ptr, k_norm_ptr, v_ptr, mass_ptr, tk_ptr, n, stride_kt, stride_kc),
+        *(stride_vt, stride_vd, num_keys, MASKED, COORDS, WIDTH, C, D),
+    )
+    base = (q_norm[:, None] + k_norm[None, :]) - 2.0 * dot(q, tl.trans(k))  # [M, N]
+    lag = q_time[:, None] - time_scale * (tk - t_first)[None, :]
+    u, _, field = softened_power(base, lag, edge, EXPONENT, BITS, CUTOFF)
+    if MASKED:
+        field = tl.where(tq[:, None] >= tk[None, :], field, 0.0)
+    field = field * mass[None, :]
+    if CUTOFF == "soft":
+        rho = tl.maximum((edge - u) * inverse_radius2, 0.0)
+        field = field * rho * rho
+    total += tl.sum(field, 1)
+    sums = add_weighted(sums, field, v)
+    return sums, total
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+def forward_kernel(
+    q_ptr,
+    q_norm_ptr,
+    k_ptr,
+    k_norm_ptr,
+    v_ptr,
+    mass_ptr,
+    tq_ptr,
+    tk_ptr,
+    time_scale_ptr,
+    time_offset_ptr,
+    radius_ptr,
+    reach_ptr,
+    max_mass_ptr,
+    visible_ptr,
+    out_ptr,
+    inverse_total_ptr,
+    first_kept_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_qc,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_kc,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    stride_vd,
+    stride_ob,
+    stride_oh,
+    stride_ot,
+    batch_heads,
+    heads,
+    num_queries,
+    num_keys,
+    log_share,
+    TINY: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    BITS: tl.constexpr,
+    CUTOFF: tl.constexpr,
+    COORDS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+):
+    """One query block of one head against its key blocks, newest first.
+
+    Args:
+        visible_ptr: for each query, how many keys are not later, (Tq,).
+        reach_ptr: how many tokens back a head can feel, (H,) (where there is a cutoff).
+        max_mass_ptr: the largest mass, one number (where BOUNDED: by a tolerance).
+        log_share: log2 of `tolerance * (2 * EXPONENT - 1)`.
+        out_ptr, inverse_total_ptr, first_kept_ptr: written; (B, H, Tq, WIDTH), (B, H, Tq) and
+            (B, H, query blocks), the key at which summing ended.
+    """
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(num_queries, M)
+    block = blocks - 1 - pid // batch_heads  # the longest rows first
+    bh = (pid % batch_heads).to(tl.int64)
+    b, h = bh // heads, bh % heads
+    rows = block * M + tl.arange(0, M)
+    real = rows < num_queries
+    d = tl.arange(0, D)
+    time_scale, time_offset = tl.load(time_scale_ptr + h), tl.load(time_offset_ptr + h)
+    edge, inverse_radius2 = 0.0, 0.0
+    if CUTOFF != "none":
+        radius = tl.load(radius_ptr + h)
+        edge, inverse_radius2 = 1.0 + radius * radius, 1.0 / (radius * radius)
+    query = bh * num_queries + rows
+    q_ptr += b * stride_qb + h * stride_qh
+    q = load_rows(q_ptr, rows, stride_qt, stride_qc, num_queries, True, COORDS, C)  # [M, C]
+    q_norm = 1.0 + tl.load(q_norm_ptr + query, mask=real, other=0.0)
+    tq = tl.load(tq_ptr + rows, mask=real, other=0.0)
+    t_first = tl.load(tq_ptr + block * M)
+    q_time = time_scale * (tq - t_first - time_offset)
+    k_ptr += b * stride_kb + h * stride_kh
+    k_norm_ptr += bh * num_keys
+    v_ptr += b * stride_vb + h * stride_vh
+    mass_ptr += b * num_keys
+    newest = tl.load(visible_ptr + tl.minimum(block * M + M, num_queries) - 1)
+    high = tl.load(visible_ptr + block * M) // N  # blocks below it are seen by every row
+
+    sums = tl.zeros([M, D], tl.float32)
+    total = tl.zeros([M], tl.float32)
+    for n in range(high, tl.cdiv(newest, N)):
+        sums, total = _attend(
+            *(sums, total, n, q, q_norm, q_time, tq, t_first),
+            *(k_ptr, k_norm_ptr, v_ptr, mass_ptr, tk_ptr),
+            *(stride_kt, stride_kc, stride_vt, stride_vd, num_keys),
+            *(time_scale, edge, inverse_radius2),
+            *(True, EXPONENT, BITS, CUTOFF, COORDS, WIDTH, C, D, N),
+        )
+    low = 0
+    if CUTOFF != "none":
+        low = blocks_before(tk_ptr, t_first - tl.load(reach_ptr + h), high, N)
+    if BOUNDED:
+        log_window = tl.log2(tl.load(max_mass_ptr)) - log_share
+        log_window = (log_window - 2 * EXPONENT * tl.log2(time_scale)) / (2 * EXPONENT - 1)
+        needed = provably_needed_from(total, tq, real, time_offset, log_window, EXPONENT)
+        end = tl.maximum(low, blocks_before(tk_ptr, needed, high, N))
+        chunk = 1
+        # a few searches, each after four times as many blocks; the loops between them are pipelined
+        while high > end:
+            stop = tl.maximum(high - chunk, end)
+            for i in range(stop, high):
+                sums, total = _attend(
+                    *(sums, total, high - 1 - (i - stop), q, q_norm, q_time, tq, t_first),
+                    *(k_ptr, k_norm_ptr, v_ptr, mass_ptr, tk_ptr),
+                    *(stride_kt, stride_kc, stride_vt, stride_vd, num_keys),
+                    *(time_scale, edge, inverse_radius2),
+                    *(False, EXPONENT, BITS, CUTOFF, COORDS, WIDTH, C, D, N),
+                )
+            high = stop
+            chunk *= 4
+            needed = provably_needed_from(total, tq, real, time_offset, log_window, EXPONENT)
+            end = tl.maximum(low, blocks_before(tk_ptr, needed, high, N))
+    else:
+        for i in range(low, high):
+            sums, total = _attend(
+                *(sums, total, high - 1 - (i - low), q, q_norm, q_time, tq, t_first),
+                *(k_ptr, k_norm_ptr, v_ptr, mass_ptr, tk_ptr),
+                *(stride_kt, stride_kc, stride_vt, stride_vd, num_keys),
+                *(time_scale, edge, inverse_radius2),
+                *(False, EXPONENT, BITS, CUTOFF, COORDS, WIDTH, C, D, N),
+            )
+        high = low
+
+    inverse_total = 1.0 / (total + TINY)
+    out = sums * inverse_total[:, None]
+    place = b * stride_ob + h * stride_oh + rows.to(tl.int64)[:, None] * stride_ot + d[None, :]
+    inside = real[:, None] & (d < WIDTH)[None, :]
+    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(inverse_total_ptr + query, inverse_total, mask=real)
+    tl.store(first_kept_ptr + bh * blocks + block, high * N)

@@ -1,0 +1,233 @@
+"""The law of the first release: its operator, tile by tile, and its attention layer."""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from gravity.heads import merge_heads, softplus_inverse, split_heads
+from gravity.law import positions_or_range
+
+
+def published_gravity_attention(
+    q,
+    k,
+    v,
+    query_mass,
+    key_mass,
+    *,
+    gamma,
+    bias,
+    radius=None,
+    cutoff="none",
+    mass_in_value=False,
+    use_rsqrt=False,
+    dropout=0.0,
+    query_positions=None,
+    key_positions=None,
+):
+    """The law of NGT's first release: a softmax over repelling, mass-weighted scores.
+
+    `score = -gamma / (r2 + 1e-6) + bias`, times `m_i m_j` unless `mass_in_value`, times
+    `relu(1 - r2/radius^2)` under the soft cutoff, masked beyond the radius under the hard one.
+
+    Args:
+        q, k: one and the same point of each token, (B, H, Tq, C) and (B, H, Tk, C).
+        v: (B, H, Tk, D).
+        query_mass, key_mass: (B, Tq), (B, Tk).
+        gamma, bias: (H,).
+        radius: one number for all heads.
+        use_rsqrt: compute 1/r2 as a squared reciprocal root.
+        dropout: probability with which a weight is dropped.
+
+    Returns:
+        (B, H, Tq, D) in the dtype of `v`.
+
+    Source: Taegyu Lee, Newton Gravity Transformer, first public release (MIT).
+    """
+    t_query = positions_or_range(query_positions, q.shape[2], q.device)
+    t_key = positions_or_range(key_positions, k.shape[2], q.device)
+    seed = int(torch.randint(2**62, ())) if dropout else 0
+    if radius is None:
+        radius = torch.ones((), device=q.device)
+    settings = (cutoff, mass_in_value, use_rsqrt, dropout, seed, t_query, t_key)
+    with torch.autocast(q.device.type, enabled=False):
+        return _PublishedRows.apply(
+            settings, q, k, v, query_mass, key_mass, gamma, bias, torch.as_tensor(radius)
+        )
+
+
+PUBLISHED_TILE = 1 << 18  # pairs of a tile, so that what is computed from it stays in the cache
+
+
+def _published_tiles(settings, q, k):
+    """`(batch, rows, number of keys)` of the tiles: all heads, a block of queries, all its past."""
+    t_query, t_key = settings[-2:]
+    batch, heads, queries, _ = q.shape
+    rows = max(16, min(128, PUBLISHED_TILE // max(1, heads * k.shape[2])))
+    for b in range(batch):
+        for start in range(0, queries, rows):
+            row = slice(start, min(start + rows, queries))
+            yield slice(b, b + 1), row, int(torch.searchsorted(t_key, t_query[row][-1], right=True))
+
+
+def _published_tile(settings, number, q, k, v, query_mass, key_mass, gamma, bias, radius):
+    """One tile by plain autograd. Positions and the tile's number (for dropout) as given."""
+    cutoff, mass_in_value, use_rsqrt, dropout, seed, t_query, t_key = settings
+    accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
+    distance = t_query[:, None] - t_key[None, :]  # (Tq, Tk)
+    q, k = q.to(accumulate), k.to(accumulate)
+    centre = k.detach().mean(2, keepdim=True)
+    q, k = q - centre, k - centre
+    r2 = q.square().sum(-1)[..., None] + k.square().sum(-1)[:, :, None, :]
+    r2 = torch.baddbmm(r2[0], q[0], k[0].transpose(-1, -2), alpha=-2)[None].clamp(min=0)
+    r2 = r2.masked_fill(distance == 0, 0)  # (1, H, Tq, Tk)
+    inverse = torch.rsqrt(r2 + 1e-6).square() if use_rsqrt else 1 / (r2 + 1e-6)
+    score = bias[:, None, None] - gamma[:, None, None] * inverse
+    if not mass_in_value:
+        score = score * (query_mass[:, None, :, None] * key_mass[:, None, None, :])
+    if cutoff == "soft":
+        score = score * torch.relu(1 - r2 / radius**2)
+    elif cutoff == "hard":
+        score = score.masked_fill(r2 > radius**2, -math.inf)
+    weight = torch.softmax(score.masked_fill(distance < 0, -math.inf), -1)
+    if dropout:
+        generator = torch.Generator(q.device).manual_seed((seed + number) % 2**63)
+        kept = torch.rand(weight.shape, generator=generator, device=q.device) >= dropout
+        weight = weight * kept / (1 - dropout)
+    if mass_in_value:
+        v = v * key_mass[:, None, :, None].to(v.dtype)
+    return weight.to(v.dtype) @ v
+
+
+class _PublishedRows(torch.autograd.Function):
+    """The published law tile by tile; the backward pass computes each tile anew."""
+
+    @staticmethod
+    def forward(ctx, settings, q, k, v, query_mass, key_mass, gamma, bias, radius):
+        inputs = q, k, v, query_mass, key_mass, gamma, bias, radius
+        batch, heads, queries, _ = q.shape
+        # heads of a token side by side, as the next layer reads them
+        out = v.new_empty(batch, queries, heads, v.shape[-1]).transpose(1, 2)
+        for number, where in enumerate(_published_tiles(settings, q, k)):
+            tile_settings, tile = _published_inputs(settings, where, inputs)
+            out[where[0], :, where[1]] = _published_tile(tile_settings, number, *tile)
+        ctx.settings = settings
+        ctx.save_for_backward(*inputs)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out):
+        inputs = ctx.saved_tensors
+        grads = [
+            torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in inputs
+        ]
+        d_q, d_k, d_v, d_query_mass, d_key_mass, *per_head = grads
+        with torch.autocast(grad_out.device.type, enabled=False):
+            for number, where in enumerate(_published_tiles(ctx.settings, *inputs[:2])):
+                settings, tile = _published_inputs(ctx.settings, where, inputs)
+                tile = [x.detach().requires_grad_() for x in tile]
+                b, row, keys = where
+                with torch.enable_grad():
+                    out = _published_tile(settings, number, *tile)
+                found = torch.autograd.grad(out, tile, grad_out[b, :, row], materialize_grads=True)
+                d_q[b, :, row] += found[0]
+                d_k[b, :, :keys] += found[1]
+                d_v[b, :, :keys] += found[2]
+                d_query_mass[b, row] += found[3]
+                d_key_mass[b, :keys] += found[4]
+                for total, part in zip(per_head, found[5:], strict=True):
+                    total += part
+        return None, *(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
+
+
+def _published_inputs(settings, where, inputs):
+    """Settings and inputs of one tile."""
+    b, row, keys = where
+    *others, t_query, t_key = settings
+    q, k, v, query_mass, key_mass, *per_head = inputs
+    return (*others, t_query[row], t_key[:keys]), (
+        q[b, :, row],
+        k[b, :, :keys],
+        v[b, :, :keys],
+        query_mass[b, row],
+        key_mass[b, :keys],
+        *per_head,
+    )
+
+
+class PublishedGravityAttention(nn.Module):
+    """The pull under `--law published`: the first release's softmax over one point a head."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.config, self.layer = config, layer
+        heads = config.num_heads
+        self.coord_proj_attn = nn.Linear(config.coord_dim, heads * config.head_coord_dim)
+        self.v_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
+        self.out_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
+        self.gamma_raw = nn.Parameter(torch.zeros(heads))
+        self.gravity_bias = nn.Parameter(torch.zeros(heads))
+        self.radius_raw = nn.Parameter(softplus_inverse(config.radius))
+
+    def reset_geometry(self):
+        """Start with points a few units apart, where the law's scores differ."""
+        self.coord_proj_attn.reset_parameters()
+
+    @property
+    def radius(self):
+        return None if self.config.cutoff == "none" else F.softplus(self.radius_raw.float())
+
+    def points(self, z):
+        """One point a head for both sides, (B, H, T, head_coord_dim) twice."""
+        x = split_heads(self.coord_proj_attn(z), self.config.num_heads)
+        return x, x
+
+    def law(self):
+        """The keyword arguments of `gravity.published_gravity_attention` for this layer."""
+        return dict(
+            gamma=F.softplus(self.gamma_raw.float()),
+            bias=self.gravity_bias.float(),
+            radius=self.radius,
+            cutoff=self.config.cutoff,
+            mass_in_value=self.config.mass_in_value,
+            use_rsqrt=self.config.use_rsqrt,
+        )
+
+    def pull_rows(self, z, mass, positions, rows):
+        """Softmax weights of the tokens of a slice, (H, rows, rows.stop): columns are sources."""
+        q, k = (x.float() for x in self.points(z))
+        # what it weighs is not what it hands on: only the weights are asked for
+        mass = torch.ones_like(mass) if self.config.mass_in_value else mass.float()
+        one_hot = torch.eye(rows.stop, device=z.device).expand(*k.shape[:2], -1, -1)
+        return published_gravity_attention(
+            q[:, :, rows],
+            k[:, :, : rows.stop],
+            one_hot,  # what a source hands on is its own column
+            mass[:, rows],
+            mass[:, : rows.stop],
+            query_positions=positions[rows],
+            key_positions=positions[: rows.stop],
+            **self.law(),
+        )[0]
+
+    def forward(self, h, z, mass, positions, kv_cache=None):
+        q, k = self.points(z)
+        v = split_heads(self.v_proj(h), self.config.num_heads)
+        key_positions, key_mass = positions, mass
+        if kv_cache is not None:
+            key_positions, k, v, key_mass = kv_cache.append(self.layer, positions, k, v, mass)
+        pull = published_gravity_attention(
+            q,
+            k,
+            v,
+            mass,
+            key_mass,
+            dropout=self.config.dropout if self.training else 0.0,
+            query_positions=positions,
+            key_positions=key_positions,
+            **self.law(),
+        )
+        return self.out_proj(merge_heads(pull))

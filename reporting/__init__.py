@@ -1,0 +1,1 @@
+"""From finished runs to reports: tables, studies, plots."""

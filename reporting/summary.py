@@ -1,0 +1,126 @@
+"""The report of a group of runs: Markdown, CSV and a picture."""
+
+import csv
+import io
+import itertools
+import json
+import shlex
+from pathlib import Path
+
+from reporting.checks import is_plain
+from reporting.geometry import geometry_section
+from reporting.runs import NOT_RUN, Run, all_values, duration, label_of
+from reporting.tables import result_table, setting_text, settings_table, speed_table
+from system.errors import UserError
+from system.files import write_whole
+from system.markdown import markdown_block, markdown_code, markdown_table, markdown_text
+from system.safe_text import one_line
+
+
+def reference_section(path):
+    """Figures that others published, marked as theirs.
+
+    Raises:
+        UserError: where the file is missing or not in the form of reports/first_release.json.
+    """
+    try:
+        reference = json.loads(Path(path).read_text(encoding="utf-8"))
+        head = list(reference["rows"][0])
+        lines = [[row[key] for key in head] for row in reference["rows"]]
+        title, setting = reference["title"], reference["setting"]
+        if not all(map(is_plain, (title, setting, *head, *itertools.chain(*lines)))):
+            raise ValueError("a value in it is no number and no short text")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"--reference {path} cannot be used ({error}): name a file in the form of "
+            "reports/first_release.json"
+        ) from None
+    lines = [[setting_text(value) for value in line] for line in lines]
+    return (
+        f"## {markdown_text(title)}\n\nNot measured here, and not comparable with the tables above "
+        f"unless the setting is the same: {markdown_text(setting)} (from {markdown_code(path)})."
+        f"\n\n{markdown_table(head, lines)}"
+    )
+
+
+def write_report(output, names, variants, reference):
+    """Write the report and, beside it under the same name, .csv, .png and .html."""
+    from reporting.plots import (
+        page_of_curves,  # a second to import
+        save_png,  # a second to import
+    )
+
+    ran = [v for v in variants if v.runs]
+    runs = [run for v in ran for run in v.runs]
+    curves = [(v.label, one_line(run.name), run.rows) for v in ran for run in v.runs]
+    title = one_line(f"Report: {', '.join(names)}")
+    common = set.intersection(*({row["step"] for row in run.rows} for run in runs))
+    shortest = min(run.rows[-1]["wall_time"] for run in runs)
+    configs = [run.config for run in runs]
+    steps = ", ".join(f"{run.name} {run.rows[-1]['step']:,}" for run in runs)
+    tokens = max(run.rows[-1]["tokens"] for run in runs)
+    command = ["python", "report.py", "--runs", *names]
+    command += ["--reference", str(reference)] if reference else []
+
+    def values(key):
+        return markdown_text(all_values(configs, key))
+
+    parts = [
+        f"# {markdown_text(title)}",
+        f"**Corpus:** {values('source')}. **Steps:** {markdown_text(steps)} (of "
+        f"{values('max_steps')} planned), up to {tokens:,} tokens each. **Machine:** "
+        f"{values('machine')}. **Seed:** {values('seed')}. **Commit:** {values('code_version')}.",
+        f"Written by {markdown_code(shlex.join([*command, '--output', str(output)]))} from the "
+        "runs' own files. "
+        "`ratio` is the perplexity over that of the first line; training time is that of the "
+        "steps, evaluations not counted; losses are nats a token on fixed validation windows.",
+        "## At equal steps",
+        result_table(variants, lambda run: run.at_step(max(common)))
+        if common
+        else "The runs were never evaluated at the same step.",
+        "## At each one's best",
+        result_table(variants, Run.best),
+        f"## At equal training time ({duration(shortest)})",
+        result_table(variants, lambda run: run.within(shortest)),
+        "## Speed and memory",
+        "Medians over the evaluation intervals.",
+        speed_table(variants),
+        "## Curves",
+        f"![validation loss]({output.stem}.png)",
+        f"Interactive: `{output.stem}.html`; every evaluation: "
+        f"[{output.stem}.csv]({output.stem}.csv).",
+        "## Settings",
+        settings_table(variants),
+        "## What the geometry learned",
+        *(geometry_section(v.label, v.runs[0].config) for v in ran if v.config["model"] == "ngt"),
+    ]
+    if reference:
+        parts.append(reference_section(reference))
+    commands = [shlex.join(["python", *run.config["command"]]) for run in runs]
+    parts += ["## Commands", markdown_block("\n".join(commands), "bash")]
+    parts += [f"{markdown_text(v.label)}: {NOT_RUN}." for v in variants if not v.runs]
+    page = page_of_curves(curves, title).encode()
+    picture = io.BytesIO()
+    save_png(picture, curves)
+    for suffix, content in (
+        (".html", page),
+        (".png", picture.getvalue()),
+        (".csv", _csv(runs)),
+        (output.suffix, ("\n\n".join(parts) + "\n").encode()),
+    ):
+        write_whole(output.with_suffix(suffix), content)
+
+
+def _csv(runs):
+    columns = list(dict.fromkeys(key for run in runs for row in run.rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["run", "model", "seed", *columns], lineterminator="\n")
+    writer.writeheader()
+    for run in runs:
+        same = {
+            "run": one_line(run.name),
+            "model": label_of(run.config),
+            "seed": run.config["seed"],
+        }
+        writer.writerows(same | row for row in run.rows)
+    return text.getvalue().encode()

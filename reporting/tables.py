@@ -1,0 +1,135 @@
+"""Tables of runs, for the terminal and for Markdown."""
+
+import statistics
+
+from reporting.runs import NOT_RUN, duration, mean
+from system.markdown import markdown_table
+from system.terminal import cells
+
+SETTINGS = {
+    "parameters": "parameters",
+    "hidden_dim": "hidden_dim",
+    "coord_dim": "coord_dim",
+    "head_coord_dim": "head_coord_dim",
+    "num_layers": "layers",
+    "num_heads": "heads",
+    "mlp_dim": "mlp_dim",
+    "block_size": "block_size",
+    "vocab_size": "vocabulary",
+    "dropout": "dropout",
+    "exponent": "exponent",
+    "radius": "radius at the start",
+    "batch_size": "batch_size",
+    "gradient_accumulation_steps": "micro-steps",
+    "learning_rate": "learning rate",
+    "min_learning_rate": "at the end",
+    "warmup_steps": "warm-up steps",
+    "weight_decay": "weight decay",
+    "max_steps": "steps planned",
+    "use_amp": "--use-amp",
+    "torch_version": "PyTorch",
+}
+ONLY_NGT = {"coord_dim", "head_coord_dim", "exponent", "radius"}
+
+
+def terminal_table(variants):
+    """The same in short for the screen: each variant's last evaluation."""
+    head = ("model", "parameters", "step", "val loss", "perplexity", "steps/s", "tokens/s")
+    lines = [head]
+    for v in variants:
+        last = [run.rows[-1] for run in v.runs]
+        lines.append(
+            (
+                v.label,
+                f"{v.config['parameters']:,}" if last else NOT_RUN,
+                f"{min(row['step'] for row in last):,}" if last else "",
+                mean([row["val_loss"] for row in last], ".4f") if last else "",
+                mean([row["perplexity"] for row in last], ".3f") if last else "",
+                mean([run.median("steps_per_s") for run in v.runs], ".2f") if last else "",
+                mean([run.median("tokens_per_s") for run in v.runs], ",.0f") if last else "",
+            )
+        )
+    label_width = max(cells(line[0]) for line in lines)
+    widths = [max(len(line[n]) for line in lines) for n in range(1, len(head))]
+    return "\n".join(
+        "  ".join(
+            [line[0] + " " * (label_width - cells(line[0])), *map(str.rjust, line[1:], widths)]
+        )
+        for line in lines
+    )
+
+
+def result_table(variants, choose):
+    """A line a variant: what `choose(run)` picks among its evaluations."""
+    head = ["model", "step", "training time", "val loss", "perplexity", "bits a byte", "ratio"]
+    lines, baseline = [], None
+    for v in variants:
+        rows = [choose(run) for run in v.runs]
+        if not rows or None in rows:
+            lines.append([v.label, NOT_RUN if not rows else "no evaluation", *[""] * 5])
+            continue
+        perplexities = [row["perplexity"] for row in rows]
+        finite = None not in perplexities
+        if finite and baseline is None:
+            baseline = statistics.mean(perplexities)
+        seeds = f" ({len(rows)} seeds)" if len(rows) > 1 else ""
+        lines.append(
+            [
+                v.label + seeds,
+                mean([row["step"] for row in rows], ",.0f"),
+                duration(statistics.mean(row["wall_time"] for row in rows)),
+                mean([row["val_loss"] for row in rows], ".4f"),
+                mean(perplexities, ".2f"),
+                mean([row.get("bits_per_byte") for row in rows], ".4f"),
+                f"{statistics.mean(perplexities) / baseline:.3f}" if finite else "",
+            ]
+        )
+    return markdown_table(head, lines)
+
+
+def speed_table(variants):
+    head = ["model", "steps/s", "tokens/s", "training time", "peak memory", "ratio of tokens/s"]
+    lines, baseline = [], None
+    for v in variants:
+        if not v.runs:
+            lines.append([v.label, NOT_RUN, *[""] * 4])
+            continue
+        speeds = [run.median("tokens_per_s") for run in v.runs]
+        baseline = baseline or statistics.mean(speeds)
+        peaks = [row.get("peak_memory_bytes") for run in v.runs for row in run.rows]
+        lines.append(
+            [
+                v.label,
+                mean([run.median("steps_per_s") for run in v.runs], ".2f"),
+                mean(speeds, ",.0f"),
+                duration(statistics.mean(run.rows[-1]["wall_time"] for run in v.runs)),
+                f"{max(peaks) / 2**20:,.0f} MiB" if None not in peaks else "not measured",
+                f"{statistics.mean(speeds) / baseline:.3f}",
+            ]
+        )
+    return markdown_table(head, lines)
+
+
+def settings_table(variants):
+    """A line a setting, a column a variant."""
+    ran = [v for v in variants if v.runs]
+    lines = []
+    for key, title in SETTINGS.items():
+        values = [v.config.get(key) for v in ran]
+        if all(value is None for value in values):
+            continue
+        shown = [
+            "" if key in ONLY_NGT and v.config["model"] == "vanilla" else setting_text(value)
+            for v, value in zip(ran, values, strict=True)
+        ]
+        lines.append([title, *shown])
+    lines.append(["seeds", *(", ".join(str(r.config["seed"]) for r in v.runs) for v in ran)])
+    return markdown_table(["", *(v.label for v in ran)], lines)
+
+
+def setting_text(value):
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,1 @@
+"""Errors, files, terminals and the command line: no physics, no model."""

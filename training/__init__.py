@@ -1,0 +1,1 @@
+"""One training run: settings, steps, validation, and the files it writes."""
