@@ -14,7 +14,7 @@ import math
 
 import torch
 
-from gravity.law import TINY, proven_window, reach
+from gravity.law import TINY, Law, proven_window, reach
 from system.machine import cpu_multiplies_bf16
 
 TILE_PAIRS = 1 << 18  # pairs computed at once: three fp32 buffers of that size stay near the L2
@@ -42,24 +42,22 @@ def integer_power(base, exponent, out=None):
     return power
 
 
-def blocked_attention(q, *args):
-    """`gravity.gravity_attention` with checked arguments, in the order of `_BlockedGravity`."""
+def blocked_attention(q, k, v, mass, law):
+    """`gravity.gravity_attention` with checked arguments."""
     # the operator chooses its own precisions
     with torch.autocast(q.device.type, enabled=False):
-        return _BlockedGravity.apply(q, *args)
+        return _BlockedGravity.apply(q, k, v, mass, *law)
 
 
 class _BlockedGravity(torch.autograd.Function):
     """Both passes over the same tiles; tensors of a tile are recomputed, never saved."""
 
     @staticmethod
-    def forward(
-        ctx, q, k, v, mass, time_scale, time_offset, radius, exponent, cutoff, tolerance, tq, tk
-    ):
-        tiles = _Tiles(q, k, v, mass, time_scale, time_offset, radius, exponent, cutoff, tq, tk)
-        out, total, visited = tiles.pull(tolerance)
-        ctx.settings, ctx.visited = (exponent, cutoff, tq, tk), visited
-        ctx.save_for_backward(q, k, v, mass, time_scale, time_offset, radius, out, total)
+    def forward(ctx, q, k, v, mass, *law):
+        law = Law(*law)
+        out, total, visited = _Tiles(q, k, v, mass, law).pull()
+        ctx.fixed, ctx.visited = law.fixed, visited
+        ctx.save_for_backward(q, k, v, mass, *law.learned, out, total)
         return out
 
     @staticmethod
@@ -67,10 +65,10 @@ class _BlockedGravity(torch.autograd.Function):
     def backward(ctx, grad_out):
         *inputs, out, total = ctx.saved_tensors
         with torch.autocast(grad_out.device.type, enabled=False):
-            tiles = _Tiles(*inputs, *ctx.settings)
+            tiles = _Tiles(*inputs[:4], Law(*inputs[4:], *ctx.fixed))
             grads = tiles.gradients(grad_out, out, total, ctx.visited)
         given = [None if x is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
-        return (*given, None, None, None, None, None)
+        return *given, *(None for _ in ctx.fixed)
 
 
 class _Tiles:
@@ -81,18 +79,18 @@ class _Tiles:
     that gradients need. `value` is `(m v, m)`: its products are the pull and the sum of fields.
     """
 
-    def __init__(self, q, k, v, mass, time_scale, time_offset, radius, exponent, cutoff, tq, tk):
+    def __init__(self, q, k, v, mass, law):
         self.real = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.batch, self.heads, _, self.coords = q.shape
-        self.exponent, self.cutoff = exponent, cutoff
-        self.time_scale, self.time_offset = time_scale.double(), time_offset.double()
+        self.exponent, self.cutoff, self.tolerance = law.exponent, law.cutoff, law.tolerance
+        self.time_scale, self.time_offset = law.time_scale.double(), law.time_offset.double()
         self.order = torch.argsort(self.time_offset + 1 / self.time_scale)
         self.is_sorted = bool((self.order[1:] > self.order[:-1]).all())
-        self.radius = None if radius is None else self._sorted(radius.double())
+        self.radius = None if law.radius is None else self._sorted(law.radius.double())
         self.time_scale, self.time_offset = map(self._sorted, (self.time_scale, self.time_offset))
         self._pack_points(q, k)
         self._pack_values(v, mass)
-        self._prepare_time(tq, tk)
+        self._prepare_time(law.query_positions, law.key_positions)
         self.weakest = self._weakest()
         self._buffers = {}
 
@@ -251,7 +249,7 @@ class _Tiles:
             return torch.bmm(a.to(self.matrix), b.to(self.matrix))
         return torch.bmm(a, b, out=self._buffer(name, (len(a), a.shape[1], b.shape[2])))
 
-    def pull(self, tolerance):
+    def pull(self):
         """Forward.
 
         Returns:
@@ -279,7 +277,7 @@ class _Tiles:
                 visited.append((first, rows, columns))
                 end = columns[0]
                 if end > 0:
-                    first, begin = self._what_is_left(sums, rows, end, tolerance)
+                    first, begin = self._what_is_left(sums, rows, end)
             row = slice(*rows)
             torch.add(sums[..., -1:], TINY, out=total[:, row])
             pull = sums[..., :-1].div_(total[:, row])
@@ -301,23 +299,19 @@ class _Tiles:
         matrices = self._matrices(heads)
         sums[matrices] += self._product(field, self.value[matrices, slice(*columns)])
 
-    def _what_is_left(self, sums, rows, end, tolerance):
+    def _what_is_left(self, sums, rows, end):
         """The first head that must look at what is before `end`, and from where on."""
         oldest = self.query_positions[rows[0]]
         begins = [0] * self.heads
         smallest = None
-        if tolerance > 0:
+        if self.tolerance > 0:
             smallest = sums[..., -1].view(self.heads, -1).amin(1).tolist()
         for head in range(self.heads):
             window = math.inf if self.windows is None else self.windows[head]
-            if tolerance > 0:
+            if self.tolerance > 0:
                 proven = proven_window(
-                    smallest[head],
-                    self.scales[head],
-                    self.offsets[head],
-                    self.exponent,
-                    self.max_mass,
-                    tolerance,
+                    *(smallest[head], self.scales[head], self.offsets[head]),
+                    *(self.exponent, self.max_mass, self.tolerance),
                 )
                 window = min(window, proven)
             if window < math.inf:
