@@ -59,8 +59,8 @@ class _Problem(ctypes.Structure):
     ]
 
 
-def compiler():
-    """The C++ compiler's path, or None."""
+def cpp_compiler():
+    """The path of the C++ compiler that CXX names, else of g++; None if there is none."""
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
@@ -72,7 +72,7 @@ def cache_directory():
 @functools.cache
 def library():
     """The compiled kernels, or None with one warning where they cannot be had."""
-    if compiler() is None:
+    if cpp_compiler() is None:
         warn(
             "no C++ compiler (g++): gravity runs in plain PyTorch, several times slower; "
             "install one, or name it in CXX"
@@ -93,7 +93,7 @@ def library():
 
 def _compiled():
     """Path of the library for this source, compiler and processor, made where it is missing."""
-    command = [compiler(), *FLAGS]
+    command = [cpp_compiler(), *FLAGS]
     # -dM names the compiler's version and all that -march=native found
     macros = subprocess.run(
         [*command, "-E", "-dM", "-x", "c++", os.devnull], check=True, capture_output=True, text=True
