@@ -241,7 +241,7 @@ class GravityAttention(nn.Module):
         tolerance = self.config.field_tolerance
         if tolerance is None:
             tolerance = 1e-4 if v.dtype in (torch.bfloat16, torch.float16) else 1e-6
-        key_positions, law = positions, self.law()
+        key_positions = positions
         if kv_cache is not None:
             key_positions, k, v, mass = kv_cache.append(self.layer, positions, k, v, mass)
         pull = gravity_attention(
@@ -252,14 +252,10 @@ class GravityAttention(nn.Module):
             field_tolerance=tolerance,
             query_positions=positions,
             key_positions=key_positions,
-            **law,
+            **self.law(),
         )
-        if kv_cache is not None and law["radius"] is not None:
-            window = float(
-                reach(law["time_scale"], law["time_offset"], law["radius"]).detach().max()
-            )
-            if math.isfinite(window):  # a time scale that is 0 in floating point reaches for ever
-                kv_cache.keep_newest(self.layer, max(1, math.ceil(window)))
+        if kv_cache is not None:
+            kv_cache.forget_beyond(self.layer, lambda: self.window)
         return self.dropout(self.out_proj(merge_heads(pull)))
 
 

@@ -46,8 +46,8 @@ def published_gravity_attention(
 
     Source: Taegyu Lee, Newton Gravity Transformer, first public release (MIT).
     """
-    t_query = positions_or_range(query_positions, q.shape[2], q.device)
-    t_key = positions_or_range(key_positions, k.shape[2], q.device)
+    t_query = positions_or_range(query_positions, q)
+    t_key = positions_or_range(key_positions, k)
     seed = int(torch.randint(2**62, ())) if dropout else 0
     if radius is None:
         radius = torch.ones((), device=q.device)

@@ -13,7 +13,7 @@ from gravity import cpu
 from gravity.attention import gravity_attention
 from gravity.law import gravity_attention_reference
 
-pytestmark = pytest.mark.skipif(cpu.compiler() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(cpu.cpp_compiler() is None, reason="no C++ compiler")
 
 
 @pytest.fixture
