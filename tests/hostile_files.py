@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "talk")]
+sys.path.insert(0, str(ROOT))
 
 import report
 from conftest import SENTENCES

@@ -6,11 +6,11 @@ import re
 import matplotlib.image
 import numpy as np
 import pytest
-from test_chat import LETTERS, make_checkpoint
-from test_visualize import TEXT, data_of, unpacked
 
 import visualize_coords
 from conftest import BROWSER
+from map_contents import TEXT, data_of, unpacked
+from small_models import LETTERS, make_checkpoint
 from text.tokenizer import BPETokenizer, CharTokenizer
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright here")

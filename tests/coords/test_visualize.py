@@ -1,41 +1,29 @@
 """The map's numbers against numpy by hand, and its flags. tests/test_map_page.py uses the page."""
 
-import base64
 import json
 import re
 
 import numpy as np
 import pytest
-import test_first_release
 import torch
-from test_chat import LETTERS, make_checkpoint
-from test_published import published_by_hand
 
+import first_release_files
 import model as model_module
 import visualize_coords
 from conftest import error_line, run
 from coords import data as coords_data
 from engine import pulls
+from map_contents import TEXT, data_of, unpacked
+from particles import published_by_hand
+from small_models import LETTERS, make_checkpoint
 from system.errors import UserError
 from system.markdown import json_for_script
 from text.preparation import prepare_data
 from text.tokenizer import BPETokenizer
 
-TEXT = "the quick brown fox jumps over the lazy dog"
-
 
 def write_map(*flags, expect=0):
     assert visualize_coords.main(["--checkpoint-path", "x.pt", *map(str, flags)]) == expect
-
-
-def data_of(path):
-    """What a page carries: its runs."""
-    text = path.read_text(encoding="utf-8")
-    return json.loads(re.search(r'id="data"[^>]*>(.*?)</script>', text, re.S).group(1))["runs"]
-
-
-def unpacked(text, dtype):
-    return np.frombuffer(base64.b64decode(text), dtype)
 
 
 def softplus(x):
@@ -176,11 +164,13 @@ def test_published_weights_are_the_first_releases(in_tmp):
 
 
 def test_a_first_release_file_has_a_map(in_tmp):
-    size = len(test_first_release.CHARACTERS)
-    config = test_first_release.ngt_config(size)
-    state = test_first_release.ngt_state(size)
-    test_first_release.save(in_tmp / "x.pt", state, config, test_first_release.char_vocab())
-    write_map("--text", test_first_release.TEXT, "--output", "map.html", "--heads-png", "heads.png")
+    size = len(first_release_files.CHARACTERS)
+    config = first_release_files.ngt_config(size)
+    state = first_release_files.ngt_state(size)
+    first_release_files.save(in_tmp / "x.pt", state, config, first_release_files.char_vocab())
+    write_map(
+        "--text", first_release_files.TEXT, "--output", "map.html", "--heads-png", "heads.png"
+    )
     (shown,) = data_of(in_tmp / "map.html")
     assert shown["law"] == "published" and shown["step"] == 1234 and shown["field"] is None
     sums = unpacked(shown["weights"], "<u2").reshape(-1, 8).sum(-1) / 65535

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.generation import TokenStream, sample
-from test_model import ALL, BLOCK, NEWTON, ids, lively
+from small_models import ALL, BLOCK, NEWTON, ids, lively
 
 PROBABILITIES = torch.tensor([0.1, 0.4, 0.02, 0.3, 0.05, 0.13])
 LOGITS = PROBABILITIES.log() + 2.5

@@ -15,31 +15,10 @@ import torch
 
 import chat
 from conftest import ROOT, error_line, run
-from engine.checkpoint import FORMAT_VERSION, save_checkpoint
-from engine.models import build_model
+from engine.checkpoint import save_checkpoint
+from small_models import LETTERS, make_checkpoint
 from system.safe_text import printable
-from text.tokenizer import BPETokenizer, CharTokenizer
-
-LETTERS = CharTokenizer.train("abcdefghijklmnopqrstuvwxyz :\n\x1b")
-
-
-def make_checkpoint(path, tokenizer=LETTERS, **config):
-    """A small random model, saved as training saves it."""
-    torch.manual_seed(1)
-    config = {
-        **{"model_type": "ngt", "vocab_size": tokenizer.vocab_size, "block_size": 16},
-        **{"hidden_dim": 16, "num_layers": 2, "num_heads": 2, "mlp_dim": 16},
-        **config,
-    }
-    model = build_model(config)
-    for parameter in model.parameters():  # livelier than the start of training
-        torch.nn.init.normal_(parameter, std=0.3)
-    checkpoint = {
-        **{"format_version": FORMAT_VERSION, "model_state": model.state_dict(), "iter": 7},
-        **{"config": config, "vocab": tokenizer.to_vocab(), "best_val": 1.0},
-    }
-    save_checkpoint(path, checkpoint)
-    return model.eval()
+from text.tokenizer import BPETokenizer
 
 
 def answer(capsys, *flags):

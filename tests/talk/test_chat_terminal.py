@@ -13,12 +13,12 @@ import unicodedata
 
 import pytest
 import torch
-from test_chat import LETTERS, make_checkpoint
 
 import chat
 from chat_campaign import campaign
 from conftest import ROOT, error_line, run
 from engine.checkpoint import save_checkpoint
+from small_models import LETTERS, make_checkpoint
 from system import terminal as system_terminal
 from system.errors import UserError, run_script, warn
 from system.safe_text import printable

@@ -13,11 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_chat import make_checkpoint
 
 import chat
 from conftest import BROWSER, ROOT
 from engine.checkpoint import load_model
+from small_models import make_checkpoint
 from system.errors import UserError
 from system.safe_text import printable
 from talk import events as talk_events
