@@ -6,8 +6,37 @@ import torch
 import torch.nn.functional as F
 
 import model as ngt_model
-from benchmarks.models import DTYPES, VALUE_WIDTH, fresh_model, load_newton, some_tokens
+from benchmarks.models import (
+    DTYPES,
+    VALUE_WIDTH,
+    add_dtype_flag,
+    fresh_model,
+    load_newton,
+    some_tokens,
+)
 from benchmarks.timing import interleaved, ratios, spread
+from system.cli import whole, whole_list
+
+
+def add_flags(parser):
+    """Add the flags of `benchmark.py attention`."""
+    add_dtype_flag(parser)
+    add = parser.add_argument
+    add("--batch-size", type=whole, default=1, help="(default: 1)")
+    add(
+        "--block-sizes",
+        type=whole_list,
+        default=[512, 1024, 2048, 4096, 8192],
+        help="tokens (default: 512,1024,2048,4096,8192)",
+    )
+    add(
+        "--checkpoint",
+        metavar="FILE",
+        help="an NGT whose own points, masses and scales are used, on the text it learned from; "
+        "what is skipped depends on them (default: a fresh 25m model on random tokens)",
+    )
+    add("--text", metavar="FILE", help="text for --checkpoint instead of its own")
+    add("--steps", type=whole, default=5, help="rounds (default: 5)")
 
 
 def operator_inputs(network, tokens):

@@ -20,6 +20,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 VALUE_WIDTH = 64
 
 
+def add_preset_flag(parser):
+    parser.add_argument(
+        "--preset", choices=list(SHAPES), default="25m", help="model sizes (default: 25m)"
+    )
+
+
+def add_dtype_flag(parser):
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), default="fp32", help="of products (default: fp32)"
+    )
+
+
 def load_newton(path, device):
     """Model, tokenizer and config of a checkpoint of NGT under newton's law."""
     network, tokenizer, checkpoint = load_model(path, device)

@@ -9,11 +9,20 @@ from tokenizers import Tokenizer
 
 from benchmarks.timing import interleaved, spread
 from data import get_batch
+from system.cli import whole
 from system.errors import UserError
 from text.corpora import Corpus
 from text.stream import pieces
 from text.token_files import BATCH_PIECES, write_token_files
 from text.tokenizer import BPETokenizer, CharTokenizer
+
+
+def add_flags(parser):
+    """Add the flags of `benchmark.py data`."""
+    add = parser.add_argument
+    add("--data-path", metavar="FILE", help="text (default: this repository's own sources)")
+    add("--bpe-vocab-size", type=whole, default=1024, help="tokens to train (default: 1024)")
+    add("--steps", type=whole, default=5, help="rounds (default: 5)")
 
 
 def benchmark_data(args, device):

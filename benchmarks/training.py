@@ -1,5 +1,6 @@
 """Speed and memory of training steps."""
 
+import argparse
 import json
 import math
 import statistics
@@ -13,15 +14,38 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from benchmarks.models import DTYPES, SHAPES
+from benchmarks.models import DTYPES, SHAPES, add_dtype_flag, add_preset_flag
 from benchmarks.timing import interleaved, peak_flops, ratios, spread
 from gravity import published
+from model import LAWS
+from system.cli import whole
 from system.errors import UsageError, warn
 from system.machine import cpu_multiplies_bf16, peak_memory_bytes
 from training.config import DEFAULTS, PRESETS
 from training.trainer import Trainer
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmark.py"
+
+
+def add_flags(parser):
+    """Add the flags of `benchmark.py train`."""
+    add_preset_flag(parser)
+    add_dtype_flag(parser)
+    add = parser.add_argument
+    add("--batch-size", type=whole, help="windows a step (default: the preset's)")
+    add("--block-size", type=whole, help="tokens of one (default: the preset's)")
+    add("--compile", action="store_true", help="torch.compile both models")
+    add("--model", choices=("both", "ngt", "vanilla"), default="both", help="(default: both)")
+    add("--law", choices=LAWS, default="newton", help="NGT's (default: newton)")
+    add(
+        "--against",
+        choices=("vanilla", "first-release"),
+        default="vanilla",
+        help="what NGT is compared with; first-release: the published law computed as NGT's first "
+        "release did, over a tensor of all coordinate differences (default: vanilla)",
+    )
+    add("--steps", type=whole, default=10, help="timed steps each (default: 10)")
+    add("--peak-only", action="store_true", help=argparse.SUPPRESS)  # for child_peak
 
 
 def first_release_attention(
