@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from argparse import ArgumentTypeError
 from pathlib import Path
 
 import torch
@@ -34,7 +33,7 @@ from engine.checkpoint import load_model
 from engine.models import build_model
 from gravity.attention import gravity_attention
 from model import NGT
-from system.cli import whole
+from system.cli import whole, whole_list
 from system.errors import UsageError, UserError
 from system.files import write_whole
 from system.machine import code_version, machine
@@ -54,6 +53,33 @@ RANKS_ON_PAPER = (1, 8, 64)
 CONTEXTS_ON_PAPER = (512, 4096, 32_768, 262_144, 1_048_576)
 CONTEXTS_TIMED = (1024, 4096, 16_384, 65_536, 262_144)
 TOKENS_A_RANK = (2048, 4096, 16_384)
+
+
+def add_flags(parser):
+    """Add the flags of `benchmark.py scaling`."""
+    add = parser.add_argument
+    add(
+        "--ranks",
+        type=whole_list,
+        default=[1, 2],
+        help="numbers of processes to measure (default: 1,2)",
+    )
+    add("--rounds", type=whole, default=3, help="runs of each, in turn (default: %(default)s)")
+    add("--steps", type=whole, default=12, help="steps of a run (default: %(default)s)")
+    add("--batch-size", type=whole, default=4, help="windows a step (default: %(default)s)")
+    add(
+        "--preset",
+        choices=list(SHAPES),
+        default="25m",
+        help="model sizes to measure (default: %(default)s)",
+    )
+    add(
+        "--checkpoint",
+        metavar="FILE",
+        help="an NGT of the law newton whose windows say what far contexts cost (default: one "
+        "that has learned nothing)",
+    )
+    add("--output", metavar="FILE", help="write the page here (default: print it)")
 
 
 def launch(ranks, flags, folder):
@@ -278,14 +304,10 @@ points, values and masses to the next rank. It is not built.
 
 def benchmark_scaling(args, device):
     """Measure trainings and the operator, print or write the page; returns the numbers."""
-    try:
-        ranks = sorted({whole(part) for part in args.ranks.split(",")})
-    except ArgumentTypeError:
-        raise UsageError(f"--ranks {args.ranks}: give whole numbers, separated by commas") from None
     if args.steps < 6:
         raise UsageError(f"--steps {args.steps}: give at least 6, the first of which are warm-up")
     model, whose = trained_or_fresh(args.checkpoint)
-    numbers = measure(args, ranks)
+    numbers = measure(args, sorted(set(args.ranks)))
     parameters = parameters_of(SHAPES[args.preset] | {"vocab_size": VOCAB_SIZE})
     timed = time_of_contexts(model.layers[0].attn)
     page = "\n\n".join(

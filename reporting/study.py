@@ -2,7 +2,6 @@
 
 import io
 import math
-import shlex
 import statistics
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import torch
 import torch.nn as nn
 
 from engine.models import build_model
-from reporting.checks import is_number
 from reporting.geometry import geometry_section
 from reporting.runs import (
     NOT_RUN,
@@ -111,7 +109,7 @@ def write_study(output, name):
     commands = [
         one_line(f"# {run.name}, commit {str(run.config.get('code_version'))[:12]}")
         + "\n"
-        + shlex.join(["python", *run.config["command"]])
+        + run.command()
         for run in runs
     ]
     parts.append(markdown_block("\n".join(commands), "bash"))
@@ -271,8 +269,6 @@ def _rate_table(runs):
     models = {}
     for run in runs:
         model = _short(run).rsplit("_", 1)[0]
-        if not is_number(run.config.get("learning_rate")):
-            raise UserError(f"--study: runs/{run.name} has no learning_rate: train it anew")
         models.setdefault(model, {})[run.config["learning_rate"]] = run
     rates = sorted({rate for found in models.values() for rate in found})
     lines = []

@@ -166,6 +166,8 @@ BAD = [
     (("attention", "--checkpoint", "missing.pt"), "does not exist"),
     (("decode", "--contexts", "many"), "no whole number"),
     (("data", "--data-path", "missing.txt"), "--data-path"),
+    (("scaling", "--ranks", "1,x"), "no whole number"),
+    (("scaling", "--steps", "5"), "at least 6"),
     ((), "required"),
 ]
 
@@ -193,7 +195,7 @@ def test_a_checkpoint_of_the_other_model_is_refused(in_tmp, small_text):
         assert result.returncode == 1 and "newton" in error_line(result)
 
 
-@pytest.mark.parametrize("command", ["train", "attention", "decode", "data"])
+@pytest.mark.parametrize("command", ["train", "attention", "decode", "data", "scaling"])
 def test_help_shows_an_example_and_every_default(command, capsys):
     with pytest.raises(SystemExit) as stop:
         benchmark.main([command, "--help"])
