@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from engine.checks import contradiction, is_plain, shown, unsound_tensors
+from engine.checks import contradiction, is_plain, unsound_tensors
 from engine.first_release import from_first_release
 from engine.models import build_model
 from engine.sealed_file import (
@@ -22,6 +22,7 @@ from engine.sealed_file import (
     write_archive,
 )
 from system.errors import UserError
+from system.safe_text import short_reason, shown_short
 from text.tokenizer import tokenizer_from_vocab
 
 FORMAT_VERSION = 2
@@ -90,11 +91,13 @@ def read_checkpoint(path):
     is_old = "format_version" not in checkpoint
     unknown = checkpoint.keys() - (FIRST_RELEASE_KEYS if is_old else KEYS)
     if unknown:
-        raise UserError(f"checkpoint {path} holds {shown(unknown.pop())}, as none does: refused")
+        raise UserError(
+            f"checkpoint {path} holds {shown_short(unknown.pop())}, as none does: refused"
+        )
     if not is_old and not is_plain(checkpoint["format_version"], FORMAT_VERSION):
         raise UserError(
-            f"checkpoint {path} is of format {shown(checkpoint['format_version'])}, this program "
-            f"reads {FORMAT_VERSION}: use the release that wrote it"
+            f"checkpoint {path} is of format {shown_short(checkpoint['format_version'])}, this "
+            f"program reads {FORMAT_VERSION}: use the release that wrote it"
         )
     try:
         why = unsound_tensors(checkpoint["model_state"], path.stat().st_size)
@@ -102,7 +105,7 @@ def read_checkpoint(path):
             checkpoint = from_first_release(checkpoint)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError) as error:
         raise UserError(
-            f"checkpoint {path} is no complete first-release one ({_first_words(error)}): "
+            f"checkpoint {path} is no complete first-release one ({short_reason(error)}): "
             "use another"
         ) from None
     config = checkpoint.get("config")
@@ -111,7 +114,7 @@ def read_checkpoint(path):
     try:
         why = why or contradiction(checkpoint)
     except (KeyError, TypeError, RuntimeError, AttributeError, OverflowError, UserError) as error:
-        why = _first_words(error)
+        why = short_reason(error)
     if why:
         raise UserError(f"checkpoint {path} contradicts itself ({why}): use another")
     return checkpoint
@@ -154,7 +157,7 @@ def load_model(path, device="cpu"):
     try:
         tokenizer = tokenizer_from_vocab(checkpoint["vocab"])
     except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
-        reason = _first_words(error)
+        reason = short_reason(error)
         raise UserError(f"checkpoint {path} has no usable vocabulary ({reason})") from None
     model = build_model(checkpoint["config"])
     model.load_state_dict(checkpoint["model_state"])
@@ -164,10 +167,6 @@ def load_model(path, device="cpu"):
             f"{model.config.vocab_size} embeddings): use another"
         )
     return model.to(device).eval(), tokenizer, checkpoint
-
-
-def _first_words(error):
-    return " ".join(str(error).split())[:200]
 
 
 def is_first_release(checkpoint):

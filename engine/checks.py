@@ -6,6 +6,7 @@ from dataclasses import MISSING, fields
 import torch
 
 from engine.models import MODELS, build_model
+from system.safe_text import shown_short
 
 LARGEST_SIZE = 1 << 31
 
@@ -19,9 +20,9 @@ def unsound_tensors(state, file_size):
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             return "model_state holds more than named tensors"
         if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
-            return f"{shown(name)} is no tensor of weights"
+            return f"{shown_short(name)} is no tensor of weights"
         if not tensor.is_contiguous():
-            return f"{shown(name)} repeats its numbers"
+            return f"{shown_short(name)} repeats its numbers"
         total += tensor.numel() * tensor.element_size()
     # a tied head is named twice
     return "its tensors hold more than the file does" if total > 2 * file_size else None
@@ -39,15 +40,15 @@ def contradiction(checkpoint):
         if value is MISSING:
             return f"it has no {field.name}"
         if not _is_of_type(value, getattr(field.type, "__name__", str(field.type))):
-            return f"{field.name} is {shown(value)}"
+            return f"{field.name} is {shown_short(value)}"
     step, best_val = checkpoint.get("iter", 0), checkpoint.get("best_val", 0)
     if type(step) is not int or not 0 <= step < 1 << 62:
-        return f"iter is {shown(step)}"
+        return f"iter is {shown_short(step)}"
     if type(best_val) not in (int, float) or not -1e300 < best_val <= math.inf:
-        return f"best_val is {shown(best_val)}"
+        return f"best_val is {shown_short(best_val)}"
     directory = config.get("token_directory")
     if not isinstance(directory, str | None):
-        return f"token_directory is {shown(directory)}"
+        return f"token_directory is {shown_short(directory)}"
     layers = {name.split(".")[1] for name in state if name.startswith("layers.")}
     if len(layers) != config["num_layers"]:
         return f"{len(layers)} layers of weights for num_layers {config['num_layers']}"
@@ -58,7 +59,7 @@ def contradiction(checkpoint):
     expected = model.state_dict()
     if expected.keys() != state.keys():
         name = sorted(expected.keys() ^ state.keys())[0]
-        return f"{shown(name)} is {'missing' if name in expected else 'of no such model'}"
+        return f"{shown_short(name)} is {'missing' if name in expected else 'of no such model'}"
     for name, tensor in expected.items():
         if tensor.shape != state[name].shape:
             return f"{name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
@@ -73,17 +74,6 @@ def contradiction(checkpoint):
 
 def is_plain(value, expected):
     return type(value) is type(expected) and value == expected
-
-
-def shown(value):
-    """A stranger's value in an error: short, and never written out where it is deep."""
-    if isinstance(value, str):
-        return repr(value[:40])
-    if value is None or isinstance(value, bool | float):
-        return repr(value)
-    if isinstance(value, int):
-        return repr(value) if abs(value) < 10**40 else "a very large number"
-    return f"a {type(value).__name__}"
 
 
 def _is_of_type(value, name):

@@ -1,5 +1,7 @@
 """What the files of a run may hold."""
 
+from system.safe_text import shown_short
+
 LONGEST_NAME = 64
 LONGEST_TEXT = 4096  # as paths may be
 MOST_ARGUMENTS = 1000
@@ -27,15 +29,6 @@ def wrong_value(found, expected, others):
         if not is_right(value):
             return f"has {key} {shown_short(value)}, not {words}"
     return None
-
-
-def shown_short(value):
-    """A stranger's value in an error."""
-    if isinstance(value, list | dict):
-        return f"a {type(value).__name__}"
-    if isinstance(value, int) and abs(value) > LARGEST_NUMBER:
-        return "a very large number"
-    return repr(value)[:40]
 
 
 def is_text(value):
