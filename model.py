@@ -218,6 +218,22 @@ class GravityAttention(nn.Module):
             mass_in_value=self.config.mass_in_value,
         )
 
+    def learned(self):
+        """What the heads learned, by name: (H,) each, retardation (H, head_coord_dim).
+
+        None for a radius or retardation that the model does not have.
+        """
+        retardation = self.retardation
+        return {
+            "time_scale": self.time_scale,
+            "time_offset": self.time_offset,
+            "retardation": None
+            if retardation is None
+            else retardation.view(len(self.time_offset), -1),
+            "radius": self.radius,
+            "window": self.window,
+        }
+
     def forward(self, h, z, mass, positions, kv_cache=None):
         q, k = self.points(z, kv_cache)
         v = split_heads(self.v_proj(h), self.config.num_heads)

@@ -196,6 +196,14 @@ class PublishedGravityAttention(nn.Module):
             use_rsqrt=self.config.use_rsqrt,
         )
 
+    def learned(self):
+        """What the heads learned, by name: gamma (H,), bias (H,), and one radius () or None."""
+        return {
+            "gamma": F.softplus(self.gamma_raw),
+            "bias": self.gravity_bias,
+            "radius": self.radius,
+        }
+
     def forward(self, h, z, mass, positions, kv_cache=None):
         q, k = self.points(z)
         v = split_heads(self.v_proj(h), self.config.num_heads)
