@@ -19,10 +19,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from engine.pulls import PULL_PAIRS
 from gravity.attention import gravity_attention
 from gravity.heads import merge_heads, softplus_inverse, split_heads
-from gravity.law import TINY, gravity_field, reach
+from gravity.law import reach
 from gravity.published import PublishedGravityAttention
 from system.errors import UsageError
 
@@ -219,21 +218,21 @@ class GravityAttention(nn.Module):
             mass_in_value=self.config.mass_in_value,
         )
 
-    def pull_rows(self, z, mass, positions, rows):
-        """Shares of the pull on the tokens of a slice, (H, rows, rows.stop): columns are sources.
+    def learned(self):
+        """What the heads learned, by name: (H,) each, retardation (H, head_coord_dim).
 
-        Rows sum to 1 where anything reaches.
+        None for a radius or retardation that the model does not have.
         """
-        q, k = self.points(z)
-        field = gravity_field(
-            q[:, :, rows].float(),
-            k[:, :, : rows.stop].float(),
-            mass[:, : rows.stop],
-            query_positions=positions[rows],
-            key_positions=positions[: rows.stop],
-            **self.law(),
-        )[0]
-        return field / (field.sum(-1, keepdim=True) + TINY)
+        retardation = self.retardation
+        return {
+            "time_scale": self.time_scale,
+            "time_offset": self.time_offset,
+            "retardation": None
+            if retardation is None
+            else retardation.view(len(self.time_offset), -1),
+            "radius": self.radius,
+            "window": self.window,
+        }
 
     def forward(self, h, z, mass, positions, kv_cache=None):
         q, k = self.points(z, kv_cache)
@@ -361,53 +360,6 @@ class NGT(nn.Module):
             kv_cache.length += tokens.shape[1]
         logits = self.head(self.norm(h))  # (B, T, vocab_size)
         return (logits, Geometry(mass, z, tuple(path))) if return_geometry else logits
-
-    @torch.no_grad()
-    def visit_pulls(self, tokens, visit):
-        """A forward pass that shows the pulls of every layer, some rows at a time.
-
-        Args:
-            tokens: (1, T) ids.
-            visit: called with (layer, rows, weights): the slice of tokens that is pulled, and which
-                share of the pull on each comes from which source, (H, rows, rows.stop).
-
-        Returns:
-            `(logits, Geometry)`.
-        """
-        count = tokens.shape[1]
-        step = max(1, PULL_PAIRS // (count * self.config.num_heads))
-
-        def show(attn, inputs):
-            _, z, mass, positions, _ = inputs
-            for start in range(0, count, step):
-                rows = slice(start, min(start + step, count))
-                visit(attn.layer, rows, attn.pull_rows(z, mass, positions, rows))
-
-        hooks = [layer.attn.register_forward_pre_hook(show) for layer in self.layers]
-        try:
-            return self(tokens, return_geometry=True)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def pull_weights(self, tokens):
-        """Which share of the pull on each token comes from which other.
-
-        Args:
-            tokens: (1, T) ids.
-
-        Returns:
-            (num_layers, num_heads, T, T), each row summing to 1 where anything reaches.
-        """
-        count = tokens.shape[1]
-        shape = (self.config.num_layers, self.config.num_heads, count, count)
-        weights = self.token_emb.weight.new_zeros(shape)
-
-        def keep(layer, rows, shares):
-            weights[layer, :, rows, : rows.stop] = shares
-
-        self.visit_pulls(tokens, keep)
-        return weights
 
 
 def check_context(model, length):

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from data import check_long_enough
-from engine.checkpoint import check_writable, is_first_release, read_checkpoint, save_checkpoint
+from engine.checkpoint import check_writable, read_checkpoint, save_checkpoint
+from engine.first_release import is_first_release
 from engine.models import model_config
 from system.cli import choose_device
 from system.errors import UsageError, UserError, run_script, warn

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from engine.pulls import newest_pulls
 from model import NGT
 from system.cli import positive, random_seed, whole
 from system.terminal import columns, say
@@ -92,7 +93,7 @@ class Chat(Conversation):
         if what not in (None, "heads", *map(str, range(1, num_layers + 1))):
             say(f"/pull, /pull heads, or /pull N for one of the layers 1 to {num_layers}")
             return
-        weights, tokens = self.stream.pulls()
+        weights, tokens = newest_pulls(self.stream)
         labels = [self.label(token) for token in tokens]
         say(f"{labels[-1]} was pulled by, of the last {len(labels):,} tokens:", "dim")
         if what is None:
