@@ -10,16 +10,17 @@ from pathlib import Path
 import torch
 
 from data import check_long_enough
-from engine.checkpoint import check_writable, is_first_release, read_checkpoint, save_checkpoint
+from engine.checkpoint import check_writable, save_checkpoint
 from engine.models import model_config
 from system.cli import choose_device
 from system.errors import UsageError, UserError, run_script, warn
 from system.machine import code_version, machine, peak_memory_bytes
 from text.preparation import check_tokenizer_file, prepare_data
-from training.config import resolve
+from training.config import resolve, warn_of_no_effect
 from training.display import TrainingDisplay, above_the_line
-from training.options import check_settings, train_parser, warn_of_no_effect
+from training.options import train_parser
 from training.ranks import is_restarted, joined
+from training.resume import check_tokenizer_is_here, read_to_resume
 from training.run_files import RunFiles, flag
 from training.run_log import RunLog
 from training.stop_request import StopRequest, ignore_requests_to_save
@@ -38,39 +39,13 @@ EXAMPLES = """examples:
 STEPS_TO_ESTIMATE = 20
 
 
-def read_to_resume(path):
-    """Read a checkpoint that training is to go on from."""
-    try:
-        checkpoint = read_checkpoint(path)
-    except UserError as error:
-        raise UserError(f"{error}; name a good one with --resume-from") from None
-    if is_first_release(checkpoint):
-        raise UserError(
-            f"{path} is of the first release: it can be chatted with and mapped, not resumed; "
-            "start anew with --law published and another --checkpoint-path"
-        )
-    wanted = {"optimizer_state", "iter", "best_val", "rng_state", "scaler_state", "data_state"}
-    settings = {"model", "dataset", "max_steps", "source_sha256", "tokenizer_sha256"}
-    if not wanted <= checkpoint.keys() or not settings <= checkpoint["config"].keys():
-        raise UserError(f"{path} lacks what resuming needs: name another with --resume-from")
-    check_settings(checkpoint["config"], path)
-    return checkpoint
-
-
-def check_tokenizer_is_here(args, config):
-    """Refuse to train a tokenizer anew where a checkpoint says it was a file."""
-    path = config["tokenizer_path"]
-    if args.tokenizer_path is None and path is not None and not Path(path).exists():
-        raise UserError(f"the tokenizer {path} is not here: say where with --tokenizer-path")
-
-
 def checkpoint_path(args, config):
     """PATH of PATH_best.pt and PATH_last.pt: as given, that of --resume-from, or the dataset's."""
     if args.checkpoint_path is not None:
         return args.checkpoint_path
     if args.resume_from is not None:
         return args.resume_from.removesuffix("_last.pt").removesuffix("_best.pt")
-    suffix = "_vanilla" if config["model"] == "vanilla" else ""
+    suffix = "_vanilla" if config["model_type"] == "vanilla" else ""
     return f"checkpoints/{config['dataset']}{suffix}.pt"
 
 
@@ -142,7 +117,7 @@ def set_up_torch(config):
 def set_up(config, ranks):
     """The trainer of a run, before its first step."""
     # sizes that cannot be are refused before any text is fetched
-    model_config({**config, "model_type": config["model"], "vocab_size": 1})
+    model_config(config | {"vocab_size": 1})
     device = choose_device(config["device"])
     data = prepare_data(
         config["dataset"],
@@ -176,9 +151,9 @@ def announce(trainer):
     """Say what will be trained."""
     config, ranks = trainer.config, trainer.ranks
     print(f"text: {trainer.data.meta['source']}")
-    kind = config["pos"] if config["model"] == "vanilla" else config["law"]
+    kind = config["pos"] if config["model_type"] == "vanilla" else config["law"]
     print(
-        f"{config['model']} ({kind}): {trainer.parameters:,} parameters; "
+        f"{config['model_type']} ({kind}): {trainer.parameters:,} parameters; "
         f"{trainer.tokens_per_step:,} tokens a step, {config['max_steps']:,} steps; "
         f"{trainer.device}" + (f", {ranks.size} processes" if ranks.size > 1 else "")
     )
