@@ -29,7 +29,7 @@ SIZES = {
 
 
 def _network(shape, device="meta"):
-    config = DEFAULTS | {"model_type": "ngt"} | shape
+    config = DEFAULTS | shape
     with torch.device(device):
         return build_model(config)
 

@@ -333,7 +333,7 @@ def benchmark_scaling(args, device):
 def trained_or_fresh(path):
     """The NGT whose windows count, and in words whose they are."""
     if path is None:
-        shape = DEFAULTS | {"mlp_dim": 512, "model_type": "ngt", "vocab_size": 66}
+        shape = DEFAULTS | {"vocab_size": 66}
         return build_model(shape), "a model that has learned nothing"
     model, *_ = load_model(path)
     if not isinstance(model, NGT) or model.config.law != "newton":

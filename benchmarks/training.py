@@ -121,8 +121,9 @@ def make_trainer(args, name, device):
     kind = "vanilla" if name == "vanilla" else "ngt"
     law = "published" if name == "first-release" else args.law
     sizes["mlp_dim"] = sizes["mlp_dim"]["vanilla" if kind == "vanilla" else law]
-    config = dict.fromkeys(("radius", "field_tolerance")) | DEFAULTS | sizes
-    config |= {"model": kind, "law": law, "compile": args.compile, "gradient_accumulation_steps": 1}
+    config = DEFAULTS | sizes
+    config |= {"model_type": kind, "law": law, "compile": args.compile}
+    config["gradient_accumulation_steps"] = 1
     for flag in ("batch_size", "block_size"):
         if getattr(args, flag) is not None:
             config[flag] = getattr(args, flag)

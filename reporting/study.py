@@ -13,13 +13,13 @@ from reporting.geometry import geometry_section
 from reporting.runs import (
     NOT_RUN,
     all_values,
-    duration,
     find_runs,
     label_of,
     loss_or_worst,
     mean,
     read_evaluation,
 )
+from system.durations import duration
 from system.errors import UserError
 from system.files import write_whole
 from system.markdown import markdown_block, markdown_code, markdown_table, markdown_text
