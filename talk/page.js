@@ -47,17 +47,17 @@ async function ask(path, body) {
 
 const askForJson = async (path, body) => (await ask(path, body)).json();
 
-let notices = [];
+const told = { notices: [], progress: "" };
 
-// What there is to say of an answer, and for the moment how far it is.
-function tell(said, progress = "") {
-  notices = said;
-  $("notice").textContent = [...said, progress].filter(Boolean).join("; ");
+// The line under the conversation: notices first, and how far the answer is.
+function tell(news) {
+  Object.assign(told, news);
+  $("notice").textContent = [...told.notices, told.progress].filter(Boolean).join("; ");
   $("notice").classList.remove("bad");
 }
 
 function notify(text, isBad = false) {
-  tell(text ? [text] : []);
+  tell({ notices: [text], progress: "" });
   $("notice").classList.toggle("bad", isBad);
 }
 
@@ -174,12 +174,12 @@ const handlers = {
   },
   reading: (event) => {
     const progress = `reading, ${plain.format(event.read)} of ${plain.format(event.of)} tokens`;
-    tell(notices, event.read < event.of ? progress : "");
+    tell({ progress: event.read < event.of ? progress : "" });
   },
-  notice: (event) => tell([...notices, event.text]),
+  notice: (event) => tell({ notices: [...told.notices, event.text] }),
   written: (event) => {
     const speed = plain.format(event.count / event.seconds);
-    tell([...notices, `${plain.format(event.count)} tokens, ${speed} tokens/s`]);
+    tell({ progress: `${plain.format(event.count)} tokens, ${speed} tokens/s` });
   },
   failed: (event) => notify(event.text, true),
   end: (event) => Object.assign(state, event),

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 from system.errors import warn
+from talk.events import Token
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {
@@ -65,7 +66,7 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/state":
             return self._send_json(self.server.state())
         if path == "/version":
-            return self._send_json({"version": self.server.conversation.version})
+            return self._send_json({"version": self.server.version})
         if path == "/pulls":
             return self._send_json(self.server.pulls(query))
         raise Refused(404, "there is no such page")
@@ -184,4 +185,6 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def _to_json(data):
-    return json.dumps(data, separators=(",", ":"), allow_nan=False).encode()
+    """JSON of plain types and of `Token`s, in bytes."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False, default=Token.to_json)
+    return text.encode()
