@@ -22,7 +22,6 @@ from tqdm import tqdm
 from benchmarks.paper import (
     GPU,
     SIZES,
-    attention_flops,
     bytes_on_the_wire,
     efficiency,
     mean_pairs,
@@ -31,6 +30,7 @@ from benchmarks.paper import (
     saved_bytes,
 )
 from engine.checkpoint import load_model
+from engine.flops import attention_flops
 from engine.models import build_model
 from gravity.attention import gravity_attention
 from model import NGT

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn as nn
 
 from benchmarks.models import DTYPES, SHAPES
 from benchmarks.timing import interleaved, peak_flops, ratios, spread
+from engine.flops import training_flops
 from gravity import published
 from system.errors import UsageError, warn
 from system.machine import cpu_multiplies_bf16, peak_memory_bytes
@@ -84,21 +84,12 @@ def train_step(trainer, name):
         trainer.step()
 
 
-def step_floor(trainer):
-    """What a training step cannot do without.
+def step_bytes(model):
+    """Bytes that a training step moves at least: fp32 weights and what AdamW keeps of them.
 
-    Returns:
-        `(flops, bytes)`: matrix products of forward and backward over causal pairs, nothing
-        recomputed; weights read twice, gradients written, and AdamW's reads and writes.
+    Weights are read twice, gradients written, and the optimizer reads and writes.
     """
-    network, c = trainer.raw_model, trainer.raw_model.config
-    weights = sum(m.weight.numel() for m in network.modules() if isinstance(m, nn.Linear))
-    tokens = trainer.tokens_per_step
-    width = c.hidden_dim // c.num_heads
-    distance = getattr(c, "head_coord_dim", width)
-    pairs = tokens * (trainer.config["block_size"] + 1) / 2 * c.num_heads * c.num_layers
-    parameters = sum(p.numel() for p in network.parameters())
-    return 3 * (2 * weights * tokens + 2 * (distance + width) * pairs), 4 * 10 * parameters
+    return 4 * 10 * sum(p.numel() for p in model.parameters())
 
 
 def child_peak(args, name):
@@ -149,7 +140,8 @@ def benchmark_train(args, device):
     for name, trainer in trainers.items():
         key = name.replace("-", "_")
         speeds = [trainer.tokens_per_step / s for s in seconds[name]]
-        flops, floor_bytes = step_floor(trainer)
+        flops = training_flops(trainer.raw_model, trainer.tokens_per_step)
+        floor_bytes = step_bytes(trainer.raw_model)
         numbers |= {
             f"{key}_tokens_per_s": statistics.median(speeds),
             f"{key}_tokens_per_s_rounds": speeds,
