@@ -234,20 +234,12 @@ class GravityAttention(nn.Module):
         )
 
     def learned(self):
-        """What the heads learned, by name: (H,) each, retardation (H, head_coord_dim).
+        """What the heads learned, by name: (H,), retardation (H * head_coord_dim,).
 
-        None for a radius or retardation that the model does not have.
+        A radius or retardation that the model does not have is None.
         """
-        retardation = self.retardation
-        return {
-            "time_scale": self.time_scale,
-            "time_offset": self.time_offset,
-            "retardation": None
-            if retardation is None
-            else retardation.view(len(self.time_offset), -1),
-            "radius": self.radius,
-            "window": self.window,
-        }
+        names = ("time_scale", "time_offset", "retardation", "radius", "window")
+        return {name: getattr(self, name) for name in names}
 
     def forward(self, h, z, mass, positions, kv_cache=None):
         q, k = self.points(z, kv_cache)

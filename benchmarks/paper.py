@@ -8,6 +8,7 @@ import statistics
 
 import torch
 
+from engine.flops import attention_flops
 from engine.models import build_model
 from training.config import DEFAULTS
 
@@ -78,11 +79,6 @@ def memory_of_a_rank(parameters, ranks, sharded):
 def bytes_on_the_wire(parameters, ranks, sharded):
     """What a rank sends in a step: a ring's all-reduce, and the new weights where it shares."""
     return (3 if sharded else 2) * (ranks - 1) / ranks * 4 * parameters
-
-
-def attention_flops(pairs, distance, width):
-    """Of the two products of a head's pairs, forward and backward."""
-    return 3 * 2 * (distance + width) * pairs
 
 
 def mean_pairs(windows, tokens):

@@ -21,7 +21,6 @@ from tqdm import tqdm
 from benchmarks.paper import (
     GPU,
     SIZES,
-    attention_flops,
     bytes_on_the_wire,
     efficiency,
     mean_pairs,
@@ -30,6 +29,7 @@ from benchmarks.paper import (
     saved_bytes,
 )
 from engine.checkpoint import load_model
+from engine.flops import attention_flops
 from engine.models import build_model
 from gravity.attention import gravity_attention
 from model import NGT

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn as nn
 
 from benchmarks.models import DTYPES, SHAPES, add_dtype_flag, add_preset_flag
 from benchmarks.timing import interleaved, peak_flops, ratios, spread
@@ -92,13 +91,13 @@ def numbers_of(args, name, trainer, seconds, peak):
         peak: flops per second of a large matrix product, the denominator of the model's share.
     """
     speeds = [trainer.tokens_per_step / s for s in seconds]
-    flops, floor_bytes = step_floor(trainer)
+    flops = training_flops(trainer.raw_model, trainer.tokens_per_step)
     return {
         "tokens_per_s": statistics.median(speeds),
         "tokens_per_s_rounds": speeds,
         "peak_bytes": child_peak(args, name),
         "floor_flops": flops,
-        "floor_bytes": floor_bytes,
+        "floor_bytes": step_bytes(trainer.raw_model),
         "mfu": flops / statistics.median(seconds) / peak,
     }
 
@@ -143,21 +142,12 @@ def train_step(trainer, name):
         trainer.step()
 
 
-def step_floor(trainer):
-    """What a training step cannot do without.
+def step_bytes(model):
+    """Bytes that a training step moves at least: fp32 weights and what AdamW keeps of them.
 
-    Returns:
-        `(flops, bytes)`: matrix products of forward and backward over causal pairs, nothing
-        recomputed; weights read twice, gradients written, and AdamW's reads and writes.
+    Weights are read twice, gradients written, and the optimizer reads and writes.
     """
-    network, c = trainer.raw_model, trainer.raw_model.config
-    weights = sum(m.weight.numel() for m in network.modules() if isinstance(m, nn.Linear))
-    tokens = trainer.tokens_per_step
-    width = c.hidden_dim // c.num_heads
-    distance = getattr(c, "head_coord_dim", width)
-    pairs = tokens * (trainer.config["block_size"] + 1) / 2 * c.num_heads * c.num_layers
-    parameters = sum(p.numel() for p in network.parameters())
-    return 3 * (2 * weights * tokens + 2 * (distance + width) * pairs), 4 * 10 * parameters
+    return 4 * 10 * sum(p.numel() for p in model.parameters())
 
 
 def child_peak(args, name):
