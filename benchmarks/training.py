@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.models import DTYPES, SHAPES, add_dtype_flag, add_preset_flag
 from benchmarks.timing import interleaved, peak_flops, ratios, spread
+from engine.flops import training_flops
 from gravity import published
 from model import LAWS
 from system.cli import whole
