@@ -16,8 +16,9 @@ from talk.events import Token
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {
     "/": ("talk/page.html", "text/html; charset=utf-8"),
-    "/style.css": ("coords/page.css", "text/css; charset=utf-8"),
+    "/style.css": ("web/style.css", "text/css; charset=utf-8"),
     "/page.css": ("talk/page.css", "text/css; charset=utf-8"),
+    "/shared.js": ("web/shared.js", "text/javascript; charset=utf-8"),
     "/details.js": ("talk/details.js", "text/javascript; charset=utf-8"),
     "/page.js": ("talk/page.js", "text/javascript; charset=utf-8"),
 }

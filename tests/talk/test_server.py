@@ -471,7 +471,7 @@ def test_in_a_browser(server, new_page):
     # what a stranger's vocabulary says is text
     seen = shown_text(page, "model")
     assert HOSTILE[0] in seen and HOSTILE[1] in seen and "\\u202e" in seen and "\\x1b" in seen
-    assert page.title() == "Chat: see what pulls"
+    assert page.title() == "Chat: what pulls each token"
     assert page.locator("main img, main script").count() == 0
 
     # the newest token's pulls show without a hand; hover shows another's, a click keeps it
@@ -499,7 +499,7 @@ def test_in_a_browser(server, new_page):
     page.click(".by-head li >> nth=3")
     assert page.input_value("#head") == "4"
     assert lit(page).keys() == {source for source, _ in head_rows[4]}
-    page.select_option("#head", label="block 1, mean of heads")
+    page.select_option("#head", label="layer 1, mean of heads")
     assert lit(page).keys() == {source for source, _ in head_rows[2]}
 
     # the keyboard alone
