@@ -121,8 +121,8 @@ class Trainer:
     def __init__(self, config, data, device, ranks=None):
         self.config, self.data, self.device = config, data, device
         self.ranks = ranks or Ranks()
-        shape = {"model_type": config["model"], "vocab_size": data.tokenizer.vocab_size}
-        self.raw_model = build_model(config | shape).to(device)
+        vocab_size = data.tokenizer.vocab_size
+        self.raw_model = build_model(config | {"vocab_size": vocab_size}).to(device)
         distributed = distribute(self.raw_model, device, self.ranks)
         self.model = maybe_compile(distributed, config, device)
         self.optimizer = make_optimizer(self.raw_model, config, device, self.ranks)
@@ -189,7 +189,7 @@ class Trainer:
         return {
             **self.config,
             **dataclasses.asdict(self.raw_model.config),
-            "model_type": self.config["model"],
+            "model": self.config["model_type"],  # the flag's name: files keep both
             "token_directory": str(self.data.directory),
             "source_sha256": self.data.meta["source_sha256"],
             "tokenizer_sha256": self.data.tokenizer.fingerprint,
