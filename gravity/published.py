@@ -162,14 +162,9 @@ def _published_inputs(settings, inputs, b, row, keys):
     """Settings and inputs of one tile."""
     *others, t_query, t_key = settings
     q, k, v, query_mass, key_mass, *per_head = inputs
-    return (*others, t_query[row], t_key[:keys]), (
-        q[b, :, row],
-        k[b, :, :keys],
-        v[b, :, :keys],
-        query_mass[b, row],
-        key_mass[b, :keys],
-        *per_head,
-    )
+    masses = query_mass[b, row], key_mass[b, :keys]
+    tensors = q[b, :, row], k[b, :, :keys], v[b, :, :keys], *masses, *per_head
+    return (*others, t_query[row], t_key[:keys]), tensors
 
 
 class PublishedGravityAttention(nn.Module):
@@ -224,15 +219,7 @@ class PublishedGravityAttention(nn.Module):
         key_positions, key_mass = positions, mass
         if kv_cache is not None:
             key_positions, k, v, key_mass = kv_cache.append(self.layer, positions, k, v, mass)
-        pull = published_gravity_attention(
-            q,
-            k,
-            v,
-            mass,
-            key_mass,
-            dropout=self.config.dropout if self.training else 0.0,
-            query_positions=positions,
-            key_positions=key_positions,
-            **self.law(),
-        )
-        return self.out_proj(merge_heads(pull))
+        law = self.law() | {"query_positions": positions, "key_positions": key_positions}
+        dropout = self.config.dropout if self.training else 0.0
+        a = published_gravity_attention(q, k, v, mass, key_mass, dropout=dropout, **law)
+        return self.out_proj(merge_heads(a))
