@@ -176,6 +176,7 @@ class GravityAttention(nn.Module):
             proj.weight /= math.sqrt(8)
             proj.bias /= math.sqrt(8)
         heads = self.config.num_heads
+        # from 0 for a layer's nearest head to 1 for its farthest
         steps = torch.arange(heads, dtype=torch.float64) / max(heads - 1, 1)
         far = self.config.farthest_time_scale
         nearest = max(NEAREST_TIME_SCALE, far)

@@ -36,10 +36,7 @@ def _check(q, k, v, mass, law):
         raise ValueError("a radius is given exactly when cutoff is 'hard' or 'soft'")
     if law.radius is not None and law.radius.shape != (heads,):
         raise ValueError(f"radius must have shape {(heads,)}")
-    for length, positions in (
-        (num_queries, law.query_positions),
-        (num_keys, law.key_positions),
-    ):
+    for length, positions in ((num_queries, law.query_positions), (num_keys, law.key_positions)):
         if positions.shape != (length,):
             raise ValueError(f"positions are {tuple(positions.shape)}, expected {(length,)}")
 

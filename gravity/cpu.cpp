@@ -56,7 +56,7 @@ inline long round_up(long n, long step) { return (n + step - 1) / step * step; }
 struct FlushDenormals {
 #if defined(__x86_64__)
     unsigned before = _mm_getcsr();
-    FlushDenormals() { _mm_setcsr(before | 0x8040); }  // results and inputs
+    FlushDenormals() { _mm_setcsr(before | 0x8040); }  // of results, and of inputs
     ~FlushDenormals() { _mm_setcsr(before); }
 #endif
 };
@@ -140,7 +140,7 @@ struct Problem {
     int64_t batch, heads, queries, keys, coords, width;
     int64_t exponent, cutoff;  // 0 none, 1 hard, 2 soft
     int64_t threads;
-    double tolerance;  // share of the sum of fields that may be left out
+    double tolerance;                                 // share of the sum that may be left out
     Tensor q, k, v, out, grad_out;                    // out and grad_out: backward only
     const float *mass;                                // (B, Tk)
     const double *time_scale, *time_offset, *radius;  // (H,)
@@ -188,7 +188,7 @@ struct Scratch {
 };
 
 // The (batch, head) that a thread works on: its keys, packed when they are first visited, and one
-// block of its queries.
+// block of its queries. One query alone, a decoding step, keeps distances in place of products.
 struct Head {
     const Problem &p;
     const bool backward;
@@ -309,7 +309,7 @@ struct Head {
         }
     }
 
-    // field = q.k of a block of queries with keys [from, from + keys).
+    // field = q.k of a block of queries with keys [from, from + keys), before it becomes the field.
     void dots(long rows, long from, long keys) {
         if (single) {
             memcpy(field.data(), &k_across[from], round_up(keys, LANES) * sizeof(float));
@@ -346,11 +346,11 @@ struct Head {
             if (position - p.key_positions[oldest - 1] > reach) return true;
         }
         if (!(tolerance > 0) || !(smallest_sum > 0)) return false;  // also if NaN
-        double log_degree = 2 * p.exponent - 1;
-        double log_window = std::log(max_mass / log_degree) - std::log(tolerance) -
+        double degree = 2 * p.exponent - 1;
+        double log_window = std::log(max_mass / degree) - std::log(tolerance) -
                             std::log((double)smallest_sum) -
-                            (log_degree + 1) * std::log(p.time_scale[h]);
-        return p.time_offset[h] + std::exp(log_window / log_degree) * (1 + 1e-6) <= kept;
+                            (degree + 1) * std::log(p.time_scale[h]);
+        return p.time_offset[h] + std::exp(log_window / degree) * (1 + 1e-6) <= kept;
     }
 };
 

@@ -149,7 +149,8 @@ class _CompiledGravity(torch.autograd.Function):
         batch, heads, queries, _ = q.shape
         rows = library().rows_per_block()
         result = torch.empty(batch, queries, heads, v.shape[-1], dtype=torch.float32)
-        total = torch.empty(batch, heads, queries, dtype=torch.float32)
+        total = torch.empty(batch, heads, queries, dtype=torch.float32)  # sums of fields
+        # the oldest key that each block of queries visited
         first = torch.empty(batch, heads, -(-queries // rows), dtype=torch.int32)
         call = _Call(q, k, v, mass, law)
         call.run("gravity_forward", result=result, total=total, first=first)
@@ -166,20 +167,20 @@ class _CompiledGravity(torch.autograd.Function):
         q, k, v, mass, *learned = inputs
         law = Law(*learned, *ctx.fixed)
         batch, heads = q.shape[:2]
-        gradient = [
+        gradients = [  # (B, T, H, C) in memory, as their inputs
             torch.empty(batch, x.shape[2], heads, x.shape[3], dtype=torch.float32).transpose(1, 2)
             for x in (q, k, v)
         ]
         d_mass = torch.empty(batch, heads, k.shape[2], dtype=torch.float32)
-        d_law = torch.empty(batch, heads, 3, dtype=torch.float64)
+        d_law = torch.empty(batch, heads, 3, dtype=torch.float64)  # time_scale, time_offset, radius
         call = _Call(q, k, v, mass, law)
         call.tensor("out", out)
         call.tensor("grad_out", grad_out)
-        by_name = dict(zip(("d_q", "d_k", "d_v"), gradient, strict=True))
+        by_name = dict(zip(("d_q", "d_k", "d_v"), gradients, strict=True))
         call.run(
             "gravity_backward", total=total, first=first, **by_name, d_mass=d_mass, d_law=d_law
         )
-        grads = (*gradient, d_mass.sum(1), *d_law.sum(0).unbind(-1))
+        grads = (*gradients, d_mass.sum(1), *d_law.sum(0).unbind(-1))
         if law.cutoff != "soft":
             grads = (*grads[:-1], None)
         given = (None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))

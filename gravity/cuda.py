@@ -92,7 +92,7 @@ class _Times(NamedTuple):
     """Positions of queries and keys as the kernels read them."""
 
     tq: torch.Tensor  # (Tq,) fp32, relative to the newest key
-    tk: torch.Tensor  # (Tk,) fp32, alike
+    tk: torch.Tensor  # (Tk,) fp32, likewise
     visible: torch.Tensor  # (Tq,) int32, how many keys are not later than a query
     first_seen: torch.Tensor  # (Tk,) int32, the first query that is not earlier than a key
 
@@ -157,7 +157,7 @@ class _Saved(NamedTuple):
 
     q: torch.Tensor  # (B, H, Tq, C); the mean key is subtracted if fp32
     q_norm: torch.Tensor  # (B, H, Tq) fp32
-    k: torch.Tensor  # (B, H, Tk, C), alike
+    k: torch.Tensor  # (B, H, Tk, C), likewise
     k_norm: torch.Tensor  # (B, H, Tk) fp32
     v: torch.Tensor  # (B, H, Tk, D)
     mass: torch.Tensor  # (B, Tk) fp32
