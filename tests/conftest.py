@@ -5,19 +5,23 @@ import shutil
 import signal
 from pathlib import Path
 
+from script_runner import ONE_THREAD, run_script
+
+os.environ.update(ONE_THREAD)  # before PyTorch reads it, and for every process that a test starts
+
 import pytest
 import torch
 
 from gravity import attention, blocked, cpu
-from script_runner import run_script
+from system.machine import cpu_multiplies_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+needs_bf16 = pytest.mark.skipif(
+    not cpu_multiplies_bf16(), reason="this CPU does not multiply bf16 in hardware"
+)
 
-
-# a job started in the background of a script ignores Ctrl-C, and so would all that it starts
-signal.signal(signal.SIGINT, signal.default_int_handler)
 # pytest's readline exports the size of its terminal, which is not that of terminals in tests
 for name in ("COLUMNS", "LINES"):
     os.environ.pop(name, None)
@@ -35,12 +39,21 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(skip)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Let every process that a test starts begin with the default of each signal.
+
+    nohup ignores a closed terminal, a script ignores Ctrl-C in its background jobs, and a process
+    inherits what its parent ignores. A handler is not inherited, so pytest itself goes on ignoring.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+
+
 @pytest.fixture(autouse=True)
 def seeded_and_single_threaded():
-    """Tensors here are small: a second thread only waits, and the tests run on both cores.
-
-    A training in this process flushes denormals; the next test shall not find that.
-    """
+    """Undo what an earlier test may have set: threads, or denormals that a training flushes."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     torch.set_flush_denormal(False)

@@ -6,21 +6,20 @@ python tests/fault_campaign.py --kills 50
 
 import argparse
 import json
-import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from engine.checkpoint import read_checkpoint
+from script_runner import StartedScript
+from small_runs import same
 from system.errors import UserError
 
 CHECKPOINT_INTERVAL = 7
@@ -30,6 +29,7 @@ SMALL = (
     *("--batch-size", 4, "--gradient-accumulation-steps", 2),
     *("--dropout", 0.1, "--warmup-steps", 20, "--device", "cpu"),
     *("--eval-interval", 25, "--eval-iters", 1, "--checkpoint-interval", CHECKPOINT_INTERVAL),
+    *("--sample-tokens", 4),
 )
 VARIANTS = {
     "newton": ("--use-soft-cutoff", "--repulsion-interval", 3),
@@ -42,25 +42,18 @@ RESUMED = ("model_state", "optimizer_state", "scheduler_state", "iter", "best_va
 
 
 def training(folder, name, flags):
-    """A training process, to go on where an earlier one of that name was killed."""
-    command = [Path(__file__).parent / "counted_training.py", *SMALL, *flags]
-    command += ["--data-path", "text.txt", "--checkpoint-path", f"{name}.pt", "--run-name", name]
-    return subprocess.Popen(
-        [sys.executable, *map(str, command), "--resume"],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "STEPS_FILE": f"{name}.steps"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    """A training process that continues the run of that name if there is one."""
+    arguments = [*SMALL, *flags, "--data-path", "text.txt", "--resume"]
+    arguments += ["--checkpoint-path", f"{name}.pt", "--run-name", name]
+    steps_file = {"STEPS_FILE": f"{name}.steps"}
+    return StartedScript("tests/counted_training.py", arguments, folder, env=steps_file)
 
 
 def finished(process):
-    """What a training says that ends by itself."""
-    output, _ = process.communicate(timeout=300)
+    """Wait for the end of a training, which must succeed."""
+    output, errors = process.communicate(timeout=300)
     if process.returncode:
-        raise RuntimeError(f"a training ended with {process.returncode}: {output}")
-    return output
+        raise RuntimeError(f"a training ended with {process.returncode}: {output}{errors}")
 
 
 def saved_step(folder, name):
@@ -87,17 +80,6 @@ def rows(folder, name):
         row = json.loads(line)
         kept.append([row[key] for key in ("step", "tokens", "train_loss", "val_loss", "repulsion")])
     return kept
-
-
-def same(a, b):
-    """Whether two checkpoints' parts are bit-identical."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
 
 
 def wait_for_kill(process, folder, name, until, while_writing):
@@ -134,8 +116,9 @@ def campaign(folder, variant, kills, seed=0, say=lambda line: None, steps=STEPS)
     flags = (*VARIANTS[variant], "--max-steps", steps)
     clock = random.Random(f"{variant} {seed}")
     whole, cut = f"{variant}_whole", f"{variant}_cut"
+    process = training(folder, whole, flags)
     started = time.monotonic()
-    finished(training(folder, whole, flags))
+    finished(process)
     duration = time.monotonic() - started
     counts = ("kills", "in_writing", "resumes", "most_repeated", "damaged", "mismatches")
     result = dict.fromkeys(counts, 0)

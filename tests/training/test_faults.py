@@ -1,13 +1,12 @@
 """Runs that are killed, stopped, and robbed of their disk; `fault_campaign.py` kills more often."""
 
 import contextlib
-import os
+import functools
 import re
 import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,9 +14,10 @@ import pytest
 import torch
 
 import train_shakespeare
-from conftest import ROOT, error_line, run
+from conftest import error_line, run
 from engine.checkpoint import best_path, last_path, read_checkpoint, save_checkpoint
 from fault_campaign import CHECKPOINT_INTERVAL, campaign
+from script_runner import StartedScript
 from soak import soak
 from system.errors import UserError
 from training import trainer as training_trainer
@@ -26,13 +26,14 @@ SMALL = (
     *("--data-path", "small.txt", "--hidden-dim", 32, "--num-layers", 1, "--num-heads", 2),
     *("--block-size", 16, "--batch-size", 4, "--eval-interval", 20, "--eval-iters", 1),
     *("--checkpoint-interval", 10, "--checkpoint-path", "c/x", "--device", "cpu"),
+    *("--sample-tokens", 4),
 )
 
 
 @pytest.mark.parametrize(
     "variant, kills",
     [
-        ("newton", 5),
+        ("newton", 4),
         pytest.param("published", 3, marks=pytest.mark.slow),
         pytest.param("vanilla", 3, marks=pytest.mark.slow),
         pytest.param("bf16", 3, marks=pytest.mark.slow),
@@ -41,28 +42,15 @@ SMALL = (
 def test_killed_anywhere(variant, kills, tmp_path):
     """SIGKILL at random moments, some while a checkpoint is being written: the end is bit-identical
     to that of an undisturbed run, and no step older than the checkpoint interval is done again."""
-    result = campaign(tmp_path, variant, kills, steps=150)
+    result = campaign(tmp_path, variant, kills, steps=100)
     assert result["kills"] == kills and result["mismatches"] == result["damaged"] == 0, result
     assert result["in_writing"] >= 1
     assert result["most_repeated"] <= CHECKPOINT_INTERVAL
 
 
-def started(cwd, *flags, limit=None):
-    """A training in a process of its own, with at most `limit` bytes a file."""
-
-    def limited():
-        if limit:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-
-    return subprocess.Popen(
-        [sys.executable, *map(str, (ROOT / "train_shakespeare.py", *SMALL, *flags))],
-        cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=limited,
-    )
+def started(cwd, *flags, prepare=None):
+    """A training in a process of its own."""
+    return StartedScript("train_shakespeare.py", (*SMALL, *flags), cwd, prepare=prepare)
 
 
 def ended(process, code):
@@ -111,22 +99,14 @@ with StopRequest() as stop:
     "first, second",
     [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGINT", "SIGTERM"), ("SIGHUP", "SIGINT")],
 )
-def test_a_second_signal_exits_at_once(first, second):
-    """Whatever the first was; but what torchrun repeats of a Ctrl-C is no second one."""
-    for launched, code in ((False, -getattr(signal, second)), (True, 0)):
-        environment = {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"}
-        environment["PYTHONPATH"] = str(ROOT)
-        if launched:
-            environment["TORCHELASTIC_RUN_ID"] = "x"
-        result = subprocess.run(
-            [sys.executable, "-c", ASKED_TWICE, first, second],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert result.returncode == code and "asked" in result.stdout, result.stderr
-        assert ("still here" in result.stdout) == launched
+def test_a_second_signal_exits_at_once(first, second, in_tmp, monkeypatch):
+    """Whatever the first was; torchrun's repetition of a Ctrl-C does not count as the second."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    (in_tmp / "asked.py").write_text(ASKED_TWICE)
+    for launched, code in (({}, -getattr(signal, second)), ({"TORCHELASTIC_RUN_ID": "x"}, 0)):
+        result = run(in_tmp / "asked.py", first, second, cwd=in_tmp, check=code, env=launched)
+        assert "asked" in result.stdout
+        assert ("still here" in result.stdout) == bool(launched)
 
 
 def test_two_signals_damage_nothing(trained, in_tmp):
@@ -188,19 +168,21 @@ def test_a_disk_that_fills(trained, in_tmp):
 def test_a_limit_on_file_sizes(trained, in_tmp):
     """Where files may be no larger than this, the one before stays, too."""
     contents = trained.read_bytes()
-    process = started(in_tmp, "--resume", "--max-steps", 40, limit=len(contents) * 3 // 4)
+    limit = (len(contents) * 3 // 4, resource.RLIM_INFINITY)
+    limited = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, limit)
+    process = started(in_tmp, "--resume", "--max-steps", 40, prepare=limited)
     line = one_error(ended(process, 1)[1])
     assert "c/x" in line and "free some space" in line
     assert trained.read_bytes() == contents and not list(in_tmp.glob("c/*.partial"))
 
 
 def test_a_directory_that_goes_is_made_again(trained, in_tmp):
-    process = started(in_tmp, "--resume", "--max-steps", 400)
+    process = started(in_tmp, "--resume", "--max-steps", 200)
     before = trained.stat().st_mtime_ns
     until(lambda: trained.stat().st_mtime_ns != before, process)
     (in_tmp / "c").rename(in_tmp / "gone")
     ended(process, 0)
-    assert read_checkpoint(trained)["iter"] == 400
+    assert read_checkpoint(trained)["iter"] == 200
 
 
 def test_a_directory_that_becomes_a_file(trained, in_tmp):
@@ -293,6 +275,6 @@ def test_fp16_overflow_is_no_skipped_step(in_tmp, small_text):
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads Linux's /proc")
 def test_nothing_grows(tmp_path):
     """`soak.py --minutes 60` is the long version: memory and open files of a training stay flat."""
-    result = soak(tmp_path, "ngt", seconds=6)
+    result = soak(tmp_path, "ngt", seconds=4)
     assert result["growth"] < 0.05 and result["files"] <= result["files_after_warm_up"], result
     assert result["exit_code"] == 143 and result["steps"] > 0

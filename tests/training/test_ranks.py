@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ import torch
 
 from conftest import ROOT, run
 from engine.checkpoint import read_checkpoint
+from script_runner import StartedScript
+from small_runs import assert_same_run
 
 STEPS = 50
 SMALL = (
@@ -19,6 +22,7 @@ SMALL = (
     *("--block-size", 16, "--batch-size", 8, "--gradient-accumulation-steps", 2),
     *("--max-steps", STEPS, "--warmup-steps", 5, "--repulsion-interval", 3),
     *("--eval-interval", 10, "--eval-iters", 2, "--checkpoint-interval", 5, "--device", "cpu"),
+    *("--sample-tokens", 4),
 )
 
 
@@ -29,7 +33,6 @@ def torchrun(cwd, ranks, *flags, restarts=0):
     return subprocess.Popen(
         [str(word) for word in (*launch, ROOT / "train_shakespeare.py", *SMALL, *flags)],
         cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -41,6 +44,25 @@ def finish(process, code=0):
     output, _ = process.communicate(timeout=120)
     assert process.returncode == code, output
     return output
+
+
+def on_ranks(cwd, ranks, *flags):
+    """Train to the end over several ranks, with torchrun's environment but without torchrun, which
+    would import PyTorch in every process; returns what they print."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = []
+    for rank in range(ranks):
+        env = {
+            name: str(value) for name, value in (shared | dict(RANK=rank, LOCAL_RANK=rank)).items()
+        }
+        processes.append(StartedScript("train_shakespeare.py", (*SMALL, *flags), cwd, env=env))
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert all(process.returncode == 0 for process in processes), outputs
+    return "".join(output for output, _ in outputs)
 
 
 def named(name):
@@ -66,7 +88,7 @@ def weights(cwd, name):
     ids=["newton", "vanilla", "published"],
 )
 def test_any_number_of_ranks_gives_one_curve(flags, in_tmp, small_text, request):
-    """Losses of 1, 2 and 4 ranks agree to 1e-5 over 50 steps; so does a sharded optimizer's."""
+    """Losses of 1, 2 and 4 ranks agree to 1e-5 over 50 steps, also with a sharded optimizer."""
     run("train_shakespeare.py", *SMALL, *flags, *named("one"), cwd=in_tmp, check=0)
     expected = curve(in_tmp, "one")
     assert expected[-1]["step"] == STEPS and expected[-1]["val_loss"] < expected[0]["val_loss"]
@@ -74,8 +96,8 @@ def test_any_number_of_ranks_gives_one_curve(flags, in_tmp, small_text, request)
     if flags or request.config.getoption("--slow"):
         others["four"] = (4, ())
     for name, (ranks, more) in others.items():
-        output = finish(torchrun(in_tmp, ranks, *flags, *more, *named(name)))
-        assert output.count("best validation loss") == 1  # rank 0 alone speaks
+        output = on_ranks(in_tmp, ranks, *flags, *more, *named(name))
+        assert output.count("best validation loss") == 1  # only rank 0 prints
         found = curve(in_tmp, name)
         assert [row["step"] for row in found] == [row["step"] for row in expected]
         for key in ("train_loss", "val_loss"):
@@ -95,9 +117,20 @@ def killed(cwd, name, *flags, restarts):
     return finish(process, code=0 if restarts else 1)
 
 
+def test_resuming_on_two_ranks_is_bit_identical(in_tmp, small_text):
+    """With a sharded optimizer, and dropout whose random numbers differ from rank to rank."""
+    flags = ("--dropout", 0.1, "--shard-optimizer", "--no-use-cosine-schedule", "--max-steps")
+    on_ranks(in_tmp, 2, *flags, 40, *named("whole"))
+    on_ranks(in_tmp, 2, *flags, 20, *named("cut"))
+    assert "resuming at step 20" in on_ranks(in_tmp, 2, *flags, 40, "--resume", *named("cut"))
+    whole, cut = (read_checkpoint(in_tmp / f"{name}.pt_last.pt") for name in ("whole", "cut"))
+    assert_same_run(whole, cut)
+
+
 LONGER = ("--max-steps", 200, "--dropout", 0.1, "--shard-optimizer", "--eval-interval", 100)
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_is_replaced(in_tmp, small_text):
     """With --max-restarts the run carries on from its last checkpoint, and ends bit-identical to
     one that was never disturbed, dropout, sharded optimizer and all."""

@@ -155,7 +155,6 @@ def test_a_closed_terminal_saves(finished):
     command += ["--checkpoint-path", "c/a", "--max-steps", 100_000]
     process = subprocess.Popen(
         [*map(str, command)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdin=slave,
         stdout=slave,
         stderr=slave,
@@ -175,9 +174,7 @@ def test_a_closed_terminal_saves(finished):
 def test_a_signal_before_there_is_anything_to_save(in_tmp, small_text):
     """SIGUSR1 while it is starting does not end it."""
     command = [sys.executable, ROOT / "train_shakespeare.py", *SMALL, "--max-steps", 10]
-    process = subprocess.Popen(
-        [*map(str, command)], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE
-    )
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE)
     while b"text:" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGUSR1)
