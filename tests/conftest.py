@@ -1,4 +1,4 @@
-"""What the tests share: the repository's place, small corpora, and running a script for real."""
+"""What all tests share: the repository's folder, small corpora, and running a script."""
 
 import os
 import shutil
@@ -68,7 +68,7 @@ def in_tmp(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tiny_shakespeare():
-    """The real tiny Shakespeare; skips where it does not lie beside the repository."""
+    """The path of the real tiny Shakespeare; skips if it is not beside the repository."""
     path = SHARED / "tinyshakespeare.txt"
     if not path.exists():
         pytest.skip("tiny Shakespeare is not beside the repository")
@@ -77,7 +77,7 @@ def tiny_shakespeare():
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks so small that a few dozen tokens make many, ragged at the end."""
+    """Make blocks so small that a few dozen tokens fill several, the last one partly."""
 
     def set_blocks(rows=5, pairs=70, chunk=7):
         monkeypatch.setattr(blocked, "tile_rows", lambda matrices: rows)
@@ -91,7 +91,7 @@ def small_blocks(monkeypatch):
 
 @pytest.fixture(params=["compiled", "pytorch"])
 def either_path(request, monkeypatch):
-    """With the compiled kernels, and with the blocked path alone, for fp32 and bf16."""
+    """Run a test with the compiled kernels, and again with only the blocked path."""
     if request.param == "pytorch":
         monkeypatch.setattr(attention, "can_attend", lambda q, v: False)
     elif cpu.library() is None:
@@ -100,7 +100,7 @@ def either_path(request, monkeypatch):
 
 @pytest.fixture
 def visited(monkeypatch):
-    """A list that grows by the number of pairs each time that a tile of the field is computed."""
+    """A list of how many pairs each computed tile of the field has."""
     pairs = []
     inverse = blocked._Tiles.inverse
 
@@ -122,7 +122,7 @@ SENTENCES = (
 
 @pytest.fixture
 def small_text(tmp_path):
-    """A text file of 24,000 characters that has something to learn."""
+    """The path of a text of 24,000 characters from which a model can learn."""
     path = tmp_path / "small.txt"
     text = "".join(SENTENCES[(7 * n * n + n) % len(SENTENCES)] for n in range(1000))
     path.write_text(text[:24000], encoding="utf-8")
@@ -133,7 +133,7 @@ def run(*command, cwd, stdin="", check=None, env=None):
     """Run a script of the repository in a new process.
 
     Args:
-        check: the exit code to insist on.
+        check: the exit code that the script must have; None allows any.
 
     Returns:
         The `CompletedProcess` with text output.
@@ -145,13 +145,13 @@ def run(*command, cwd, stdin="", check=None, env=None):
 
 
 def left_behind():
-    """What lies in data/ besides empty lock files."""
+    """The files in data/, except empty lock files."""
     files = [path for path in Path("data").rglob("*") if path.is_file()]
     return [path for path in files if path.parent != Path("data/locks") or path.stat().st_size]
 
 
 def error_line(result):
-    """The one line that a user sees of an error."""
+    """The only error line that the user sees."""
     assert "Traceback" not in result.stderr, result.stderr
     lines = [line for line in result.stderr.splitlines() if "error:" in line]
     assert len(lines) == 1, result.stderr

@@ -1,5 +1,5 @@
-"""Kills trainings with SIGKILL at random moments, resumes them, and compares what comes out with
-runs that were never disturbed.
+"""Kills trainings with SIGKILL at random moments, resumes them, and compares the results with
+undisturbed runs.
 
 python tests/fault_campaign.py --kills 50
 """
@@ -57,7 +57,11 @@ def finished(process):
 
 
 def saved_step(folder, name):
-    """The step that a resumed run starts from. Raises `UserError` where a file is damaged."""
+    """The step that a resumed run starts from.
+
+    Raises:
+        UserError: if a checkpoint is damaged.
+    """
     steps = [0]
     for kind in ("best", "last"):
         path = folder / f"{name}.pt_{kind}.pt"
@@ -67,14 +71,14 @@ def saved_step(folder, name):
 
 
 def last_step(folder, name):
-    """The last step that was finished before the kill, saved or not."""
+    """The last step that was finished before the kill, saved or not; 0 if there is none."""
     path = folder / f"{name}.steps"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return int(lines[-1]) if lines else 0
 
 
 def rows(folder, name):
-    """Evaluations, without what a clock or a memory gauge says."""
+    """The evaluations of a run, without times and memory."""
     kept = []
     for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -83,10 +87,10 @@ def rows(folder, name):
 
 
 def wait_for_kill(process, folder, name, until, while_writing):
-    """Kill a training at a moment, or at the first checkpoint that it is writing after that.
+    """Kill a training at the time `until`, or while it next writes a checkpoint after that.
 
     Returns:
-        "step", "writing", or None where it ended first.
+        "writing" if a half-written checkpoint is left, else "step"; None if it ended first.
     """
     while time.monotonic() < until + 30:
         if process.poll() is not None:
@@ -102,14 +106,14 @@ def wait_for_kill(process, folder, name, until, while_writing):
 
 
 def campaign(folder, variant, kills, seed=0, say=lambda line: None, steps=STEPS):
-    """Kill one run `kills` times, let it end, and compare it with an undisturbed one.
+    """Kill one run `kills` times, let it end, and compare it with an undisturbed run.
 
-    Every second kill waits for the moment in which a checkpoint is being written.
+    Every second kill waits until a checkpoint is being written.
 
     Returns:
-        A dict: `kills`; `in_writing`, those that left a checkpoint half written; `resumes`;
-        `most_repeated`, steps done again after one kill; `damaged` checkpoints after a kill;
-        `mismatches` of weights, optimizer, random numbers or evaluations at the end.
+        A dict of counts: `kills`; `in_writing`, kills that left a checkpoint half written;
+        `resumes`; `most_repeated`, the most steps repeated after one kill; `damaged` checkpoints
+        after a kill; `mismatches` of weights, optimizer, random numbers or evaluations at the end.
     """
     folder = Path(folder)
     (folder / "text.txt").write_text(SENTENCE * 300)
@@ -141,7 +145,7 @@ def campaign(folder, variant, kills, seed=0, say=lambda line: None, steps=STEPS)
             result["damaged"] += 1
             break
         result["most_repeated"] = max(result["most_repeated"], repeated)
-        say(f"{variant}: {how} {last_step(folder, cut)}, {repeated} to be done again")
+        say(f"{variant}: killed at {how} {last_step(folder, cut)}, {repeated} steps to repeat")
     result["resumes"] += saved_step(folder, cut) > 0
     finished(training(folder, cut, flags))
     ours, expected = (read_checkpoint(folder / f"{name}.pt_last.pt") for name in (cut, whole))
@@ -151,12 +155,14 @@ def campaign(folder, variant, kills, seed=0, say=lambda line: None, steps=STEPS)
 
 
 def main():
-    """Run the campaign over all variants; returns 1 where anything differed."""
+    """Run the campaign over all variants; returns 1 if anything differed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=50, help="in all (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    parser.add_argument("--kills", type=int, default=50, help="total number (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the random moments (default: %(default)s)"
+    )
     args = parser.parse_args()
     total = {}
     for number, variant in enumerate(VARIANTS):

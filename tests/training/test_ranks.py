@@ -1,4 +1,4 @@
-"""Training under torchrun, against the same training in one process."""
+"""Training on several ranks, compared with the same training in one process."""
 
 import json
 import os
@@ -27,7 +27,7 @@ SMALL = (
 
 
 def torchrun(cwd, ranks, *flags, restarts=0):
-    """The process of a training over several ranks."""
+    """Start a training on several ranks; returns torchrun's process."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launch += ["--nproc_per_node", ranks, "--max-restarts", restarts]
     return subprocess.Popen(
@@ -106,7 +106,7 @@ def test_any_number_of_ranks_gives_one_curve(flags, in_tmp, small_text, request)
 
 
 def killed(cwd, name, *flags, restarts):
-    """What a run says whose second rank is killed after its first checkpoint."""
+    """Kill the second rank after the first checkpoint; returns what the run prints."""
     process = torchrun(cwd, 2, *flags, *named(name), restarts=restarts)
     last = cwd / f"{name}.pt_last.pt"
     deadline = time.monotonic() + 90
@@ -132,8 +132,8 @@ LONGER = ("--max-steps", 200, "--dropout", 0.1, "--shard-optimizer", "--eval-int
 
 @pytest.mark.slow
 def test_a_rank_that_dies_is_replaced(in_tmp, small_text):
-    """With --max-restarts the run carries on from its last checkpoint, and ends bit-identical to
-    one that was never disturbed, dropout, sharded optimizer and all."""
+    """With --max-restarts the run continues from its last checkpoint, and its weights are
+    bit-identical to an undisturbed run's, with dropout and a sharded optimizer."""
     finish(torchrun(in_tmp, 2, *LONGER, *named("whole")))
     assert "resuming at step" in killed(in_tmp, "cut", *LONGER, restarts=1)
     ours, expected = weights(in_tmp, "cut"), weights(in_tmp, "whole")
@@ -142,7 +142,7 @@ def test_a_rank_that_dies_is_replaced(in_tmp, small_text):
 
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_run(in_tmp, small_text):
-    """Within a minute, with its cause; one process goes on with what two have written."""
+    """Within 90 seconds, naming the cause; one process can resume what two have written."""
     started = time.monotonic()
     assert "SIGKILL" in killed(in_tmp, "cut", *LONGER, restarts=0)
     assert time.monotonic() - started < 90
@@ -153,7 +153,7 @@ def test_a_rank_that_dies_ends_the_run(in_tmp, small_text):
 
 
 def ranks_of(launcher):
-    """Process numbers of the launcher's trainings, the first started first."""
+    """The process ids of the launcher's trainings, in the order of their start."""
     listing = subprocess.run(
         ["ps", "-o", "pid=", "--ppid", str(launcher)], capture_output=True, text=True, check=True
     ).stdout.split()
@@ -177,7 +177,7 @@ def test_half_of_torchruns_environment(in_tmp, small_text):
 
 @pytest.mark.slow
 def test_ctrl_c_under_torchrun_saves(in_tmp, small_text):
-    """The terminal tells every process, and torchrun tells its own again: that is one request."""
+    """The terminal signals every process, and torchrun signals its own again: one request."""
     process = torchrun(in_tmp, 2, "--max-steps", 100_000, *named("cut"))
     last = in_tmp / "cut.pt_last.pt"
     deadline = time.monotonic() + 90
@@ -193,7 +193,7 @@ def test_ctrl_c_under_torchrun_saves(in_tmp, small_text):
 
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all(in_tmp, small_text):
-    """Whenever it comes, in an evaluation for example: what one was told, all must agree on."""
+    """At any time, also during an evaluation: all ranks agree to stop."""
     flags = ("--max-steps", 100_000, "--eval-interval", 2, "--eval-iters", 60)
     for name in ("one", "two", "three"):
         process = torchrun(in_tmp, 2, *flags, *named(name), "--sample-tokens", 0)
@@ -210,10 +210,10 @@ def test_a_signal_to_one_rank_stops_all(in_tmp, small_text):
 
 @pytest.fixture
 def two_hosts():
-    """Two network namespaces with a cable between them; skips where none may be made.
+    """Two network namespaces with a cable between them; skips if they are not allowed.
 
     Yields:
-        The words that run a command on each, and the first one's address.
+        The prefix of a command that runs on each, and the address of the first.
     """
     names, address = [f"ngt{os.getpid()}{end}" for end in "ab"], "10.99.87.1"
 
@@ -238,7 +238,7 @@ def two_hosts():
 
 
 def on_a_host(cwd, host, number, address):
-    """The process of a training on one of two hosts, which goes on where there is a checkpoint."""
+    """Start a training on one of two hosts, which resumes if there is a checkpoint."""
     launch = [*host, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
     launch += ["--nproc_per_node", "1", "--node_rank", number]
     launch += ["--master_addr", address, "--master_port", "29511"]
@@ -255,7 +255,7 @@ def on_a_host(cwd, host, number, address):
 
 @pytest.mark.slow
 def test_two_hosts_give_the_curve_of_one_process(two_hosts, in_tmp, small_text):
-    """Two nodes that see each other over a network alone, each with a directory of its own."""
+    """Two nodes that share only a network; each has its own directory."""
     run("train_shakespeare.py", *SMALL, *named("one"), cwd=in_tmp, check=0)
     hosts, address = two_hosts
     for number in range(2):
@@ -271,7 +271,7 @@ def test_two_hosts_give_the_curve_of_one_process(two_hosts, in_tmp, small_text):
     assert [row["step"] for row in found] == [row["step"] for row in expected]
     for row, other in zip(found, expected, strict=True):
         assert row["val_loss"] == pytest.approx(other["val_loss"], abs=1e-5)
-    assert not (in_tmp / "host1" / "runs").exists()  # the first rank alone writes
-    # the second host would start anew where the first goes on
+    assert not (in_tmp / "host1" / "runs").exists()  # only the first rank writes
+    # called again, the first host would resume and the second would start anew
     outputs = [finish(process, code=1) for process in start()]
     assert any("on a file system that all of them share" in output for output in outputs)
