@@ -1,4 +1,4 @@
-"""Takes pictures of the map's page in a real browser, for the README.
+"""Takes a picture of a map's page in a real browser, for the README.
 
 python tests/screenshots.py coords.html --output reports/map_page.png
 """
@@ -18,16 +18,16 @@ from conftest import BROWSER
 
 FLAGS = ("--no-sandbox", "--disable-background-networking", "--enable-unsafe-swiftshader")
 SETTLED = 1500  # ms
-COLOURS = 128  # enough for a page, and a file of half the size
+COLOURS = 128  # enough for a page, and the file is half as large
 
 
 def main():
-    """Select what the token of the highest loss was foreseen from, and take a picture."""
+    """Show from what a token of high loss was predicted, and take a picture."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("page", help="a page that visualize_coords.py wrote")
+    add("page", help="page written by visualize_coords.py")
     add("--output", default="map_page.png", help="(default: %(default)s)")
     add("--width", type=int, default=1360, help="pixels (default: %(default)s)")
     add("--height", type=int, default=800, help="pixels (default: %(default)s)")

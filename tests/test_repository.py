@@ -139,6 +139,7 @@ TINY_25M = {
     **{"HIDDEN_DIM": "16", "COORD_DIM": "8", "HEAD_COORD_DIM": "4", "NUM_LAYERS": "1"},
     **{"NUM_HEADS": "2", "BLOCK_SIZE": "16", "BATCH_SIZE": "2", "EVAL_ITERS": "1"},
     **{"GRADIENT_ACCUMULATION_STEPS": "2", "CHECKPOINT_INTERVAL": "7", "DEVICE": "cpu"},
+    "EXTRA_FLAGS": "--sample-tokens 4",
 }
 
 
