@@ -67,7 +67,7 @@ def test_a_study_stopped_and_called_again(in_tmp, small_text):
 @pytest.mark.parametrize(
     "setting, words",
     [
-        ({"STAGES": "nonsense"}, "STAGES has nonsense"),
+        ({"STAGES": "nonsense"}, "STAGES contains nonsense"),
         ({"SIZE": "huge"}, "small or 25m"),
         ({"ABLATIONS": "wings"}, "no ablation wings"),
         ({"DATA_PATH": "tiny.txt"}, "tiny.txt"),
