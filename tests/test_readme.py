@@ -141,17 +141,18 @@ def test_every_training_flag_stands_in_the_guide():
         assert set(action.option_strings) & (guide | {"--help"}), action.option_strings
 
 
-def test_commands_work_as_pasted(in_tmp, tiny_shakespeare):
+def test_commands_work_as_pasted(in_tmp):
     """In one folder, on real text; sizes and steps are cut down by flags added at the end."""
-    wikitext = SHARED / "wikitext-103"
-    text = tiny_shakespeare.read_text()
-    (in_tmp / "data" / "shakespeare").mkdir(parents=True)
-    (in_tmp / "data" / "shakespeare" / "input.txt").write_text(text)
-    shutil.copy(wikitext / "wiki.valid.tokens", in_tmp / "data" / "wiki.train.tokens")
-    shutil.copy(wikitext / "wiki.test.tokens", in_tmp / "data" / "wiki.valid.tokens")
-    (in_tmp / "books").mkdir()
-    (in_tmp / "books" / "train.txt").write_text(text[:200_000])
-    (in_tmp / "books" / "valid.txt").write_text(text[-50_000:])
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*/*.py")))
+    for folder, end in (("books", "txt"), ("data", "tokens")):
+        (in_tmp / folder).mkdir()
+        name = "wiki." if folder == "data" else ""
+        (in_tmp / folder / f"{name}train.{end}").write_text(text[:200_000], encoding="utf-8")
+        (in_tmp / folder / f"{name}valid.{end}").write_text(text[-50_000:], encoding="utf-8")
+    shakespeare = SHARED / "tinyshakespeare.txt"
+    if shakespeare.exists():
+        (in_tmp / "data/shakespeare").mkdir()
+        shutil.copy(shakespeare, in_tmp / "data/shakespeare/input.txt")
     shutil.copytree(ROOT / "reports", "reports", ignore=shutil.ignore_patterns("study_runs"))
     cut = {
         "train_shakespeare.py": "--max-steps 3 --eval-iters 2 --num-layers 1",
@@ -171,6 +172,12 @@ def test_commands_work_as_pasted(in_tmp, tiny_shakespeare):
             )
             continue
         shell_scripts_have_run(in_tmp)
+        if (
+            script == "train_shakespeare.py"
+            and "--dataset" not in flags
+            and not shakespeare.exists()
+        ):
+            flags += ["--data-path", "books/train.txt"]  # the original would be downloaded
         if "--offset" in flags:
             flags += ["--offset", "100"]  # the text here is shorter
         flags += shlex.split(further.get(" ".join(words), cut.get(script, "")))
