@@ -24,6 +24,11 @@ def whole_or_zero(text):
     return value
 
 
+def whole_list(text):
+    """Integers of at least 1, separated by commas."""
+    return [whole(part) for part in text.split(",")]
+
+
 def random_seed(text):
     """What a PyTorch generator takes."""
     value = whole_or_zero(text)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from engine.checkpoint import FORMAT_VERSION, save_checkpoint
 from engine.models import build_model
+from engine.pulls import visit_pulls
 from model import NGT, NGTConfig
 from text.tokenizer import CharTokenizer
 from vanilla_model import Vanilla, VanillaConfig
@@ -85,3 +86,16 @@ def make_checkpoint(path, tokenizer=LETTERS, **config):
     }
     save_checkpoint(path, checkpoint)
     return model.eval()
+
+
+def pull_weights(model, tokens):
+    """The shares of `visit_pulls` as one tensor (num_layers, num_heads, T, T); tokens (1, T)."""
+    count, config = tokens.shape[1], model.config
+    shape = (config.num_layers, config.num_heads, count, count)
+    weights = model.token_emb.weight.new_zeros(shape)
+
+    def keep(layer, rows, shares):
+        weights[layer, :, rows, : rows.stop] = shares
+
+    visit_pulls(model, tokens, keep)
+    return weights

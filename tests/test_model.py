@@ -1,5 +1,6 @@
 """Both models: causality, caches, positions, sizes, errors."""
 
+import copy
 import dataclasses
 import math
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from engine import kv_cache
 from engine.kv_cache import KVCache
 from engine.models import build_model
-from model import NGTConfig, repulsion_loss
+from model import GravityAttention, NGTConfig, repulsion_loss
 from small_models import (
     ALL,
     BLOCK,
@@ -82,6 +83,20 @@ def test_newton_with_a_radius_forgets(name, monkeypatch):
     other = model(tokens[:, -1:], kv_cache=cache)
     again, _ = in_chunks(model, torch.cat([tokens, tokens[:, -1:]], 1), [80, 1])
     assert (other[:, -1] - again[:, -1]).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_the_window_is_computed_once_per_layer_and_cache(monkeypatch):
+    """A decoding step reads it from the cache, from a snapshot and from a deep copy as well."""
+    computed, window = [], GravityAttention.window.fget
+    counting = property(lambda attn: computed.append(attn.layer) or window(attn))
+    monkeypatch.setattr(GravityAttention, "window", counting)
+    model, cache = lively("newton soft"), KVCache()
+    for _ in range(3):
+        model(ids(1), kv_cache=cache)
+    for copied in (cache.snapshot(), copy.deepcopy(cache)):
+        model(ids(1), kv_cache=copied)
+    assert computed == [0, 1]
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import benchmark
 from benchmarks import scaling
 from benchmarks.paper import (
     SIZES,
@@ -23,7 +24,7 @@ from training.config import DEFAULTS
 def test_sizes_are_what_they_are_called():
     for name, shape in SIZES.items():
         with torch.device("meta"):
-            model = build_model(DEFAULTS | {"model_type": "ngt"} | shape)
+            model = build_model(DEFAULTS | shape)
         assert parameters_of(shape) == sum(p.numel() for p in model.parameters())
         called = float(name[:-1]) * {"M": 1e6, "B": 1e9}[name[-1]]
         assert parameters_of(shape) == pytest.approx(called, rel=0.15), name
@@ -66,7 +67,7 @@ def test_efficiency_falls_with_fewer_tokens():
 @pytest.mark.slow
 def test_the_page_is_of_real_trainings(in_tmp):
     flags = ["--preset", "shakespeare", "--rounds", "1", "--steps", "6", "--json", "s.json"]
-    assert scaling.main([*flags, "--output", "s.md"]) == 0
+    assert benchmark.main(["scaling", *flags, "--output", "s.md"]) == 0
     page, numbers = Path("s.md").read_text(), json.loads(Path("s.json").read_text())
     assert "## Measured" in page and "1,048,576" in page
     assert {"1", "2", "2 sharded"} == numbers["runs"].keys()

@@ -8,14 +8,13 @@ import pytest
 import torch
 
 import first_release_files
-import model as model_module
 import visualize_coords
 from conftest import error_line, run
 from coords import data as coords_data
 from engine import pulls
 from map_contents import TEXT, data_of, unpacked
 from particles import published_by_hand
-from small_models import LETTERS, make_checkpoint
+from small_models import LETTERS, make_checkpoint, pull_weights
 from system.errors import UserError
 from system.markdown import json_for_script
 from text.preparation import prepare_data
@@ -98,10 +97,9 @@ def test_tokens_without_mass(law, mass_in_value, in_tmp):
 @pytest.mark.parametrize("law", ["newton", "published"])
 def test_pulls_that_are_no_numbers(law, in_tmp, monkeypatch):
     make_checkpoint("x.pt", law=law, block_size=64)
-    name = "GravityAttention" if law == "newton" else "PublishedGravityAttention"
-    kind = getattr(model_module, name)
-    pull_rows = kind.pull_rows
-    monkeypatch.setattr(kind, "pull_rows", lambda *args: pull_rows(*args) * float("nan"))
+    function = {"newton": "gravity_field", "published": "published_gravity_attention"}[law]
+    whole = getattr(pulls, function)
+    monkeypatch.setattr(pulls, function, lambda *a, **k: whole(*a, **k) * float("nan"))
     with pytest.raises(UserError, match="pulls of this checkpoint are not finite"):
         write_map("--text", TEXT)
 
@@ -116,7 +114,7 @@ def test_pulls_heads_and_distances(law, pairs, in_tmp, monkeypatch):
     write_map("--text", TEXT, "--output", "map.html")
     (shown,) = data_of(in_tmp / "map.html")
     with torch.no_grad():
-        weights = model.double().pull_weights(torch.tensor([tokens])).numpy()
+        weights = pull_weights(model.double(), torch.tensor([tokens])).numpy()
     assert np.allclose(weights.sum(-1), 1, atol=1e-6) and weights.dtype == np.float64
     every = np.concatenate([weights, weights.mean(1, keepdims=True)], 1)
     shape = (2, 5, len(tokens), 8)
@@ -160,7 +158,7 @@ def test_published_weights_are_the_first_releases(in_tmp):
             expected = published_by_hand(data, attn.radius, model.config.cutoff, mass_in_value)[0]
             if mass_in_value:
                 expected = expected / mass
-            assert torch.allclose(model.pull_weights(tokens)[0], expected.detach(), atol=1e-5)
+            assert torch.allclose(pull_weights(model, tokens)[0], expected.detach(), atol=1e-5)
 
 
 def test_a_first_release_file_has_a_map(in_tmp):

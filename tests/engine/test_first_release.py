@@ -15,7 +15,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from conftest import SENTENCES
-from engine.checkpoint import is_first_release, load_model
+from engine.checkpoint import load_model
+from engine.first_release import is_first_release
 from engine.generation import TokenStream
 from first_release_files import (
     CHARACTERS,

@@ -16,7 +16,7 @@ import torch
 import chat
 from conftest import ROOT, error_line, run
 from engine.checkpoint import save_checkpoint
-from small_models import LETTERS, make_checkpoint
+from small_models import LETTERS, make_checkpoint, pull_weights
 from system.safe_text import printable
 from text.tokenizer import BPETokenizer
 
@@ -134,7 +134,7 @@ def test_tokens_and_pull(in_tmp):
     (start,) = (n for n, line in enumerate(lines) if "was pulled by, of the last 7 tokens" in line)
     shares = {row.split()[2]: row.split()[0] for row in lines[start + 1 :] if "back" in row}
     tokens = torch.tensor([[*ids, LETTERS.encode(lines[0])[0] if lines[0] else ids[-1]]])
-    weights = model.double().pull_weights(tokens)
+    weights = pull_weights(model.double(), tokens)
     assert torch.allclose(weights.sum(-1), torch.ones(()).double(), atol=1e-6)
     mean = weights[:, :, -1].mean((0, 1))
     for back, share in shares.items():
@@ -151,7 +151,7 @@ def test_pull_weights_are_what_attention_uses(in_tmp):
     seen = {}
     attn = model.layers[1].attn
     attn.register_forward_hook(lambda _, inputs, output: seen.update(h=inputs[0], out=output))
-    weights = model.pull_weights(tokens)[1]
+    weights = pull_weights(model, tokens)[1]
     v = attn.v_proj(seen["h"]).view(1, -1, 2, 8).transpose(1, 2)[0]
     expected = attn.out_proj((weights @ v).transpose(0, 1).flatten(1))
     assert torch.allclose(seen["out"][0], expected, atol=1e-6)

@@ -20,6 +20,7 @@ from small_runs import assert_same_run, same
 from system.errors import run_script
 from text.token_files import open_token_data
 from training import trainer as training_trainer
+from training.loop import evaluation_row
 from training.run_log import RunLog
 
 SMALL = (
@@ -307,7 +308,7 @@ def test_evaluation_is_without_dropout_and_counts_bytes(trainer):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5
     trainer.data.meta["splits"]["valid"]["bytes"] *= 3
-    rows = [train_shakespeare.evaluation_row(trainer, 0.0, 1, 1.0) for _ in range(2)]
+    rows = [evaluation_row(trainer, 0.0, 1, 1.0) for _ in range(2)]
     assert rows[0]["val_loss"] == rows[1]["val_loss"] and trainer.raw_model.training
     bits = rows[0]["val_loss"] / math.log(2) / 3
     assert rows[0]["bits_per_byte"] == pytest.approx(bits)
