@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs the tests in the active environment, or in .venv, which is made if there is none.
+# Runs the tests in the active environment, or creates .venv if none is active.
 #
-#   bash run_tests.sh            the tests that must pass everywhere: minutes on two CPU cores
-#   bash run_tests.sh --slow     the slow tests too; other arguments go to pytest
+#   bash run_tests.sh            the tests that must pass everywhere, minutes on two CPU cores
+#   bash run_tests.sh --slow     also the slow tests; all arguments go to pytest
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./setup_venv.sh

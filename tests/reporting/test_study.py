@@ -84,7 +84,7 @@ def check_report(last):
 @pytest.mark.parametrize(
     "setting, words",
     [
-        ({"STAGES": "nonsense"}, "STAGES has nonsense"),
+        ({"STAGES": "nonsense"}, "STAGES contains nonsense"),
         ({"SIZE": "huge"}, "small or 25m"),
         ({"ABLATIONS": "wings"}, "no ablation wings"),
         ({"DATA_PATH": "tiny.txt"}, "tiny.txt"),
