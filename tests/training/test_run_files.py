@@ -1,4 +1,4 @@
-"""That no run loses its files to another, however it is started, stopped and started again."""
+"""No run overwrites the files of another, however runs are started, stopped and restarted."""
 
 import fcntl
 import json
@@ -50,7 +50,7 @@ def die(*_):
 
 
 def test_killed_before_its_first_checkpoint_it_starts_again(in_tmp, small_text, monkeypatch):
-    """Its own metrics are no reason to refuse; those of another run are."""
+    """Its own metrics do not stop it; those of another run do."""
     with monkeypatch.context() as patched:
         patched.setattr(loop, "save_checkpoint", die)
         with pytest.raises(RuntimeError):
@@ -89,7 +89,7 @@ def test_overwrite_gives_up_nothing_before_it_has_something(finished, monkeypatc
 
 
 def test_what_was_set_aside_outlives_a_kill(in_tmp):
-    """Attempts that end without a word do not lose what was there before the first of them."""
+    """Killed attempts do not lose the run that was there before the first of them."""
     files = RunFiles("c/a")
     metrics = files.directory / "metrics.jsonl"
     for path in (files.last, metrics):
@@ -104,7 +104,7 @@ def test_what_was_set_aside_outlives_a_kill(in_tmp):
 
 
 def test_the_best_of_another_run_is_not_called_its_own(finished, capsys):
-    """A fork has no best until it has one, and an overwritten one is the fork's."""
+    """A run that continues another's checkpoint has no best before its own first evaluation."""
     torch.manual_seed(0)
     train("--resume-from", "c/a_last.pt", "--checkpoint-path", "c/b", "--max-steps", 30)
     assert "in c/b_best.pt" in capsys.readouterr().out
@@ -129,7 +129,7 @@ def test_one_process_at_a_time(finished):
 
 
 def test_restarted_by_torchrun_it_goes_on_from_its_own_last(finished, monkeypatch):
-    """Not from the file that the first try was given, and not over the run that it replaced."""
+    """Neither --resume-from nor --overwrite of the first attempt is applied again."""
     train("--checkpoint-path", "c/old", "--max-steps", 10)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this launch")
     fork = ("--resume-from", "c/a_last.pt", "--checkpoint-path", "c/b", "--max-steps")
@@ -137,7 +137,7 @@ def test_restarted_by_torchrun_it_goes_on_from_its_own_last(finished, monkeypatc
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     train(*fork, 40)
     assert steps("b") == [30, 40]
-    # the first try of --overwrite died before it began: what is there is still the earlier run
+    # the first attempt of --overwrite died before it began: the files are still the earlier run's
     train("--checkpoint-path", "c/old", "--max-steps", 20, "--overwrite", "--seed", 7)
     assert read_checkpoint("c/old_last.pt")["config"]["seed"] == 7
 
