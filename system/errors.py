@@ -38,6 +38,7 @@ def run_script(main):
         sys.exit(main())
     except UserError as error:
         rank = os.environ.get("RANK", "0")
+        # of several processes each may fail in its own way
         who = "" if rank == "0" else f"rank {rank}: "
         print(f"{who}error: {one_line(str(error))}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)

@@ -18,7 +18,7 @@ def write_whole(path, data):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(data)
-        partial.replace(path)
+        partial.replace(path)  # a reader sees the old file or the new one, never a part
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()

@@ -41,6 +41,7 @@ def objection(field, value):
         return None if field.default is None else "it is missing"
     if field.type is bool:
         return None if type(value) is bool else f"{value!r} is neither on nor off"
+    # what was parsed must be the value itself: 4.0 or "4" is no legal 4
     try:
         parsed = (field.metadata["type"] or str)(str(value))
     except argparse.ArgumentTypeError as error:

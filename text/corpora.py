@@ -106,6 +106,7 @@ def _fetch_shakespeare(path, say):
     try:
         data = _download(TINY_URL)
         if hashlib.sha256(data).hexdigest() != TINY_SHA256:
+            # caught below: the archive is the second source
             raise UserError(f"its SHA-256 is not {TINY_SHA256}")
         say(f"Shakespeare: took the public tiny Shakespeare from {TINY_URL}")
     except (OSError, http.client.HTTPException, UserError) as error:
@@ -274,7 +275,8 @@ def _text(path):
 
 def _split_by_position(path, **ends):
     """Readers of one file's splits; `ends` gives the share of characters where each ends."""
-    characters = []  # counted by the first reader that is used
+    # counting takes a pass over the text, so it waits until a reader is used
+    characters = []
 
     def read(start_share, end_share):
         if not characters:

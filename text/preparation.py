@@ -53,6 +53,7 @@ def prepare_data(
     elif tokenizer == "bpe" and tokenizer_path is not None and Path(tokenizer_path).exists():
         given = load_bpe(tokenizer_path)
     is_missing = tokenizer == "bpe" and tokenizer_path is not None and given is None
+    # without the lock first: a finished corpus needs no waiting
     if not is_missing:
         directory = _directory(corpus, tokenizer, bpe_vocab_size, given)
         ready, _ = _reusable(directory, corpus)
@@ -112,6 +113,7 @@ def _directory(corpus, tokenizer, bpe_vocab_size, given):
     if tokenizer == "bpe" and given is None:
         return TOKENS / f"{start}-bpe{bpe_vocab_size}"
     if tokenizer == "bpe":
+        # a tokenizer file may be the one trained for earlier token files of this text
         for path, meta in _all_meta(f"{start}-bpe*"):
             if meta.get("tokenizer_sha256") == given.fingerprint:
                 return path

@@ -82,7 +82,7 @@ def pieces(blocks):
     continue. A line longer than `LONGEST_PIECE` is cut before its last space within that length,
     or at that length if it has none.
     """
-    text, searched = "", PIECE_CHARS
+    text, searched = "", PIECE_CHARS  # searched: where to look for the next line end
     for block in blocks:
         text += block
         start = 0

@@ -171,6 +171,7 @@ def write_token_files(directory, corpus, make_tokenizer, say):
         (partial / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
         if directory.exists():
             shutil.rmtree(directory)
+        # the rename is what makes the corpus complete for other processes
         partial.rename(directory)
         (directory / "progress.json").unlink()
     except OSError as error:
@@ -294,7 +295,7 @@ def _encoded(tokenizer, texts):
     try:
         while batch := list(itertools.islice(texts, BATCH_PIECES)):
             coming.append((batch, workers.submit(tokenizer.encode_array, batch)))
-            if len(coming) > 2:
+            if len(coming) > 2:  # more would only take memory
                 batch, ids = coming.popleft()
                 yield batch, ids.result()
         for batch, ids in coming:

@@ -1,8 +1,7 @@
 """Three tokenizers behind one interface: characters, byte-level BPE and tiktoken's encodings.
 
-Each has `vocab_size`, `encode(text) -> list of ids`, `decode(ids) -> text`, `label(id)`, readable
-by people, `to_vocab()`, its contents in plain types for checkpoints, and `fingerprint`, their
-SHA-256.
+Each has `vocab_size`, `encode(text) -> list of ids`, `decode(ids) -> text`, `label(id)` for people,
+`to_vocab()`, its contents in plain types for checkpoints, and `fingerprint`, their SHA-256.
 """
 
 import contextlib
@@ -38,8 +37,7 @@ KNOWN_WORDS = {  # GPT-2; GPT-4 and Llama 3; Qwen 2: every character is in one o
 
 
 def _byte_of_letter():
-    """The byte that each letter of byte-level BPE stands for: printable Latin-1 for itself, the
-    other bytes from U+0100 on."""
+    """Letter of byte-level BPE to byte: printable Latin-1 as itself, the rest from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {chr(byte): byte for byte in printable}

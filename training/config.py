@@ -176,7 +176,7 @@ def _mlp_dim(config, given, matched):
     sizes = {"hidden_dim", "coord_dim", "head_coord_dim", "num_heads"}
     if aim is None and not sizes & given.keys():
         return matched[kind]
-    width = 4 * config["hidden_dim"]
+    width = 4 * config["hidden_dim"]  # as in GPT-2
     if kind == "newton" and aim is None:
         return width
 
@@ -186,6 +186,7 @@ def _mlp_dim(config, given, matched):
             model = build_model(config | {"vocab_size": vocab_size} | changes)
         return sum(p.numel() for p in model.parameters())
 
+    # parameters grow linearly with the width, so two widths give the slope
     aim = aim or parameters(model_type="ngt", law="newton", mlp_dim=width)
     without = parameters(mlp_dim=8)
     per_channel = (parameters(mlp_dim=16) - without) / 8
@@ -214,13 +215,13 @@ def warn_of_no_effect(args, config):
         others = set(model_fields("ngt")) - set(model_fields("vanilla"))
         if "mlp_dim" not in given:  # these say how large the NGT is that it must match
             others -= {"coord_dim", "head_coord_dim"}
-        for name in given & others:
+        for name in sorted(given & others):
             warn(f"{flag_of(SETTINGS[name])} has no effect on --model vanilla")
         return
     if "pos" in given:
         warn("--pos has no effect on --model ngt, which knows time as a dimension of space")
     if config["use_rsqrt"] and config["law"] == "newton":
         warn("--use-rsqrt has no effect under --law newton")
-    for name in given & {"exponent", "retardation", "farthest_time_scale"}:
+    for name in sorted(given & {"exponent", "retardation", "farthest_time_scale"}):
         if config["law"] == "published":
             warn(f"{flag_of(SETTINGS[name])} has no effect under --law published")

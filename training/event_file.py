@@ -36,6 +36,7 @@ def append_whole(path, data):
                 while data:
                     data = data[file.write(data) :]
             except OSError:
+                # readers stop at half a record, so what was written of it is removed
                 with contextlib.suppress(OSError):
                     file.truncate(size)
                 raise
@@ -72,6 +73,7 @@ class EventFile:
                             summary=Summary(value=[value]),
                         )
         write_whole(self.path, self._start() + _records(kept.values()))
+        # only now: a crash before this line loses nothing
         for path in set(old) - {self.path}:
             path.unlink()
 

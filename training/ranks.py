@@ -42,7 +42,7 @@ class Ranks:
     def _reduced(self, value, operation):
         if self.size == 1:
             return value
-        on_gpu = dist.get_backend() == "nccl"
+        on_gpu = dist.get_backend() == "nccl"  # NCCL reduces tensors on GPUs only
         tensor = torch.tensor(float(value), dtype=torch.float64, device="cuda" if on_gpu else "cpu")
         dist.all_reduce(tensor, operation)
         return float(tensor)
@@ -83,7 +83,7 @@ def joined():
     _init_process_group(ranks)
     try:
         with contextlib.ExitStack() as stack:
-            if not ranks.is_main:
+            if not ranks.is_main:  # every line would come once per process
                 nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
             yield ranks

@@ -87,6 +87,7 @@ class RunFiles:
             UserError: if another one does.
         """
         place = Path(self.path)
+        # hidden, so that it does not look like a checkpoint
         lock = FileLock(place.with_name(f".{place.name}.lock"))
         with contextlib.suppress(OSError, NotImplementedError):  # a disk without locks
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +104,10 @@ class RunFiles:
             lock.release()
 
     def begin(self):
-        """Note that this torchrun launch has begun the run."""
+        """Note that this torchrun launch has begun the run.
+
+        After a crash torchrun starts the processes again with the same flags, --overwrite included.
+        """
         if "TORCHELASTIC_RUN_ID" in os.environ:
             with contextlib.suppress(OSError):
                 (self.directory / BEGUN).write_text(os.environ["TORCHELASTIC_RUN_ID"])

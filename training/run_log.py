@@ -51,6 +51,7 @@ class RunLog:
 
     def _cut_rows(self, start_step):
         """Keep only the rows up to `start_step`; returns them."""
+        # steps after the checkpoint are trained again, so their rows would come twice
         path = self.directory / "metrics.jsonl"
         if not path.exists():
             return []

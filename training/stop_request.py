@@ -39,8 +39,8 @@ class StopRequest:
         if hasattr(signal, "SIGUSR1"):
             handlers[signal.SIGUSR1] = self._asked_to_save
         for number, handler in handlers.items():
-            # under nohup a closed terminal stays ignored; SIGINT is handled although a shell
-            # ignores it for background jobs: whoever sends it to this process means it
+            # under nohup a closed terminal stays ignored; SIGINT, which a shell ignores for
+            # background jobs, is handled: it was sent to this very process
             is_meant = number != getattr(signal, "SIGHUP", None)
             if is_meant or signal.getsignal(number) != signal.SIG_IGN:
                 with contextlib.suppress(ValueError):  # only the main thread may

@@ -320,7 +320,7 @@ class Trainer:
             mean += float(cross_entropy) / micro_steps
         mean = self.ranks.mean(mean)
         self.scaler.unscale_(self.optimizer)
-        limit = c["grad_clip"] or math.inf
+        limit = c["grad_clip"] or math.inf  # the norm is wanted even without clipping
         norm = float(torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), limit))
         finite = math.isfinite(mean) and math.isfinite(norm)
         if finite or self.scaler.is_enabled():  # the scaler itself skips a step that overflowed

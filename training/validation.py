@@ -32,7 +32,7 @@ def evaluate(model, data, block_size, eval_iters, device, autocast, ranks=None):
     count_of_batches = -(-len(eval_windows(data.valid, block_size, eval_iters)) // windows)
     bar = evaluation_bar(batches, count_of_batches, ranks.is_main)
     for number, (inputs, targets) in enumerate(bar):
-        if number % ranks.size != ranks.rank:
+        if number % ranks.size != ranks.rank:  # another rank's batch
             continue
         inputs, targets = inputs.to(device), targets.to(device)
         with autocast():
