@@ -1,4 +1,4 @@
-"""No run overwrites the files of another, however it is started, stopped and resumed."""
+"""No run overwrites the files of another, however runs are started, stopped and restarted."""
 
 import fcntl
 import json
@@ -50,7 +50,7 @@ def die(*_):
 
 
 def test_killed_before_its_first_checkpoint_it_starts_again(in_tmp, small_text, monkeypatch):
-    """It may continue its own metrics, but not those of another run."""
+    """Its own metrics do not stop it; those of another run do."""
     with monkeypatch.context() as patched:
         patched.setattr(loop, "save_checkpoint", die)
         with pytest.raises(RuntimeError):
@@ -88,8 +88,8 @@ def test_overwrite_keeps_the_earlier_run_until_it_has_saved(finished, monkeypatc
     assert not list(finished.rglob("*.old"))
 
 
-def test_an_earlier_run_survives_killed_attempts(in_tmp):
-    """Several attempts may be killed; what was there before the first comes back."""
+def test_what_was_set_aside_outlives_a_kill(in_tmp):
+    """Killed attempts do not lose the run that was there before the first of them."""
     files = RunFiles("c/a")
     metrics = files.directory / "metrics.jsonl"
     for path in (files.last, metrics):
@@ -103,8 +103,8 @@ def test_an_earlier_run_survives_killed_attempts(in_tmp):
     assert files.last.read_text() == metrics.read_text() == "good"
 
 
-def test_the_best_checkpoint_is_always_its_own(finished, capsys):
-    """A fork starts without a best checkpoint, and replaces that of a run it overwrites."""
+def test_the_best_of_another_run_is_not_called_its_own(finished, capsys):
+    """A run that continues another's checkpoint has no best before its own first evaluation."""
     torch.manual_seed(0)
     train("--resume-from", "c/a_last.pt", "--checkpoint-path", "c/b", "--max-steps", 30)
     assert "in c/b_best.pt" in capsys.readouterr().out
@@ -128,8 +128,8 @@ def test_one_process_at_a_time(finished):
     train("--resume", "--checkpoint-path", "c/a", "--max-steps", 30)
 
 
-def test_restarted_by_torchrun_it_resumes_its_own_run(finished, monkeypatch):
-    """It continues neither the file given to the first try nor the run that it replaced."""
+def test_restarted_by_torchrun_it_goes_on_from_its_own_last(finished, monkeypatch):
+    """Neither --resume-from nor --overwrite of the first attempt is applied again."""
     train("--checkpoint-path", "c/old", "--max-steps", 10)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this launch")
     fork = ("--resume-from", "c/a_last.pt", "--checkpoint-path", "c/b", "--max-steps")
@@ -137,7 +137,7 @@ def test_restarted_by_torchrun_it_resumes_its_own_run(finished, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     train(*fork, 40)
     assert steps("b") == [30, 40]
-    # the first try of --overwrite died before it saved: the files are still the earlier run's
+    # the first attempt of --overwrite died before it began: the files are still the earlier run's
     train("--checkpoint-path", "c/old", "--max-steps", 20, "--overwrite", "--seed", 7)
     assert read_checkpoint("c/old_last.pt")["config"]["seed"] == 7
 
