@@ -15,7 +15,7 @@ from engine.checkpoint import load_model
 from system.cli import choose_device, script_parser, whole, whole_or_zero
 from system.errors import UsageError, UserError, run_script, warn
 from system.files import write_whole
-from text.token_files import token_data
+from text.token_files import data_of_checkpoint
 from text.tokenizer import TextStream
 
 EXAMPLES = """examples:
@@ -90,10 +90,7 @@ def tokens_to_show(args, tokenizer, checkpoint):
     elif args.text is not None:
         every, source = tokenizer.encode(args.text), "the text given"
     else:
-        try:
-            data = token_data(checkpoint, tokenizer)
-        except UserError as error:
-            raise UserError(f"{error}: give --text or --text-file") from None
+        data = data_of_checkpoint(checkpoint, tokenizer, "give --text or --text-file")
         split = args.split or "valid"
         every, source = data.splits[split], f"the {split} split"
     if args.offset and args.offset >= len(every):

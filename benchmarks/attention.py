@@ -41,16 +41,16 @@ def forward_and_backward(function, inputs, upstream):
 
 
 def benchmark_attention(args, device):
-    tokenizer = config = None
+    tokenizer = checkpoint = None
     if args.checkpoint:
-        network, tokenizer, config = load_newton(args.checkpoint, device)
+        network, tokenizer, checkpoint = load_newton(args.checkpoint, device)
     else:
         args.preset = "25m"
         network = fresh_model(args, "ngt", device)
     dtype, batch, rows = DTYPES[args.dtype], args.batch_size, []
     print(f"{'block':>6} {'ngt ms':>9} {'sdpa ms':>9} {'forward':>24} {'forward+backward':>24}")
     for block in args.block_sizes:
-        tokens = some_tokens(args, network, tokenizer, config, batch * block)
+        tokens = some_tokens(args, network, tokenizer, checkpoint, batch * block)
         layers = operator_inputs(network, tokens.view(batch, block).to(device))
         heads = layers[0]["q"].shape[1]
 

@@ -29,17 +29,17 @@ class Decoder:
 
 
 def benchmark_decode(args, device):
-    tokenizer = config = None
+    tokenizer = checkpoint = None
     longest = max(args.contexts)
     if args.checkpoint:
-        ngt, tokenizer, config = load_newton(args.checkpoint, device)
+        ngt, tokenizer, checkpoint = load_newton(args.checkpoint, device)
     else:
         ngt = fresh_model(args, "ngt", device)
     vanilla = fresh_model(args, "vanilla", device, block_size=longest + args.steps + 2)
     autocast = nullcontext
     if args.dtype == "bf16":
         autocast = lambda: torch.autocast(device.type, dtype=torch.bfloat16)  # noqa: E731
-    tokens = some_tokens(args, ngt, tokenizer, config, longest).tolist()
+    tokens = some_tokens(args, ngt, tokenizer, checkpoint, longest).tolist()
     decoders = {}
     for context in tqdm(args.contexts, "filling caches", leave=False, delay=2, disable=None):
         decoders["ngt", context] = Decoder(ngt, tokens[:context], autocast)

@@ -5,7 +5,7 @@ import torch
 from tqdm import tqdm
 
 from system.errors import UserError, warn
-from text.token_files import token_data
+from text.token_files import TextMissing, data_of_checkpoint
 
 COUNTED_AT_ONCE = 1 << 22
 LISTED = 20  # heaviest, and lightest
@@ -35,12 +35,13 @@ def frequencies(data, tokens, vocab_size):
 
 
 def training_text_or_none(checkpoint, tokenizer):
-    """As `token_data`, and None, with a warning where there is something to put right."""
+    """`data_of_checkpoint`, or None; warns if the text is there but cannot be used."""
     try:
-        return token_data(checkpoint, tokenizer)
+        return data_of_checkpoint(checkpoint, tokenizer, "prepare it again")
+    except TextMissing:
+        return None
     except UserError as error:
-        if "is not here" not in str(error):
-            warn(f"frequencies are of the shown text: {error}")
+        warn(f"frequencies are of the shown text: {error}")
         return None
 
 

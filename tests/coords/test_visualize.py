@@ -215,7 +215,7 @@ def test_field_by_distance_is_the_formula(in_tmp):
     assert shown["heads"][0]["window"] is None and shown["heads"][0]["retardation"] is None
 
 
-def test_the_checkpoints_own_text(in_tmp, small_text):
+def test_the_checkpoints_own_text(in_tmp, small_text, capsys):
     """Splits, an offset, and how often each token occurs in the training text."""
     prepared = prepare_data("text", small_text, say=lambda line: None)
     tokenizer, directory = prepared.tokenizer, str(prepared.directory)
@@ -240,6 +240,12 @@ def test_the_checkpoints_own_text(in_tmp, small_text):
     assert np.allclose(vocabulary["masses"], np.sort(masses)[::-1], atol=1e-4)
     with pytest.raises(UserError, match="--offset 99999"):
         write_map("--offset", 99999)
+    make_checkpoint("x.pt", token_directory=directory)
+    with pytest.raises(UserError, match="another tokenizer than this checkpoint: give --text"):
+        write_map()
+    capsys.readouterr()
+    write_map("--text", TEXT)
+    assert "frequencies are of the shown text" in capsys.readouterr().err
 
 
 def test_two_runs_of_one_text(in_tmp):
