@@ -273,7 +273,7 @@ def test_two_runs_of_the_same_tokens_face_the_same_way(in_tmp):
 
 
 def test_tsne_is_one_picture_of_all_layers(in_tmp, capsys):
-    """Neighbours in coordinates are neighbours in the picture; scikit-learn says nothing itself."""
+    """Neighbours in coordinates are neighbours in the picture; one line says that it takes long."""
     generator = np.random.default_rng(0)
     centres = generator.normal(size=(3, 6)) * 30
     cluster = np.arange(144) % 3
@@ -282,7 +282,8 @@ def test_tsne_is_one_picture_of_all_layers(in_tmp, capsys):
     flat = points.reshape(144, 3)
     far = np.linalg.norm(flat[:, None] - flat[None], axis=-1) + np.eye(144) * 1e9
     assert (cluster[far.argmin(1)] == cluster).mean() > 0.95 and points.shape == (2, 72, 3)
-    assert "t-SNE 1" in axes[0] and not capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "t-SNE 1" in axes[0] and not said.out and said.err.startswith("t-SNE places 144 points")
 
 
 @pytest.mark.parametrize("coord_dim", [2, 3])
