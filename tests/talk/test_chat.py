@@ -12,12 +12,12 @@ import time
 
 import pytest
 import torch
-from test_pulls import pull_weights
 
 import chat
 from conftest import ROOT, error_line, run
 from engine.checkpoint import FORMAT_VERSION, save_checkpoint
 from engine.models import build_model
+from pull_weights import pull_weights
 from system.safe_text import printable
 from text.tokenizer import BPETokenizer, CharTokenizer
 

@@ -14,11 +14,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_chat import make_checkpoint
-from test_pulls import pull_weights
 
 import chat
 from conftest import BROWSER, ROOT
 from engine.checkpoint import load_model
+from pull_weights import pull_weights
 from system.errors import UserError
 from system.safe_text import printable
 from talk import events as talk_events
