@@ -19,7 +19,7 @@ from system.cli import choose_device, script_parser, whole, whole_list
 from system.errors import UserError, run_script, warn
 from system.files import write_whole
 from system.machine import cpu_multiplies_bf16
-from text.token_files import open_token_data
+from text.token_files import data_of_checkpoint
 
 EXAMPLES = """examples:
   python evaluate.py --checkpoint-path checkpoints/shakespeare.pt_best.pt
@@ -197,18 +197,10 @@ def show(result):
 def main(argv=None):
     """Evaluate; returns the exit code."""
     args = make_parser().parse_args(argv)
-    model, _, checkpoint = load_model(args.checkpoint_path, choose_device(args.device))
-    config = checkpoint["config"]
-    directory = config.get("token_directory", "")
-    if not directory or not Path(directory).is_dir():
-        raise UserError(
-            f"the text that {args.checkpoint_path} learned from is not at {directory or '?'}: "
-            "prepare it with prepare_data.py, in the directory where it was trained"
-        )
-    data = open_token_data(Path(directory))
-    if data.tokenizer.fingerprint != config.get("tokenizer_sha256"):
-        raise UserError(f"{directory} has another tokenizer than {args.checkpoint_path}")
-    losses = Losses(model, config)
+    model, tokenizer, checkpoint = load_model(args.checkpoint_path, choose_device(args.device))
+    remedy = "prepare it with prepare_data.py, in the directory where it was trained"
+    data = data_of_checkpoint(checkpoint, tokenizer, remedy)
+    losses = Losses(model, checkpoint["config"])
     tokens = np.asarray(data.valid).astype(np.int64)
     vocab_size, block_size = model.config.vocab_size, model.config.block_size
     if len(tokens) <= block_size:

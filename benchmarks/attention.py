@@ -43,14 +43,14 @@ def benchmark_attention(args, device):
     """
     if not args.checkpoint:
         args.preset = "25m"  # the JSON's settings name the size of the fresh model
-    network, tokenizer, config = newton_model(args, device)
+    network, tokenizer, checkpoint = newton_model(args, device)
     tolerance = network.config.field_tolerance
     if tolerance is None:  # what the model takes for this precision
         tolerance = 1e-4 if args.dtype == "bf16" else 1e-6
     rows = []
     print(f"{'block':>6} {'ngt ms':>9} {'sdpa ms':>9} {'forward':>24} {'forward+backward':>24}")
     for block in args.block_sizes:
-        tokens = some_tokens(args, network, tokenizer, config, args.batch_size * block)
+        tokens = some_tokens(args, network, tokenizer, checkpoint, args.batch_size * block)
         layers = operator_inputs(network, tokens.view(args.batch_size, block).to(device))
         functions = functions_to_time(layers, DTYPES[args.dtype], tolerance)
         seconds = interleaved(functions, args.steps, device, f"block {block}")

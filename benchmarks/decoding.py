@@ -52,14 +52,14 @@ def benchmark_decode(args, device):
     Returns:
         A dict for JSON: "rows" has one dict per context, "chat" ten points of --chat-tokens.
     """
-    ngt, tokenizer, config = newton_model(args, device)
+    ngt, tokenizer, checkpoint = newton_model(args, device)
     longest = max(args.contexts)
     vanilla = fresh_model(args.preset, "vanilla", device, block_size=longest + args.steps + 2)
     is_bf16 = args.dtype == "bf16"
     autocast = (
         partial(torch.autocast, device.type, dtype=torch.bfloat16) if is_bf16 else nullcontext
     )
-    tokens = some_tokens(args, ngt, tokenizer, config, longest).tolist()
+    tokens = some_tokens(args, ngt, tokenizer, checkpoint, longest).tolist()
     decoders = fill_caches({"ngt": ngt, "vanilla": vanilla}, args.contexts, tokens, autocast)
     steps = {key: decoder.step for key, decoder in decoders.items()}
     seconds = interleaved(steps, args.steps, device, "single tokens", warm_up=2)

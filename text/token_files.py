@@ -39,6 +39,10 @@ class TokenFilesError(UserError):
         self.reason = reason
 
 
+class TextMissing(UserError):
+    """The text that a checkpoint was trained on is not on this machine."""
+
+
 @dataclass
 class TokenData:
     """A prepared corpus: `train` and `valid` (and `test`) are memory maps of token ids."""
@@ -304,16 +308,23 @@ def _encoded(tokenizer, texts):
         workers.shutdown(cancel_futures=True)
 
 
-def token_data(checkpoint, tokenizer):
-    """The token files that a checkpoint was trained on.
+def data_of_checkpoint(checkpoint, tokenizer, remedy):
+    """The `TokenData` of the text that a checkpoint was trained on.
+
+    Args:
+        checkpoint, tokenizer: as `engine.checkpoint.load_model` returns them.
+        remedy: what the user can do if the text is missing, for the error message.
 
     Raises:
-        UserError: if they are not here, damaged, or of another tokenizer.
+        TextMissing: if it is not on this machine.
+        UserError: if it is damaged, or was encoded by another tokenizer.
     """
     directory = checkpoint["config"].get("token_directory")
-    if not isinstance(directory, str) or not Path(directory).is_dir():
-        raise UserError("the text that this checkpoint was trained on is not here")
+    if not directory or not Path(directory).is_dir():
+        raise TextMissing(
+            f"the text that this checkpoint was trained on is not at {directory or '?'}: {remedy}"
+        )
     data = open_token_data(directory)
     if data.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise UserError(f"{directory} was made with another tokenizer")
+        raise UserError(f"{directory} has another tokenizer than this checkpoint: {remedy}")
     return data

@@ -84,9 +84,9 @@ def test_attention_with_a_checkpoint_and_decode(in_tmp, small_text):
         *(in_tmp, "attention", "--checkpoint", checkpoint, "--block-sizes", "40", "--steps", "1")
     )
     assert numbers["rows"][0]["heads"] == 2
-    network, tokenizer, config = models.load_newton(checkpoint, "cpu")
+    network, tokenizer, contents = models.load_newton(checkpoint, "cpu")
     args = SimpleNamespace(checkpoint=checkpoint, text=str(small_text))
-    tokens = models.some_tokens(args, network, tokenizer, config, 40)
+    tokens = models.some_tokens(args, network, tokenizer, contents, 40)
     assert tokenizer.decode(tokens.tolist()) == small_text.read_text()[:40]
     calls = attention.operator_inputs(network, tokens[None])
     assert len(calls) == 2 and torch.equal(calls[0]["mass"], network.mass(tokens[None]))
