@@ -98,6 +98,7 @@ def test_paired_ratios_by_hand(in_tmp):
     write_run("s/headline/ngt_1", [4.8, 4.0, 3.9], 2.0, seed=1, **newton)
     write_run("s/headline/ngt_2", [4.8, 4.4, 4.3], 2.0, seed=2, **newton)
     write_run("s/headline/ngt_3", [4.8, 4.4, 1.0], 2.0, seed=3, **newton)
+    write_run("s/headline/learned_1", [5.0, 4.9, 4.8], seed=1, **rotary | {"pos": "learned"})
     report.main(["--study", "s", "--output", "reports/s.md"])
     parts = parts_of(Path("reports/s.md").read_text())
     ratios = np.exp([3.9 - 4.0, 4.3 - 4.2])
@@ -109,6 +110,8 @@ def test_paired_ratios_by_hand(in_tmp):
     # seed 1 got there at step 20 after 40 s of rotary's 30; seed 2 never did
     assert cost["ngt (newton)"][:2] == ["20", "1.33"]
     assert cost["vanilla (rotary)"][:3] == ["30", "1.00", "1.00"]
+    assert cost["vanilla (learned)"] == ["never", "never", "never", "4.8000"]
+    assert parts["At equal cost"].count("| ngt (newton) |") == 1
     assert parts["Ablations"].strip() == parts["Learning rates"].strip() == "not run."
     assert Path("reports/s.png").exists()
 
