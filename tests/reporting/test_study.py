@@ -1,4 +1,4 @@
-"""run_study.sh and the report of its runs, on models of a second each."""
+"""Tests run_study.sh and the report of its runs, on models that train in a second."""
 
 import json
 import os
@@ -87,8 +87,10 @@ def test_bad_settings_are_one_line(setting, words, in_tmp, small_text):
 
 
 def test_paired_ratios_by_hand(in_tmp):
-    """Ratio of each seed to rotary of that seed, mean and spread; a seed without its pair is left
-    out; cost is counted at the first evaluation that is as good."""
+    """Ratios to rotary of the same seed; a seed without its pair is left out.
+
+    The cost is counted at the first evaluation that is as good as rotary's last.
+    """
     same = {"block_size": 32, "vocab_size": 300, "hidden_dim": 16, "num_layers": 1, "num_heads": 2}
     same |= {"mlp_dim": 16, "source_sha256": "0", "learning_rate": 1e-3}
     rotary = same | {"model": "vanilla", "pos": "rotary", "model_type": "vanilla"}
@@ -129,7 +131,7 @@ EVALUATION = {
 
 
 def write_study_of(losses):
-    """A run of each stage, and rotary's."""
+    """Write a run of each stage, and one of rotary."""
     write_run("s/headline/rotary_1", losses, **ROTARY)
     write_run("s/headline/ngt_1", losses, **SHAPE)
     for place in ("rates/ngt_1", "rates/ngt_2", "ablations/default", "full/x_1", "sizes/x_1"):
@@ -139,7 +141,7 @@ def write_study_of(losses):
 
 @pytest.mark.parametrize("losses", [[None, None], [4.0, None], [None, 4.0]])
 def test_losses_that_are_not_finite(losses, in_tmp):
-    """Such a run ends no report; markup in an evaluation is text."""
+    """Such a run does not stop the report; markup in an evaluation is shown as text."""
     write_study_of(losses)
     row = json.loads(Path("runs/s/full/x_1/metrics.jsonl").read_text().splitlines()[0])
     del row["bits_per_byte"]  # older runs have none
