@@ -12,19 +12,20 @@ mass `m`. Each block lets earlier tokens pull on it and moves it:
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from engine.pulls import PULL_PAIRS
 from gravity.attention import gravity_attention
 from gravity.heads import merge_heads, softplus_inverse, split_heads
-from gravity.law import TINY, gravity_field, reach
+from gravity.law import reach
 from gravity.published import PublishedGravityAttention
+from system.cli import positive, share, whole
 from system.errors import UsageError
+from system.settings import check_settings, setting
 
 LAWS = ("newton", "published")
 PUBLISHED_RADIUS = math.log1p(math.exp(4.0))  # softplus(4), where the first release starts
@@ -33,71 +34,84 @@ LARGEST_EXPONENT = 1024  # a Gaussian in all but name
 NEAREST_TIME_SCALE = 0.35  # softenings a token, of a layer's first head at the start
 
 
-def check_positive(config, *names):
-    """Raise `UsageError` for the first of these fields that is below 1."""
-    for name in names:
-        if getattr(config, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} is {getattr(config, name)}: give at least 1")
-
-
-def check_divisible(hidden_dim, num_heads):
-    if hidden_dim % num_heads:
-        raise UsageError(
-            f"--hidden-dim {hidden_dim} is not divisible by --num-heads {num_heads}: "
-            "every head takes an equal share of the channels"
-        )
-
-
 @dataclass
-class NGTConfig:
-    """Everything that shapes an NGT. Field names are the command line's flags."""
+class ModelConfig:
+    """The settings that both kinds of model have. Each field is also a flag."""
 
-    vocab_size: int
-    block_size: int = 64
-    hidden_dim: int = 128
-    coord_dim: int = 64
-    head_coord_dim: int = 16
-    num_layers: int = 4
-    num_heads: int = 4
-    mlp_dim: int = 512
-    dropout: float = 0.0
-    law: str = "newton"
-    exponent: int = 4
-    radius: float | None = None  # None: the law's own start
-    use_radius_cutoff: bool = True
-    use_soft_cutoff: bool = False
-    use_rsqrt: bool = False
-    mass_in_value: bool = False
-    retardation: bool = True
-    farthest_time_scale: float = 0.0035
-    field_tolerance: float | None = None  # None: 1e-6, or 1e-4 under bf16 and fp16
+    vocab_size: int = setting(MISSING, "tokens of the vocabulary, set by the tokenizer", whole)
+    block_size: int = setting(64, "tokens of a training window", whole)
+    hidden_dim: int = setting(128, "channels of the hidden state", whole)
+    num_layers: int = setting(4, "blocks", whole)
+    num_heads: int = setting(4, "attention heads a block", whole)
+    mlp_dim: int = setting(
+        512,
+        "width of the feed-forward (default: the preset's, which gives compared models equal "
+        "parameters; where sizes are given 4 x hidden-dim for newton, and for the others what "
+        "gives them as many parameters as that)",
+        whole,
+    )
+    dropout: float = setting(0.0, "on embeddings and on what attention and feed-forward add", share)
     tie_head: bool = True
 
     def __post_init__(self):
-        check_positive(
-            self,
-            *("vocab_size", "block_size", "hidden_dim", "coord_dim", "head_coord_dim"),
-            *("num_layers", "num_heads", "mlp_dim", "exponent"),
-        )
-        check_divisible(self.hidden_dim, self.num_heads)
+        check_settings(self)
+        if self.hidden_dim % self.num_heads:
+            raise UsageError(
+                f"--hidden-dim {self.hidden_dim} is not divisible by --num-heads "
+                f"{self.num_heads}: every head takes an equal share of the channels"
+            )
+
+
+@dataclass
+class NGTConfig(ModelConfig):
+    """Everything that shapes an NGT."""
+
+    coord_dim: int = setting(64, "dimensions of the space that tokens live in (NGT)", whole)
+    head_coord_dim: int = setting(16, "dimensions that one head sees of it (NGT)", whole)
+    law: str = setting("newton", "newton, or the first release's published one", choices=LAWS)
+    exponent: int = setting(4, "field = mass / (1 + r2)^exponent (newton)", whole)
+    radius: float | None = setting(
+        None,
+        "where the cutoff ends, in softenings; stays there under the hard cutoff of newton, is "
+        "learned from there otherwise (default: newton 16, published 4.02)",
+        positive,
+    )
+    use_radius_cutoff: bool = setting(
+        True,
+        "let nothing pull from beyond the radius; --no-radius-cutoff: no limit",
+        flag="--radius-cutoff",
+    )
+    use_soft_cutoff: bool = setting(
+        False, "fade out towards a learned radius instead of a hard edge"
+    )
+    use_rsqrt: bool = setting(False, "compute 1/r2 by a reciprocal root (published law only)")
+    mass_in_value: bool = setting(False, "multiply values by the mass, not the pull")
+    retardation: bool = setting(
+        True,
+        "feel a token, by a learned share, where its predecessor is (newton; without it the loss "
+        "is 0.09 higher after 1500 steps: reports/study.md)",
+    )
+    farthest_time_scale: float = setting(
+        0.0035,
+        "softenings a token, at the start, of the head that looks farthest back (newton)",
+        positive,
+    )
+    field_tolerance: float | None = setting(
+        None,
+        "leave out older tokens that together provably weigh less than this share "
+        "(default: 1e-6, under bf16 and fp16 1e-4; 0: leave out nothing)",
+        share,
+    )
+
+    def __post_init__(self):
+        if self.radius is None:
+            self.radius = NEWTON_RADIUS if self.law == "newton" else PUBLISHED_RADIUS
+        super().__post_init__()
         if self.exponent > LARGEST_EXPONENT:
             raise UsageError(f"--exponent is {self.exponent}: give at most {LARGEST_EXPONENT}")
-        if self.law not in LAWS:
-            raise UsageError(f"--law is {self.law!r}: choose one of {', '.join(LAWS)}")
         if self.use_soft_cutoff and not self.use_radius_cutoff:
             raise UsageError(
                 "--no-radius-cutoff and --use-soft-cutoff exclude each other: drop one of them"
-            )
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"--dropout is {self.dropout}: give a number from 0 to below 1")
-        if self.radius is None:
-            self.radius = NEWTON_RADIUS if self.law == "newton" else PUBLISHED_RADIUS
-        if not 0 < self.radius < math.inf:
-            raise UsageError(f"--radius is {self.radius}: give a number above 0")
-        if self.field_tolerance is not None and not 0 <= self.field_tolerance < 1:
-            raise UsageError(
-                f"--field-tolerance is {self.field_tolerance}: give a number from 0 to below 1"
             )
 
     @property
@@ -219,21 +233,13 @@ class GravityAttention(nn.Module):
             mass_in_value=self.config.mass_in_value,
         )
 
-    def pull_rows(self, z, mass, positions, rows):
-        """Shares of the pull on the tokens of a slice, (H, rows, rows.stop): columns are sources.
+    def learned(self):
+        """What the heads learned, by name: (H,), retardation (H * head_coord_dim,).
 
-        Rows sum to 1 where anything reaches.
+        A radius or retardation that the model does not have is None.
         """
-        q, k = self.points(z)
-        field = gravity_field(
-            q[:, :, rows].float(),
-            k[:, :, : rows.stop].float(),
-            mass[:, : rows.stop],
-            query_positions=positions[rows],
-            key_positions=positions[: rows.stop],
-            **self.law(),
-        )[0]
-        return field / (field.sum(-1, keepdim=True) + TINY)
+        names = ("time_scale", "time_offset", "retardation", "radius", "window")
+        return {name: getattr(self, name) for name in names}
 
     def forward(self, h, z, mass, positions, kv_cache=None):
         q, k = self.points(z, kv_cache)
@@ -241,7 +247,7 @@ class GravityAttention(nn.Module):
         tolerance = self.config.field_tolerance
         if tolerance is None:
             tolerance = 1e-4 if v.dtype in (torch.bfloat16, torch.float16) else 1e-6
-        key_positions, law = positions, self.law()
+        key_positions = positions
         if kv_cache is not None:
             key_positions, k, v, mass = kv_cache.append(self.layer, positions, k, v, mass)
         pull = gravity_attention(
@@ -252,14 +258,10 @@ class GravityAttention(nn.Module):
             field_tolerance=tolerance,
             query_positions=positions,
             key_positions=key_positions,
-            **law,
+            **self.law(),
         )
-        if kv_cache is not None and law["radius"] is not None:
-            window = float(
-                reach(law["time_scale"], law["time_offset"], law["radius"]).detach().max()
-            )
-            if math.isfinite(window):  # a time scale that is 0 in floating point reaches for ever
-                kv_cache.keep_newest(self.layer, max(1, math.ceil(window)))
+        if kv_cache is not None:
+            kv_cache.forget_beyond(self.layer, lambda: self.window)
         return self.dropout(self.out_proj(merge_heads(pull)))
 
 
@@ -365,53 +367,6 @@ class NGT(nn.Module):
             kv_cache.length += tokens.shape[1]
         logits = self.head(self.norm(h))  # (B, T, vocab_size)
         return (logits, Geometry(mass, z, tuple(path))) if return_geometry else logits
-
-    @torch.no_grad()
-    def visit_pulls(self, tokens, visit):
-        """A forward pass that shows the pulls of every layer, some rows at a time.
-
-        Args:
-            tokens: (1, T) ids.
-            visit: called with (layer, rows, weights): the slice of tokens that is pulled, and which
-                share of the pull on each comes from which source, (H, rows, rows.stop).
-
-        Returns:
-            `(logits, Geometry)`.
-        """
-        count = tokens.shape[1]
-        step = max(1, PULL_PAIRS // (count * self.config.num_heads))
-
-        def show(attn, inputs):
-            _, z, mass, positions, _ = inputs
-            for start in range(0, count, step):
-                rows = slice(start, min(start + step, count))
-                visit(attn.layer, rows, attn.pull_rows(z, mass, positions, rows))
-
-        hooks = [layer.attn.register_forward_pre_hook(show) for layer in self.layers]
-        try:
-            return self(tokens, return_geometry=True)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def pull_weights(self, tokens):
-        """Which share of the pull on each token comes from which other.
-
-        Args:
-            tokens: (1, T) ids.
-
-        Returns:
-            (num_layers, num_heads, T, T), each row summing to 1 where anything reaches.
-        """
-        count = tokens.shape[1]
-        shape = (self.config.num_layers, self.config.num_heads, count, count)
-        weights = self.token_emb.weight.new_zeros(shape)
-
-        def keep(layer, rows, shares):
-            weights[layer, :, rows, : rows.stop] = shares
-
-        self.visit_pulls(tokens, keep)
-        return weights
 
 
 def check_context(model, length):

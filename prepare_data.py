@@ -19,7 +19,7 @@ DATASET = "wikitext103"
 def main(argv=None):
     """Prepare; returns the exit code."""
     parser = script_parser(__doc__, EXAMPLES)
-    add_corpus_flags(parser, dataset=DATASET)
+    add_corpus_flags(parser, DATASET)
     args = parser.parse_args(argv)
     check_tokenizer_file(args.tokenizer_path, args.bpe_vocab_size)
     dataset = args.dataset or DATASET

@@ -16,42 +16,27 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from gravity.heads import merge_heads, split_heads
-from model import FeedForward, check_context, check_divisible, check_positive, init_weights
+from model import FeedForward, ModelConfig, check_context, init_weights
 from system.errors import UsageError
+from system.settings import setting
 
 POSITIONS = ("learned", "rotary", "alibi")
 
 
 @dataclass
-class VanillaConfig:
-    """Everything that shapes a vanilla transformer. Field names are the command line's flags."""
+class VanillaConfig(ModelConfig):
+    """Everything that shapes a vanilla transformer."""
 
-    vocab_size: int
-    block_size: int = 64
-    hidden_dim: int = 128
-    num_layers: int = 4
-    num_heads: int = 4
-    mlp_dim: int = 512
-    dropout: float = 0.0
-    pos: str = "learned"
-    tie_head: bool = True
+    pos: str = setting("learned", "how a vanilla model knows order", choices=POSITIONS)
     head_bias: bool = False
 
     def __post_init__(self):
-        check_positive(
-            self,
-            *("vocab_size", "block_size", "hidden_dim", "num_layers", "num_heads", "mlp_dim"),
-        )
-        check_divisible(self.hidden_dim, self.num_heads)
-        if self.pos not in POSITIONS:
-            raise UsageError(f"--pos is {self.pos!r}: choose one of {', '.join(POSITIONS)}")
+        super().__post_init__()
         if self.pos == "rotary" and self.hidden_dim // self.num_heads % 2:
             raise UsageError(
                 f"--pos rotary turns pairs of channels: --hidden-dim {self.hidden_dim} over "
                 f"--num-heads {self.num_heads} leaves an odd number a head"
             )
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"--dropout is {self.dropout}: give a number from 0 to below 1")
 
 
 def rotate(x, positions):

@@ -8,6 +8,7 @@ import statistics
 
 import torch
 
+from engine.flops import attention_flops
 from engine.models import build_model
 from system.markdown import markdown_table
 from training.config import DEFAULTS
@@ -84,7 +85,7 @@ parameters on 80 GB it would take FSDP, which is not built.
 
 
 def _network(shape, device="meta"):
-    config = DEFAULTS | {"model_type": "ngt"} | shape
+    config = DEFAULTS | shape
     with torch.device(device):
         return build_model(config)
 
@@ -134,11 +135,6 @@ def memory_of_a_rank(parameters, ranks, sharded):
 def bytes_on_the_wire(parameters, ranks, sharded):
     """Bytes that a rank sends per step: a ring all-reduce, and if sharded the new weights."""
     return (3 if sharded else 2) * (ranks - 1) / ranks * 4 * parameters
-
-
-def attention_flops(pairs, distance, width):
-    """Of the two products of a head's pairs, forward and backward."""
-    return 3 * 2 * (distance + width) * pairs
 
 
 def mean_pairs(windows, tokens):

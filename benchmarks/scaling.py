@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from benchmarks.models import SHAPES as PRESET_OF
 from benchmarks.paper import (
-    attention_flops,
     bytes_on_the_wire,
     mean_pairs,
     paper_section,
@@ -28,6 +27,7 @@ from benchmarks.paper import (
 )
 from benchmarks.timing import describe_machine, spread
 from engine.checkpoint import load_model
+from engine.flops import attention_flops
 from engine.models import build_model
 from gravity.attention import gravity_attention
 from model import NGT

@@ -13,10 +13,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn as nn
 
 from benchmarks.models import DTYPES, SHAPES, add_dtype_flag, add_preset_flag
 from benchmarks.timing import interleaved, peak_flops, ratios, spread
+from engine.flops import training_flops
 from gravity import published
 from model import LAWS
 from system.cli import whole
@@ -97,13 +97,13 @@ def numbers_of(args, name, trainer, seconds, peak):
         peak: flops per second of a large matrix product, the denominator of the model's share.
     """
     speeds = [trainer.tokens_per_step / s for s in seconds]
-    flops, floor_bytes = step_floor(trainer)
+    flops = training_flops(trainer.raw_model, trainer.tokens_per_step)
     return {
         "tokens_per_s": statistics.median(speeds),
         "tokens_per_s_rounds": speeds,
         "peak_bytes": child_peak(args, name),
         "floor_flops": flops,
-        "floor_bytes": floor_bytes,
+        "floor_bytes": step_bytes(trainer.raw_model),
         "mfu": flops / statistics.median(seconds) / peak,
     }
 
@@ -126,8 +126,9 @@ def make_trainer(args, name, device):
     kind = "vanilla" if name == "vanilla" else "ngt"
     law = "published" if name == "first-release" else args.law
     sizes["mlp_dim"] = sizes["mlp_dim"]["vanilla" if kind == "vanilla" else law]
-    config = dict.fromkeys(("radius", "field_tolerance")) | DEFAULTS | sizes
-    config |= {"model": kind, "law": law, "compile": args.compile, "gradient_accumulation_steps": 1}
+    config = DEFAULTS | sizes
+    config |= {"model_type": kind, "law": law, "compile": args.compile}
+    config["gradient_accumulation_steps"] = 1
     for flag in ("batch_size", "block_size"):
         if getattr(args, flag) is not None:
             config[flag] = getattr(args, flag)
@@ -147,21 +148,12 @@ def train_step(trainer, name):
         trainer.step()
 
 
-def step_floor(trainer):
-    """What a training step cannot do without.
+def step_bytes(model):
+    """Bytes that a training step moves at least: fp32 weights and what AdamW keeps of them.
 
-    Returns:
-        `(flops, bytes)`: matrix products of forward and backward over causal pairs, nothing
-        recomputed; weights read twice, gradients written, and AdamW's reads and writes.
+    Weights are read twice, gradients written, and the optimizer reads and writes.
     """
-    network, c = trainer.raw_model, trainer.raw_model.config
-    weights = sum(m.weight.numel() for m in network.modules() if isinstance(m, nn.Linear))
-    tokens = trainer.tokens_per_step
-    width = c.hidden_dim // c.num_heads
-    distance = getattr(c, "head_coord_dim", width)
-    pairs = tokens * (trainer.config["block_size"] + 1) / 2 * c.num_heads * c.num_layers
-    parameters = sum(p.numel() for p in network.parameters())
-    return 3 * (2 * weights * tokens + 2 * (distance + width) * pairs), 4 * 10 * parameters
+    return 4 * 10 * sum(p.numel() for p in model.parameters())
 
 
 def child_peak(args, name):

@@ -202,15 +202,6 @@ def mean(values, form):
     return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"
 
 
-def duration(seconds):
-    """As people read it."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
-
-
 def all_values(runs, key):
     """The values that a setting has in these runs, each once, as text."""
     return ", ".join(dict.fromkeys(str(run.config.get(key)) for run in runs))

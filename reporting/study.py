@@ -5,20 +5,20 @@ import statistics
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 
+from engine.flops import training_flops
 from engine.models import build_model
 from reporting.evaluations import length_table, read_evaluation, where_it_wins
 from reporting.geometry import geometry_section
 from reporting.runs import (
     NOT_RUN,
     all_values,
-    duration,
     find_runs,
     label_of,
     loss_or_worst,
     mean,
 )
+from system.durations import duration
 from system.errors import UserError
 from system.files import write_whole
 from system.markdown import markdown_block, markdown_code, markdown_table, markdown_text
@@ -26,7 +26,6 @@ from system.safe_text import one_line
 
 BASELINE = "rotary"
 STAGES = ("rates", "ablations", "headline", "full", "sizes")
-MOST_LAYERS = 200
 NOT_A_CHANGE = {  # settings that differ between an ablation and its default for other reasons
     *("seed", "checkpoint_path", "command", "code_version", "torch_version", "machine", "device"),
     *("parameters", "mlp_dim", "source", "token_directory", "data_path", "compile"),
@@ -201,31 +200,10 @@ def _headline_table(headline):
     return markdown_table(head, lines) if lines else f"{NOT_RUN}."
 
 
-def training_flops(config, tokens):
-    """Flops of the matrix products of training on so many tokens, causal pairs alone.
-
-    As `benchmark.py` counts them: forward and backward, nothing recomputed.
-
-    Raises:
-        UserError: where the config, a stranger's perhaps, describes no model that was trained.
-    """
-    try:
-        if not 0 < config["num_layers"] <= MOST_LAYERS or config["block_size"] < 1:
-            raise ValueError("num_layers or block_size is out of bounds")
-        with torch.device("meta"):
-            model = build_model(config)
-    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, UserError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(
-            f"--study: the run of {config['checkpoint_path']} is of no model that can be built "
-            f"({reason}): train it anew"
-        ) from None
-    c = model.config
-    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    width = c.hidden_dim // c.num_heads
-    distance = getattr(c, "head_coord_dim", width)
-    pairs = (config["block_size"] + 1) / 2 * c.num_heads * c.num_layers
-    return 3 * 2 * (weights + (distance + width) * pairs) * tokens
+def _model_of(config):
+    """The model of a run's config, without memory for its weights."""
+    with torch.device("meta"):
+        return build_model(config | {"model_type": config["model"]})
 
 
 def _cost_table(headline):
@@ -252,8 +230,8 @@ def _cost_table(headline):
                 continue
             steps.append(reached["step"])
             times.append(reached["wall_time"] / end["wall_time"])
-            cost = training_flops(run.config, reached["tokens"])
-            flops.append(cost / training_flops(other.config, end["tokens"]))
+            cost = training_flops(_model_of(run.config), reached["tokens"])
+            flops.append(cost / training_flops(_model_of(other.config), end["tokens"]))
         lines.append(
             [
                 label,

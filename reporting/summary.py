@@ -7,8 +7,9 @@ import shlex
 from pathlib import Path
 
 from reporting.geometry import geometry_section
-from reporting.runs import NOT_RUN, Run, all_values, duration, label_of
+from reporting.runs import NOT_RUN, Run, all_values, label_of
 from reporting.tables import result_table, setting_text, settings_table, speed_table
+from system.durations import duration
 from system.errors import UserError
 from system.files import write_whole
 from system.markdown import markdown_block, markdown_code, markdown_table, markdown_text

@@ -2,7 +2,8 @@
 
 import statistics
 
-from reporting.runs import NOT_RUN, duration, mean
+from reporting.runs import NOT_RUN, mean
+from system.durations import duration
 from system.markdown import markdown_table
 from system.terminal import cells
 

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "talk")]
+sys.path.insert(0, str(ROOT))
 
 from conftest import SENTENCES
 from hostile_checkpoints import (

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_chat import LETTERS, make_checkpoint
 
 import hostile_checkpoints
 import hostile_files
 from engine.checkpoint import load_model, read_checkpoint
 from hostile_checkpoints import CONTENTS, FILES, TRAINING, Malice
 from hostile_files import TOKEN_FILES, TOKENIZERS
+from small_models import LETTERS, make_checkpoint
 from system.machine import peak_memory_bytes
 
 CPU = torch.device("cpu")

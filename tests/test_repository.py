@@ -7,7 +7,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -21,6 +20,7 @@ import report
 import train_shakespeare
 import visualize_coords
 from conftest import ROOT, SHARED, error_line, run
+from repository_copy import copy_of_the_repository
 from training.options import train_parser
 
 SCRIPTS = (*(train_shakespeare, prepare_data, chat, visualize_coords, report, benchmark, evaluate),)
@@ -59,7 +59,7 @@ def test_every_training_flag_has_help_with_its_default():
 
     for action in train_parser("", "")._actions:
         assert action.help, action.option_strings
-        if action.dest in DEFAULTS:
+        if DEFAULTS.get(action.dest) is not None:
             assert "default: " in action.help, action.option_strings
 
 
@@ -134,18 +134,6 @@ def test_report_prints_what_the_runs_wrote(in_tmp, small_text):
     assert "nothing" in missing.stderr and "Traceback" not in missing.stderr
 
 
-def copy_of_the_repository(folder, **settings):
-    """Copy the scripts; returns the environment to call them in: this one, and the settings."""
-    left = shutil.ignore_patterns("tests", "runs", "checkpoints", ".*", "__pycache__")
-    shutil.copytree(ROOT, folder, ignore=left, dirs_exist_ok=True)
-    prefix = os.path.dirname(os.path.dirname(sys.executable))
-    return {
-        **os.environ,
-        **{"VIRTUAL_ENV": prefix, "PATH": f"{prefix}/bin:{os.environ['PATH']}"},
-        **{"OMP_NUM_THREADS": "1", **settings},
-    }
-
-
 TINY_25M = {
     **{"DATASET": "text", "DATA_PATH": "corpus", "BPE_VOCAB_SIZE": "300", "MAX_STEPS": "60"},
     **{"HIDDEN_DIM": "16", "COORD_DIM": "8", "HEAD_COORD_DIM": "4", "NUM_LAYERS": "1"},
@@ -170,7 +158,7 @@ def test_run_wikitext103_interrupted_and_called_again(in_tmp, small_text):
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
-    assert "== training vanilla" not in output and "go on with: " in output
+    assert "== training vanilla" not in output and "continue with: " in output
     assert not (in_tmp / "runs/w3_25m/vanilla_25m").exists()
     stopped_at = torch.load("checkpoints/w3_25m/ngt_mass_in_value.pt_last.pt")["iter"]
     assert 10 <= stopped_at < 60

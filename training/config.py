@@ -1,58 +1,19 @@
-"""Settings of a run: defaults, presets, and which value wins."""
+"""Settings of a run: its fields with their defaults, the presets, and which value wins.
+
+What the user gives wins over the checkpoint being resumed, that over the preset of the dataset,
+that over the defaults. A run's config is the result: a dict with a value for every setting.
+"""
+
+from dataclasses import MISSING, dataclass, fields
 
 import torch
 
-from engine.models import build_model, model_fields
+from engine.models import MODELS, build_model, model_fields
+from system.cli import not_negative, random_seed, whole, whole_or_zero
 from system.errors import UsageError, warn
+from system.settings import flag_of, setting
 
-DEFAULTS = {
-    "model": "ngt",
-    "dataset": "shakespeare",
-    "tokenizer": "char",
-    "bpe_vocab_size": 8192,
-    "tiktoken_encoding": "gpt2",
-    "hidden_dim": 128,
-    "coord_dim": 64,
-    "head_coord_dim": 16,
-    "num_layers": 4,
-    "num_heads": 4,
-    "block_size": 64,
-    "dropout": 0.0,
-    "law": "newton",
-    "exponent": 4,
-    "mass_in_value": False,
-    "retardation": True,
-    "farthest_time_scale": 0.0035,
-    "use_radius_cutoff": True,
-    "use_soft_cutoff": False,
-    "use_rsqrt": False,
-    "pos": "learned",
-    "repulsion": True,
-    "lambda_repulsion": 0.05,
-    "repulsion_interval": 10,
-    "batch_size": 12,
-    "gradient_accumulation_steps": 1,
-    "learning_rate": 1e-3,
-    "min_learning_rate": 1e-4,
-    "weight_decay": 0.1,
-    "grad_clip": 1.0,
-    "max_steps": 2000,
-    "use_cosine_schedule": True,
-    "warmup_steps": 100,
-    "seed": 1337,
-    "use_amp": False,
-    "compile": False,
-    "deterministic": False,
-    "device": "auto",
-    "eval_interval": 250,
-    "eval_iters": 100,
-    "sample_tokens": 100,
-    "checkpoint_interval": 250,
-    "max_skipped_steps": 10,
-    "shard_optimizer": False,
-}
-
-# mlp_dim makes the parameters of a compared pair equal to within 1 %
+# mlp_dim is chosen so that compared models have equal parameters, to within 1 %
 PRESETS = {
     "shakespeare": {"mlp_dim": {"newton": 576, "published": 596, "vanilla": 512}},
     "text": {
@@ -88,43 +49,128 @@ PRESETS = {
 }
 
 
-def is_given(args, name):
-    """Whether the user gave this flag."""
-    return getattr(args, name, None) is not None
+@dataclass
+class RunSettings:
+    """The settings of a run that do not shape its model, and the kind of model."""
+
+    model_type: str = setting(
+        "ngt",
+        "gravity, or the transformer it is compared with",
+        choices=list(MODELS),
+        flag="--model",
+    )
+    dataset: str = setting(
+        "shakespeare",
+        "shakespeare: tiny Shakespeare, or the complete plays where it cannot be reached; "
+        "wikitext103: from the Hugging Face Hub or local files; text: any UTF-8 text",
+        choices=list(PRESETS),
+    )
+    data_path: str | None = setting(
+        None,
+        "shakespeare: a text file to use instead; wikitext103: directory with "
+        "wiki.{train,valid,test}.{raw,tokens,txt} or the Hub's parquet files (default: data); "
+        "text: a file (split 90/5/5) or a directory with train.*, valid.*, test.*; each plain, "
+        ".xz or .gz",
+    )
+    tokenizer: str = setting("char", "how text becomes tokens", choices=("char", "bpe", "tiktoken"))
+    bpe_vocab_size: int = setting(8192, "tokens of a BPE vocabulary to train", whole)
+    tokenizer_path: str | None = setting(
+        None,
+        "a BPE tokenizer file to use; where it does not exist it is trained and written there "
+        "(default: trained, and kept with the token files)",
+    )
+    tiktoken_encoding: str = setting("gpt2", "any encoding that tiktoken knows, by name")
+    num_parameters: int | None = setting(
+        None, "choose --mlp-dim so that the model has as many, nearly", whole
+    )
+    repulsion: bool = setting(
+        True, "add a loss that keeps coordinates apart; --no-repulsion: without"
+    )
+    lambda_repulsion: float = setting(0.05, "its weight", not_negative)
+    repulsion_interval: int = setting(10, "add it every so many steps", whole)
+    batch_size: int = setting(12, "windows a micro-step, over all processes", whole)
+    gradient_accumulation_steps: int = setting(1, "micro-steps a step", whole)
+    learning_rate: float = setting(1e-3, "peak of AdamW's learning rate", not_negative)
+    min_learning_rate: float = setting(1e-4, "where the cosine ends", not_negative)
+    weight_decay: float = setting(0.1, "on matrices only", not_negative)
+    grad_clip: float = setting(1.0, "largest norm of the gradient; 0: no clipping", not_negative)
+    max_steps: int = setting(2000, "steps in all, resumed ones included", whole)
+    use_cosine_schedule: bool = setting(True, "decay the learning rate; else it stays constant")
+    warmup_steps: int = setting(100, "steps of linear warm-up", whole_or_zero)
+    seed: int = setting(1337, "of weights, batches and dropout", random_seed)
+    use_amp: bool = setting(
+        False, "train in bf16 where the device has it, else in fp16 with a scaler (GPU)"
+    )
+    compile: bool = setting(False, "torch.compile the model")
+    shard_optimizer: bool = setting(
+        False, "under torchrun, each process keeps its share of AdamW's state"
+    )
+    deterministic: bool = setting(False, "bit-identical runs on a GPU too (slower)")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
+    eval_interval: int = setting(250, "steps between evaluations", whole)
+    eval_iters: int = setting(100, "evaluate on at most 16 times so many fixed windows", whole)
+    sample_tokens: int = setting(
+        100,
+        "tokens of text that the model writes into TensorBoard at evaluations, at most some 50 "
+        "times; 0: none",
+        whole_or_zero,
+    )
+    checkpoint_interval: int = setting(250, "steps between writes of _last", whole)
+    max_skipped_steps: int = setting(10, "stop after so many non-finite steps in a row", whole)
+
+
+def _all_settings():
+    """Every field with a flag by its name: the run's, then those of both kinds of model."""
+    classes = [RunSettings, *(config_class for _, config_class in MODELS.values())]
+    every = {each.name: each for some in classes for each in fields(some) if each.metadata}
+    return {name: each for name, each in every.items() if each.default is not MISSING}
+
+
+SETTINGS = _all_settings()
+DEFAULTS = {name: each.default for name, each in SETTINGS.items()}
+FREE_ON_RESUME = {  # where and how often a run writes and reads: no word about a change
+    *("device", "data_path", "tokenizer_path", "shard_optimizer"),
+    *("eval_interval", "sample_tokens", "checkpoint_interval"),
+}
+
+
+def given_settings(args):
+    """The settings that the user gave as flags, by name."""
+    values = {name: getattr(args, name, None) for name in SETTINGS}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def resolve(args, resumed=None):
-    """One value for every flag, as a plain dict.
+    """A value for every setting, as a plain dict.
 
     Args:
         args: what argparse returned.
-        resumed: the config of the checkpoint being resumed.
+        resumed: the config of the checkpoint being resumed, or None.
 
     Raises:
-        UsageError: where a given flag contradicts the shape of the resumed model.
+        UsageError: if a given flag contradicts the shape of the resumed model.
     """
-    names = [*DEFAULTS, "data_path", "tokenizer_path", "mlp_dim", "num_parameters"]
-    names += ["radius", "field_tolerance"]
-    given = {name: getattr(args, name) for name in names if is_given(args, name)}
+    given = given_settings(args)
     if resumed is not None:
         _check_against(given, resumed)
-        config = {name: resumed.get(name, DEFAULTS.get(name)) for name in names} | given
-    else:
-        preset = dict(PRESETS[given.get("dataset", DEFAULTS["dataset"])])
-        matched = preset.pop("mlp_dim")
-        config = dict.fromkeys(names) | DEFAULTS | preset | given
-        if config["mlp_dim"] is None:
-            config["mlp_dim"] = _mlp_dim(config, given, matched)
+        return {name: resumed.get(name, DEFAULTS[name]) for name in SETTINGS} | given
+    preset = PRESETS[given.get("dataset", DEFAULTS["dataset"])]
+    config = DEFAULTS | preset | given
+    if "mlp_dim" not in given:
+        config["mlp_dim"] = _mlp_dim(config, given, preset["mlp_dim"])
     return config
 
 
 def _mlp_dim(config, given, matched):
-    kind = "vanilla" if config["model"] == "vanilla" else config["law"]
+    """The width of the feed-forward that gives compared models equal parameters.
+
+    Args:
+        matched: the preset's widths by kind, which hold if no size is given.
+    """
+    kind = "vanilla" if config["model_type"] == "vanilla" else config["law"]
     aim = config["num_parameters"]
-    if (
-        aim is None
-        and not {"hidden_dim", "coord_dim", "head_coord_dim", "num_heads"} & given.keys()
-    ):
+    sizes = {"hidden_dim", "coord_dim", "head_coord_dim", "num_heads"}
+    if aim is None and not sizes & given.keys():
         return matched[kind]
     width = 4 * config["hidden_dim"]
     if kind == "newton" and aim is None:
@@ -132,45 +178,45 @@ def _mlp_dim(config, given, matched):
 
     def parameters(**changes):
         vocab_size = config["bpe_vocab_size"] if config["tokenizer"] == "bpe" else 256
-        shape = config | {"model_type": config["model"], "vocab_size": vocab_size} | changes
         with torch.device("meta"):
-            return sum(p.numel() for p in build_model(shape).parameters())
+            model = build_model(config | {"vocab_size": vocab_size} | changes)
+        return sum(p.numel() for p in model.parameters())
 
     aim = aim or parameters(model_type="ngt", law="newton", mlp_dim=width)
     without = parameters(mlp_dim=8)
-    a_channel = (parameters(mlp_dim=16) - without) / 8
-    return 8 + max(0, round((aim - without) / a_channel / 4) * 4)
+    per_channel = (parameters(mlp_dim=16) - without) / 8
+    return 8 + max(0, round((aim - without) / per_channel / 4) * 4)
 
 
 def _check_against(given, resumed):
-    if given.get("model", resumed["model"]) != resumed["model"]:
-        raise UsageError(
-            f"--model {given['model']} contradicts the checkpoint, which is {resumed['model']}: "
-            "drop the flag or give another --checkpoint-path"
-        )
-    shape = {*model_fields(resumed["model"]), "tokenizer"} - {"dropout", "field_tolerance"}
+    """Refuse what contradicts the resumed model, and warn of what changes the run."""
+    fixed = {"model_type", "dataset", "tokenizer", *model_fields(resumed["model_type"])}
+    fixed -= {"dropout", "field_tolerance"}  # they change no shape and no meaning of the weights
     for name, value in given.items():
-        if name == "dataset" and value != resumed[name]:
+        flag = flag_of(SETTINGS[name])
+        if name in fixed and value != resumed.get(name):
             raise UsageError(
-                f"--dataset {value} contradicts the checkpoint, which was trained on "
-                f"{resumed[name]}: drop the flag or give another --checkpoint-path"
+                f"{flag} {value} contradicts the checkpoint, which has {resumed.get(name)}: "
+                "drop the flag or give another --checkpoint-path"
             )
-        if name not in shape or value == resumed.get(name):
-            if name in resumed and value != resumed[name] and name not in _FREE_ON_RESUME:
-                warn(f"--{name.replace('_', '-')} changes from {resumed[name]} to {value}")
-            continue
-        raise UsageError(
-            f"--{name.replace('_', '-')} {value} contradicts the checkpoint, which has "
-            f"{resumed.get(name)}: drop the flag or give another --checkpoint-path"
-        )
+        if name not in FREE_ON_RESUME and value != resumed.get(name, value):
+            warn(f"{flag} changes from {resumed[name]} to {value}")
 
 
-_FREE_ON_RESUME = {
-    "device",
-    "eval_interval",
-    "sample_tokens",
-    "checkpoint_interval",
-    "data_path",
-    "tokenizer_path",
-    "shard_optimizer",
-}
+def warn_of_no_effect(args, config):
+    """One warning for each given flag that this kind of model does not use."""
+    given = given_settings(args).keys()
+    if config["model_type"] == "vanilla":
+        others = set(model_fields("ngt")) - set(model_fields("vanilla"))
+        if "mlp_dim" not in given:  # these say how large the NGT is that it must match
+            others -= {"coord_dim", "head_coord_dim"}
+        for name in given & others:
+            warn(f"{flag_of(SETTINGS[name])} has no effect on --model vanilla")
+        return
+    if "pos" in given:
+        warn("--pos has no effect on --model ngt, which knows time as a dimension of space")
+    if config["use_rsqrt"] and config["law"] == "newton":
+        warn("--use-rsqrt has no effect under --law newton")
+    for name in given & {"exponent", "retardation", "farthest_time_scale"}:
+        if config["law"] == "published":
+            warn(f"{flag_of(SETTINGS[name])} has no effect under --law published")

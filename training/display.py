@@ -7,22 +7,11 @@ import time
 
 from tqdm import tqdm
 
+from system.durations import short_duration
+
 COLUMNS = {"step": 7, "train": 8, "val": 8, "ppl": 9, "bits/byte": 9, "repulsion": 9}
 COLUMNS |= {"tokens/s": 9, "left": 9}
 SECONDS_BETWEEN_LINES = 60  # where nothing can live because the output is no terminal
-
-
-def time_left(seconds):
-    """A duration in a few letters: 9s, 3m09s, 1h02m, 12d03h."""
-    seconds = round(seconds)
-    for unit, smaller, size, part in (
-        ("d", "h", 86400, 3600),
-        ("h", "m", 3600, 60),
-        ("m", "s", 60, 1),
-    ):
-        if seconds >= size:
-            return f"{seconds // size}{unit}{seconds % size // part:02d}{smaller}"
-    return f"{seconds}s"
 
 
 def _cells(row, seconds_left):
@@ -39,7 +28,7 @@ def _cells(row, seconds_left):
         "bits/byte": f"{row['bits_per_byte']:.4f}",
         "repulsion": repulsion,
         "tokens/s": f"{row['tokens_per_s']:,.0f}",
-        "left": time_left(seconds_left),
+        "left": short_duration(seconds_left),
     }
 
 
@@ -159,7 +148,7 @@ class TrainingDisplay:
         # what evaluations and checkpoints have added to a step so far
         besides = now - started - self._seconds_stepping
         pace = self._seconds_a_step + max(0.0, besides) / max(1, self.done - first_step)
-        left = time_left((self.total - self.done) * pace)
+        left = short_duration((self.total - self.done) * pace)
         speed = self.tokens_per_step / self._seconds_a_step
         short = tqdm.format_sizeof(speed)
         share = f"{100 * self.done // self.total}%"

@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import os
-import shutil
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +12,7 @@ from data import get_batch
 from engine.checkpoint import FORMAT_VERSION
 from engine.models import build_model
 from gravity.attention import step_around_when_compiling
+from gravity.cpu import cpp_compiler
 from model import NGT, repulsion_loss
 from system.errors import UserError, warn
 from system.machine import cpu_multiplies_bf16
@@ -41,7 +40,7 @@ def maybe_compile(model, config, device):
     """The compiled model, or the model itself with one warning where nothing can compile it."""
     if not config["compile"]:
         return model
-    if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+    if device.type == "cpu" and cpp_compiler() is None:
         warn("--compile needs a C++ compiler (g++) and there is none: training uncompiled")
         return model
     step_around_when_compiling()
@@ -122,8 +121,8 @@ class Trainer:
     def __init__(self, config, data, device, ranks=None):
         self.config, self.data, self.device = config, data, device
         self.ranks = ranks or Ranks()
-        shape = {"model_type": config["model"], "vocab_size": data.tokenizer.vocab_size}
-        self.raw_model = build_model(config | shape).to(device)
+        vocab_size = data.tokenizer.vocab_size
+        self.raw_model = build_model(config | {"vocab_size": vocab_size}).to(device)
         distributed = distribute(self.raw_model, device, self.ranks)
         self.model = maybe_compile(distributed, config, device)
         self.optimizer = make_optimizer(self.raw_model, config, device, self.ranks)
@@ -190,7 +189,7 @@ class Trainer:
         return {
             **self.config,
             **dataclasses.asdict(self.raw_model.config),
-            "model_type": self.config["model"],
+            "model": self.config["model_type"],  # the flag's name: files keep both
             "token_directory": str(self.data.directory),
             "source_sha256": self.data.meta["source_sha256"],
             "tokenizer_sha256": self.data.tokenizer.fingerprint,

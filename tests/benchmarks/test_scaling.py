@@ -24,7 +24,7 @@ from training.config import DEFAULTS
 def test_sizes_are_what_they_are_called():
     for name, shape in SIZES.items():
         with torch.device("meta"):
-            model = build_model(DEFAULTS | {"model_type": "ngt"} | shape)
+            model = build_model(DEFAULTS | shape)
         assert parameters_of(shape) == sum(p.numel() for p in model.parameters())
         called = float(name[:-1]) * {"M": 1e6, "B": 1e9}[name[-1]]
         assert parameters_of(shape) == pytest.approx(called, rel=0.15), name

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_report import cells, write_run
 
 import report
+from repository_copy import copy_of_the_repository
+from run_folders import cells, write_run
 from system.errors import UserError
-from test_repository import copy_of_the_repository
 
 TINY = {
     **{"NAME": "s", "DATASET": "text", "DATA_PATH": "small.txt", "BPE_VOCAB_SIZE": "300"},

@@ -8,18 +8,21 @@ import sys
 import time
 
 import pytest
-from test_tensorboard_log import TINY, evaluation
 
 from conftest import ROOT
+from small_runs import TINY, evaluation
+from system.durations import duration, short_duration
 from training import display as training_display
-from training.display import TrainingDisplay, time_left
+from training.display import TrainingDisplay
 
 LIVE = re.compile(r"/100,?000\b.* loss ")
 
 
-def test_time_left():
+def test_a_duration_as_people_read_it():
     seconds = [0.4, 59.4, 59.6, 185, 3600, 3600 * 26 + 60]
-    assert [*map(time_left, seconds)] == ["0s", "59s", "1m00s", "3m05s", "1h00m", "1d02h"]
+    assert [*map(short_duration, seconds)] == ["0s", "59s", "1m00s", "3m05s", "1h00m", "1d02h"]
+    assert [*map(duration, (9, 189, 3725))] == ["9.0 s", "3 min 09 s", "1 h 02 min"]
+    assert [duration(s, to_the_minute=True) for s in (89, 3590)] == ["1 min", "1 h 00 min"]
 
 
 def test_through_a_pipe_lines_are_plain(capsys, monkeypatch):

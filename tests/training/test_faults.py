@@ -152,7 +152,7 @@ def test_the_command_that_it_says_goes_on(trained, in_tmp):
     process.send_signal(signal.SIGTERM)
     output, _ = ended(process, 143)
     step = read_checkpoint(trained)["iter"]
-    (command,) = re.findall("go on with: python (.*)", output)
+    (command,) = re.findall("continue with: python (.*)", output)
     assert f"stopped at step {step}" in output and "--run-name other" in command
     words = [*command.split()[1:], "--max-steps", str(step + 1)]
     again = run("train_shakespeare.py", *words, cwd=in_tmp, check=0)

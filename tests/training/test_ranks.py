@@ -154,7 +154,7 @@ def test_ctrl_c_under_torchrun_saves(in_tmp, small_text):
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     step = read_checkpoint(last)["iter"]
-    assert f"stopped at step {step}; go on with: torchrun --nproc_per_node=2" in output
+    assert f"stopped at step {step}; continue with: torchrun --nproc_per_node=2" in output
     assert process.returncode != 0
 
 
@@ -172,7 +172,7 @@ def test_a_signal_to_one_rank_stops_all(in_tmp, small_text):
         os.kill(ranks_of(process.pid)[-1], signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
         step = read_checkpoint(in_tmp / f"{name}.pt_last.pt")["iter"]
-        assert f"stopped at step {step}; go on with" in output
+        assert f"stopped at step {step}; continue with" in output
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import train_shakespeare
 from conftest import ROOT
 from engine.checkpoint import read_checkpoint
 from system.errors import UserError
+from training import loop
 from training.run_files import RunFiles
 from training.trainer import Trainer
 
@@ -51,7 +52,7 @@ def die(*_):
 def test_killed_before_its_first_checkpoint_it_starts_again(in_tmp, small_text, monkeypatch):
     """Its own metrics are no reason to refuse; those of another run are."""
     with monkeypatch.context() as patched:
-        patched.setattr(train_shakespeare, "save_checkpoint", die)
+        patched.setattr(loop, "save_checkpoint", die)
         with pytest.raises(RuntimeError):
             train("--checkpoint-path", "c/a", "--max-steps", 20)
     assert steps("a") == [10] and not list(in_tmp.glob("c/*.pt"))

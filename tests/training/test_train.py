@@ -16,9 +16,11 @@ import train_shakespeare
 from conftest import ROOT, error_line, run
 from data import eval_batches
 from engine.checkpoint import load_model, read_checkpoint
+from small_runs import assert_same_run, same
 from system.errors import run_script
 from text.token_files import open_token_data
 from training import trainer as training_trainer
+from training.loop import evaluation_row
 from training.run_log import RunLog
 
 SMALL = (
@@ -41,23 +43,6 @@ def refuse(capsys, *flags):
     error = capsys.readouterr().err
     assert "Traceback" not in error
     return stop.value.code, error
-
-
-def same(a, b):
-    """Bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def assert_same_run(one, other):
-    """Weights, optimizer, RNG and the curve of two runs are identical."""
-    for key in ("model_state", "optimizer_state", "rng_state", "scheduler_state", "best_val"):
-        assert same(one[key], other[key]), key
 
 
 def curve(directory):
@@ -323,7 +308,7 @@ def test_evaluation_is_without_dropout_and_counts_bytes(trainer):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5
     trainer.data.meta["splits"]["valid"]["bytes"] *= 3
-    rows = [train_shakespeare.evaluation_row(trainer, 0.0, 1, 1.0) for _ in range(2)]
+    rows = [evaluation_row(trainer, 0.0, 1, 1.0) for _ in range(2)]
     assert rows[0]["val_loss"] == rows[1]["val_loss"] and trainer.raw_model.training
     bits = rows[0]["val_loss"] / math.log(2) / 3
     assert rows[0]["bits_per_byte"] == pytest.approx(bits)

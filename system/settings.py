@@ -1,0 +1,62 @@
+"""Dataclass fields that are also flags: default, type, help and legal range stand in one place."""
+
+import argparse
+from dataclasses import field, fields
+
+from system.errors import UsageError
+
+
+def setting(default, help, type=None, choices=None, flag=None):
+    """A dataclass field that carries all that its flag needs.
+
+    Args:
+        default: the only place of the default; None if it depends on other settings, and `help`
+            then states it as "(default: ...)".
+        type: a function of `system.cli` that turns text into a legal value; not for bool, whose
+            flag is a switch, nor for text.
+        choices: the legal values, if they can be listed.
+        flag: the flag's name, if it is not the field's name with dashes.
+    """
+    metadata = {"help": help, "type": type, "choices": choices, "flag": flag}
+    return field(default=default, metadata=metadata)
+
+
+def flag_of(setting):
+    """The flag that gives this field, as a user types it."""
+    return setting.metadata["flag"] or "--" + setting.name.replace("_", "-")
+
+
+def add_flag(group, setting, help):
+    """Add a field's flag to a group of a parser. Its default is None: the flag was not given."""
+    kind = setting.metadata["type"]
+    options = {"type": kind, "choices": setting.metadata["choices"]}
+    if setting.type is bool:
+        options = {"action": argparse.BooleanOptionalAction}
+    group.add_argument(flag_of(setting), dest=setting.name, help=help, **options)
+
+
+def objection(setting, value):
+    """Why the command line would refuse this value of a field, in words; None if it would not."""
+    if value is None:
+        return None if setting.default is None else "it is missing"
+    if setting.type is bool:
+        return None if type(value) is bool else f"{value!r} is neither on nor off"
+    try:
+        parsed = (setting.metadata["type"] or str)(str(value))
+    except argparse.ArgumentTypeError as error:
+        return str(error)
+    choices = setting.metadata["choices"]
+    if choices is not None and value not in choices:
+        return f"{value!r} is not known: choose one of {', '.join(choices)}"
+    return None if parsed == value else f"{value!r} is of another type"
+
+
+def check_settings(config):
+    """Check every field of a dataclass that `setting` made.
+
+    Raises:
+        UsageError: if a value is outside its legal range; it names the flag.
+    """
+    for each in fields(config):
+        if each.metadata and (reason := objection(each, getattr(config, each.name))):
+            raise UsageError(f"{flag_of(each)}: {reason}")

@@ -1,0 +1,195 @@
+"""The training loop: step, log, evaluate, save, until the last step or a signal."""
+
+import math
+import shlex
+import time
+
+from engine.checkpoint import save_checkpoint
+from system.durations import duration
+from system.errors import UserError, warn
+from system.machine import peak_memory_bytes
+from training.display import TrainingDisplay, above_the_line
+from training.run_files import flag
+from training.stop_request import StopRequest
+from training.validation import evaluate
+
+STEPS_TO_ESTIMATE = 20
+
+
+def loop(trainer, log, files):
+    """Train until done or asked to stop; returns the exit code.
+
+    Args:
+        log: the run's `RunLog`; None on ranks but the main one.
+        files: the run's `RunFiles`.
+    """
+    display = TrainingDisplay(
+        trainer.config["max_steps"], trainer.iter, trainer.tokens_per_step, trainer.ranks.is_main
+    )
+    with display, StopRequest() as stop:
+        run = _Loop(trainer, log, files, display, stop)
+        while not run.is_done and stop.signal is None:
+            loss, norm = run.step()
+            run.show(loss)
+            if run.is_due("eval_interval"):
+                run.evaluate(norm)
+            run.save_if_due()
+    if not run.is_done:
+        print(f"stopped at step {trainer.iter}{run.how_to_continue()}", flush=True)
+        return stop.exit_code
+    if log is not None:
+        log.dashboard.projector(trainer.raw_model, trainer.data.tokenizer, trainer.iter)
+        log.dashboard.finish(trainer.iter)
+        if trainer.best_val < math.inf:
+            print(f"best validation loss {trainer.best_val:.4f} in {files.best}")
+            command = ["python", "chat.py", *flag("--checkpoint-path", files.best)]
+            print(f"chat with it: {shlex.join(command)}")
+    return 0
+
+
+class _Loop:
+    """What the loop remembers from step to step."""
+
+    def __init__(self, trainer, log, files, display, stop):
+        self.trainer, self.log, self.files = trainer, log, files
+        self.display, self.stop = display, stop
+        self.first_step, self.saved_at = trainer.iter, trainer.iter
+        self.seconds_before = trainer.progress["wall_time"]
+        self.steps, self.seconds = 0, 0.0  # since the last evaluation
+        self.save_asked = False
+        self.is_sound = True  # whether the weights may be saved
+
+    @property
+    def is_done(self):
+        return self.trainer.iter >= self.trainer.config["max_steps"]
+
+    def is_due(self, interval):
+        return self.trainer.iter % self.trainer.config[interval] == 0 or self.is_done
+
+    def step(self):
+        """One optimizer step; returns its loss and the norm of its gradient."""
+        started = time.perf_counter()
+        loss, norm = self.trainer.step()
+        self.step_seconds = time.perf_counter() - started
+        self.trainer.progress["wall_time"] += self.step_seconds
+        self.steps, self.seconds = self.steps + 1, self.seconds + self.step_seconds
+        self.save_asked = self.stop.agree(self.trainer.ranks)
+        # a skipped step may come of weights that are no good any more
+        self.is_sound = self.trainer.progress["skipped_in_a_row"] == 0
+        return loss, norm
+
+    def show(self, loss):
+        """Update the display; stop if too many steps were skipped."""
+        if self.trainer.iter == self.first_step + STEPS_TO_ESTIMATE:
+            self._say_expected_time()
+        self.display.step(loss, self.step_seconds)
+        check_skipped(self.trainer, self.files)
+
+    def _say_expected_time(self):
+        """How long the rest takes if its steps take as long as those so far."""
+        left = self.trainer.config["max_steps"] - self.trainer.iter
+        seconds = self.trainer.progress["wall_time"] - self.seconds_before
+        seconds *= left / (self.trainer.iter - self.first_step)
+        if round(seconds / 60):
+            self.display.say(
+                f"expected: {duration(seconds, to_the_minute=True)} for the {left:,} steps that "
+                "are left, besides evaluations"
+            )
+
+    def evaluate(self, norm):
+        """Evaluate, write the row everywhere, and keep the best checkpoint."""
+        trainer = self.trainer
+        row = evaluation_row(trainer, norm, self.steps, self.seconds)
+        steps_left = trainer.config["max_steps"] - trainer.iter
+        self.display.row(row, steps_left * self.seconds / self.steps)
+        if self.log is not None:
+            self.log.evaluation(row)
+            self.log.dashboard.learned(trainer.raw_model, trainer.data, trainer.iter)
+        self.steps, self.seconds = 0, 0.0
+        self.is_sound = self.is_sound and math.isfinite(row["val_loss"])
+        if self.is_sound and row["val_loss"] < trainer.best_val:
+            trainer.best_val = row["val_loss"]
+            save(trainer, self.files, self.files.best)
+        self.save_asked |= self.stop.agree(trainer.ranks)  # an evaluation may take long
+
+    def save_if_due(self):
+        """Write PATH_last.pt if it is time, somebody asked, or the run stops here."""
+        trainer, last = self.trainer, self.files.last
+        if self.save_asked:
+            self.display.say(f"SIGUSR1 at step {trainer.iter}: {last}")
+        is_due = self.is_due("checkpoint_interval") or self.stop.signal is not None
+        if (is_due or self.save_asked) and self.is_sound and trainer.is_sound():
+            save(trainer, self.files, last)
+            self.saved_at = trainer.iter
+
+    def how_to_continue(self):
+        """The end of the sentence that says where the run stopped."""
+        last, doubt = self.files.last, ""
+        if self.saved_at != self.trainer.iter:
+            doubt = ", not saved because a number was not finite"
+            doubt += f"; {last} is of step {self.saved_at}" if last.exists() else ""
+        if not self.files.to_resume():
+            return f"{doubt}; nothing was saved"
+        return f"{doubt}; continue with: {self.files.resume_command()}"
+
+
+def save(trainer, files, path):
+    """Save a checkpoint: all ranks give their state, the main one writes it."""
+    state = trainer.state()
+    if trainer.ranks.is_main:
+        save_checkpoint(path, state)
+        files.forget_earlier()
+
+
+def check_skipped(trainer, files):
+    """Warn of the first skipped step in a row.
+
+    Raises:
+        UserError: after --max-skipped-steps of them.
+    """
+    in_a_row = trainer.progress["skipped_in_a_row"]
+    if in_a_row == 0:
+        return
+    if in_a_row == 1:
+        with above_the_line():
+            warn(f"step {trainer.iter}: loss or gradient is not finite, step skipped")
+    if in_a_row >= trainer.config["max_skipped_steps"]:
+        kept = files.last if files.last.exists() else files.best
+        where = f"{kept} is the last good checkpoint" if kept.exists() else "nothing was saved yet"
+        raise UserError(
+            f"loss or gradient was not finite for {in_a_row} steps in a row (--max-skipped-steps), "
+            f"up to step {trainer.iter} (the batch of step {trainer.iter - 1} of --seed "
+            f"{trainer.config['seed']}); {where}: try a lower --learning-rate"
+        )
+
+
+def evaluation_row(trainer, norm, steps, seconds):
+    """Evaluate; returns one line of metrics.jsonl.
+
+    Args:
+        norm: of the last step's gradient.
+        steps: trained since the last evaluation, in so many `seconds`.
+    """
+    c = trainer.config
+    result = evaluate(
+        trainer.raw_model,
+        trainer.data,
+        c["block_size"],
+        c["eval_iters"],
+        trainer.device,
+        trainer.autocast,
+        trainer.ranks,
+    )
+    return {
+        "step": trainer.iter,
+        "tokens": trainer.progress["tokens"],
+        "train_loss": trainer.mean_train_loss(),
+        **result,
+        "tokens_per_s": steps * trainer.tokens_per_step / seconds,
+        "steps_per_s": steps / seconds,
+        "learning_rate": trainer.learning_rate_now(),
+        "grad_norm": norm,
+        "skipped_steps": trainer.progress["skipped"],
+        "wall_time": trainer.progress["wall_time"],
+        "peak_memory_bytes": peak_memory_bytes(trainer.device),
+    }

@@ -1,0 +1,74 @@
+"""The checkpoint that a training continues: read, and refused if no run can have written it."""
+
+from collections import defaultdict
+from pathlib import Path
+
+from engine.checkpoint import read_checkpoint
+from engine.first_release import is_first_release
+from system.errors import UserError
+from system.settings import objection
+from training.config import DEFAULTS, SETTINGS
+
+# A checkpoint may come from a stranger, so it must not make this machine run out of memory or
+# time. Real runs stay far below: 2^28 tokens of activations fit no machine.
+LARGEST_ALLOWED = defaultdict(lambda: 1 << 31, seed=1 << 63, sample_tokens=100_000)
+MOST_TOKENS_PER_MICRO_STEP = 1 << 28
+MOST_TOKENS_PER_STEP = 1 << 33
+LONGEST_SETTING = 4096  # characters
+
+
+def read_to_resume(path):
+    """Read the checkpoint that training continues.
+
+    Raises:
+        UserError: if it is damaged, of the first release, or lacks what resuming needs.
+    """
+    try:
+        checkpoint = read_checkpoint(path)
+    except UserError as error:
+        raise UserError(f"{error}; name a good one with --resume-from") from None
+    if is_first_release(checkpoint):
+        raise UserError(
+            f"{path} is of the first release: it can be chatted with and mapped, not resumed; "
+            "start anew with --law published and another --checkpoint-path"
+        )
+    wanted = {"optimizer_state", "iter", "best_val", "rng_state", "scaler_state", "data_state"}
+    settings = {"model", "dataset", "max_steps", "source_sha256", "tokenizer_sha256"}
+    if not wanted <= checkpoint.keys() or not settings <= checkpoint["config"].keys():
+        raise UserError(f"{path} lacks what resuming needs: name another with --resume-from")
+    check_saved_settings(checkpoint["config"], path)
+    return checkpoint
+
+
+def check_saved_settings(config, path):
+    """Refuse settings of a checkpoint that the command line would refuse.
+
+    Raises:
+        UserError: for the first of them.
+    """
+    for name in SETTINGS:
+        if name in config and not _is_acceptable(name, config[name]):
+            raise UserError(f"{path} has a {name} that no run has: use another checkpoint")
+    # a checkpoint names the kind of model twice
+    if config["model"] != config["model_type"]:
+        raise UserError(f"{path} has a model that no run has: use another checkpoint")
+    c = DEFAULTS | config
+    tokens = c["batch_size"] * c["block_size"]
+    per_step = tokens * c["gradient_accumulation_steps"]
+    if tokens > MOST_TOKENS_PER_MICRO_STEP or per_step > MOST_TOKENS_PER_STEP:
+        raise UserError(f"{path} trains on {tokens:,} tokens at once: use another checkpoint")
+
+
+def _is_acceptable(name, value):
+    if isinstance(value, int) and abs(value) >= LARGEST_ALLOWED[name]:
+        return False
+    if type(value) not in (bool, int, float, str, type(None)):
+        return False
+    return len(str(value)) <= LONGEST_SETTING and objection(SETTINGS[name], value) is None
+
+
+def check_tokenizer_is_here(args, config):
+    """Refuse to train a new tokenizer if the checkpoint's was a file that is gone."""
+    path = config["tokenizer_path"]
+    if args.tokenizer_path is None and path is not None and not Path(path).exists():
+        raise UserError(f"the tokenizer {path} is not here: say where with --tokenizer-path")

@@ -1,0 +1,182 @@
+"""One process's part of a run, from its flags to its exit code."""
+
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from data import check_long_enough
+from engine.checkpoint import check_writable
+from engine.models import model_config
+from system.cli import choose_device
+from system.errors import UsageError, UserError, warn
+from system.machine import code_version, machine
+from text.preparation import check_tokenizer_file, prepare_data
+from training.config import DEFAULTS, resolve, warn_of_no_effect
+from training.loop import loop
+from training.ranks import is_restarted
+from training.resume import check_tokenizer_is_here, read_to_resume
+from training.run_files import RunFiles
+from training.run_log import RunLog
+from training.trainer import Trainer
+
+
+def run(args, ranks, words):
+    """Train as the flags say.
+
+    Args:
+        args: what `train_parser` returned.
+        words: the flags as typed, for the run's log.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: if a flag, a file or the machine does not allow it.
+    """
+    files = RunFiles(_checkpoint_path(args), args.run_name)
+    if is_restarted() and files.has_begun():
+        args.resume, args.overwrite = True, False
+        if files.last.exists():
+            args.resume_from = None
+    source = _source(args, files)
+    checkpoint = None if source is None else read_to_resume(source)
+    config = resolve(args, checkpoint and checkpoint["config"])
+    _check(args, config, checkpoint, ranks)
+    if not args.overwrite:
+        files.check_nothing_is_lost(source, args.resume)
+    warn_of_no_effect(args, config)
+    trainer = _set_up(config, ranks)
+    _check_same_files(trainer, checkpoint)
+    if checkpoint is not None:
+        trainer.restore(checkpoint, source)
+        if not files.is_own(source):  # its best is not among this run's files
+            trainer.best_val = math.inf
+    _announce(trainer)
+    ranks.wait()  # nobody writes before all have looked at what is on disk
+    if args.dry_run:
+        return 0
+    if not ranks.is_main:
+        return _train(trainer, files, source, words)
+    with files.locked():
+        check_writable(files.path)
+        if args.overwrite and not files.is_own(source):
+            files.set_aside()
+        return _train(trainer, files, source, words)
+
+
+def _checkpoint_path(args):
+    """PATH of PATH_best.pt and PATH_last.pt: as given, that of --resume-from, or the dataset's."""
+    if args.checkpoint_path is not None:
+        return args.checkpoint_path
+    if args.resume_from is not None:
+        return args.resume_from.removesuffix("_last.pt").removesuffix("_best.pt")
+    suffix = "_vanilla" if args.model_type == "vanilla" else ""
+    return f"checkpoints/{args.dataset or DEFAULTS['dataset']}{suffix}.pt"
+
+
+def _source(args, files):
+    """The checkpoint to continue from, or None for a new run."""
+    if args.resume_from:
+        return Path(args.resume_from)
+    source = files.to_resume() if args.resume else None
+    if args.resume and source is None:
+        print(f"nothing to resume at {files.last}: starting")
+    return source
+
+
+def _check(args, config, checkpoint, ranks):
+    """Refuse flags that cannot work here, before any text is fetched."""
+    check_tokenizer_file(args.tokenizer_path, args.bpe_vocab_size)
+    if checkpoint is not None:
+        check_tokenizer_is_here(args, config)
+        other_end = config["max_steps"] != checkpoint["config"]["max_steps"]
+        if other_end and config["use_cosine_schedule"]:
+            warn("another --max-steps changes the learning-rate cosine from here on")
+    if config["batch_size"] % ranks.size:
+        raise UsageError(
+            f"--batch-size {config['batch_size']} cannot be shared out among {ranks.size} "
+            f"processes: give a multiple of {ranks.size}"
+        )
+    model_config(config | {"vocab_size": 1})  # refuses impossible sizes
+
+
+def _set_up(config, ranks):
+    """The trainer of a run, before its first step."""
+    device = choose_device(config["device"])
+    data = prepare_data(
+        config["dataset"],
+        config["data_path"],
+        config["tokenizer"],
+        config["bpe_vocab_size"],
+        config["tokenizer_path"],
+        config["tiktoken_encoding"],
+    )
+    for split in ("train", "valid"):
+        check_long_enough(data.splits[split], config["block_size"], split, data)
+    _set_up_torch(config)
+    return Trainer(config, data, device, ranks)
+
+
+def _set_up_torch(config):
+    torch.manual_seed(config["seed"])
+    torch.set_flush_denormal(True)  # denormals make CPU products 150 times slower
+    if config["deterministic"]:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def _check_same_files(trainer, checkpoint):
+    """Refuse to train if one host sees other files than another."""
+    here = (
+        checkpoint and checkpoint["iter"],
+        trainer.data.meta["source_sha256"],
+        trainer.data.tokenizer.fingerprint,
+    )
+    if any(there != here for there in trainer.ranks.gathered(here)):
+        raise UserError(
+            "the hosts see different texts or checkpoints: put --data-path and --checkpoint-path "
+            "on a file system that all of them share"
+        )
+
+
+def _announce(trainer):
+    """Print what will be trained."""
+    config, ranks = trainer.config, trainer.ranks
+    print(f"text: {trainer.data.meta['source']}")
+    kind = config["pos"] if config["model_type"] == "vanilla" else config["law"]
+    print(
+        f"{config['model_type']} ({kind}): {trainer.parameters:,} parameters; "
+        f"{trainer.tokens_per_step:,} tokens per step, {config['max_steps']:,} steps; "
+        f"{trainer.device}" + (f", {ranks.size} processes" if ranks.size > 1 else "")
+    )
+
+
+def _train(trainer, files, source, words):
+    """Open the run's log and train; returns the exit code."""
+    max_steps = trainer.config["max_steps"]
+    if trainer.iter >= max_steps:
+        print(f"finished already at step {trainer.iter}; give a larger --max-steps to continue")
+        return 0
+    if trainer.iter:
+        print(f"resuming at step {trainer.iter} of {source}")
+    if not trainer.ranks.is_main:
+        return loop(trainer, None, files)
+    description = {
+        **trainer.saved_config(),
+        "parameters": trainer.parameters,
+        "source": trainer.data.meta["source"],
+        "command": ["train_shakespeare.py", *words],
+        "code_version": code_version(),
+        "torch_version": torch.__version__,
+        "machine": machine(trainer.device),
+        "processes": trainer.ranks.size,
+        "checkpoint_path": files.path,
+    }
+    log = RunLog(files.directory, description, trainer.iter)
+    files.begin()
+    try:
+        return loop(trainer, log, files)
+    finally:
+        files.bring_back()
