@@ -8,6 +8,12 @@ from system.errors import UserError
 from system.markdown import markdown_code, markdown_table, markdown_text
 
 SHOWN_TOKENS = 12
+EXPLAINED = {  # the columns of the table of heads, for each law
+    "newton": "Time scale: softenings per token of time. Retardation: how far a source's point is "
+    "moved towards that of its predecessor, mean over the head's coordinates. Window: tokens of "
+    "time beyond which nothing reaches, which is the radius (in softenings) in time.",
+    "published": "Gamma scales the score -gamma / r2; each layer has one radius.",
+}
 
 
 def geometry_section(label, config):
@@ -32,14 +38,6 @@ def geometry_section(label, config):
             *mass_lines(model, tokenizer),
         ]
     )
-
-
-EXPLAINED = {
-    "newton": "Time scale: softenings per token of time. Retardation: how far a source's point is "
-    "moved towards that of its predecessor, mean over the head's coordinates. Window: tokens of "
-    "time beyond which nothing reaches, which is the radius (in softenings) in time.",
-    "published": "Gamma scales the score -gamma / r2; each layer has one radius.",
-}
 
 
 def heads_table(model):

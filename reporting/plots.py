@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 
 from system.markdown import to_page
 
-matplotlib.use("Agg")
+matplotlib.use("Agg")  # it draws files only, and needs no display
 
 AXES = (("step", 1, "step"), ("wall_time", 1 / 60, "minutes of training"))
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
@@ -67,7 +67,7 @@ def page_of_curves(curves, title):
                 x=x,
                 y=y,
                 mode="lines+markers",
-                name=html.escape(label),
+                name=html.escape(label),  # Plotly shows markup in names as markup
                 legendgroup=label,
                 showlegend=column == 1 and label not in named,
                 line={"color": colours[label]},

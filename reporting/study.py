@@ -100,12 +100,12 @@ def _introduction(runs, name, output):
         return markdown_text(all_values(runs, key))
 
     command = f"python report.py --study {name} --output {output}"
-    hours = duration(sum(run.rows[-1]["wall_time"] for run in runs))
+    trained = duration(sum(run.rows[-1]["wall_time"] for run in runs))
     return [
         f"# The study {markdown_code(name)}: gravity against dot-product attention",
         f"**Corpus:** {values('source')}, SHA-256 "
         f"{markdown_code(all_values(runs, 'source_sha256'))}. **Machine:** {values('machine')}. "
-        f"**Commits:** {values('code_version')}. **Cost:** {len(runs)} runs, {hours} of training "
+        f"**Commits:** {values('code_version')}. **Cost:** {len(runs)} runs, {trained} of training "
         "in all, each on the threads named.",
         f"Written by {markdown_code(command)} from the runs' own files. Losses are nats per token "
         "on fixed validation windows; ± is the standard deviation over seeds; a paired difference "
@@ -151,6 +151,7 @@ def _commands(runs):
 
 
 def _baseline(headline):
+    """The headline runs that others are compared with; an empty list if there are none."""
     return next((runs for label, runs in headline.items() if BASELINE in label), [])
 
 
@@ -159,6 +160,7 @@ def _last(run, key, form):
 
 
 def _unfinished(run):
+    """Words for a run that has not reached its last step, else nothing."""
     step, steps = run.rows[-1]["step"], run.config["max_steps"]
     return f" (step {step:,} of {steps:,})" if step < steps else ""
 
