@@ -34,15 +34,15 @@ def add_flags(parser):
         "--contexts",
         type=whole_list,
         default=[256, 1024, 4096, 16384],
-        help="tokens in the cache (default: 256,1024,4096,16384)",
+        help="tokens in the cache, separated by commas (default: 256,1024,4096,16384)",
     )
-    add("--checkpoint", metavar="FILE", help="an NGT to use instead of a fresh one")
-    add("--steps", type=whole, default=32, help="rounds (default: 32)")
+    add("--checkpoint", metavar="FILE", help="an NGT to use (default: a fresh one)")
+    add("--steps", type=whole, default=32, help="timed rounds (default: 32)")
     add(
         "--chat-tokens",
         type=whole_or_zero,
         default=0,
-        help="then let NGT alone write so many tokens and watch its memory (default: 0)",
+        help="then generate this many tokens with NGT and print its memory (default: 0)",
     )
 
 

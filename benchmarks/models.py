@@ -17,7 +17,7 @@ SHAPES = {  # for each --preset: the preset of training, and a vocabulary as its
     "25m": ("wikitext103", 8192),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-VALUE_WIDTH = 64
+VALUE_WIDTH = 64  # of a head, in `benchmark.py attention`
 
 
 def add_preset_flag(parser):
@@ -28,7 +28,10 @@ def add_preset_flag(parser):
 
 def add_dtype_flag(parser):
     parser.add_argument(
-        "--dtype", choices=list(DTYPES), default="fp32", help="of products (default: fp32)"
+        "--dtype",
+        choices=list(DTYPES),
+        default="fp32",
+        help="precision of matrix products (default: fp32)",
     )
 
 
@@ -54,7 +57,7 @@ def load_newton(path, device):
     """
     network, tokenizer, checkpoint = load_model(path, device)
     if not isinstance(network, NGT) or network.config.law != "newton":
-        raise UserError(f"--checkpoint {path} is no NGT under --law newton: name one that is")
+        raise UserError(f"--checkpoint {path} is not an NGT of --law newton: name one that is")
     return network, tokenizer, checkpoint
 
 

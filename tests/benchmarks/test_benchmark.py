@@ -1,4 +1,4 @@
-"""benchmark.py: what it times is the real thing, its numbers are complete, bad input is one line.
+"""Tests benchmark.py: it times the real models, writes all numbers, and reports bad input clearly.
 
 No speed is asserted.
 """
@@ -27,7 +27,7 @@ def arguments(*words):
 
 
 def all_positive(value):
-    """Whether every number in here is finite and above 0."""
+    """Whether every number in nested dicts and lists is finite and above 0."""
     if isinstance(value, dict):
         return all(all_positive(x) for name, x in value.items() if name != "settings")
     if isinstance(value, list):
@@ -111,7 +111,7 @@ def test_data(in_tmp, small_text):
 
 
 def test_models_take_turns():
-    """Every second round runs in reverse order, and the warm-up is not counted."""
+    """Every second round runs in reverse order, and the warm-up round is not counted."""
     order = []
     functions = {name: lambda name=name: order.append(name) for name in "ab"}
     seconds = timing.interleaved(functions, 3, torch.device("cpu"), "turns", warm_up=1)

@@ -1,4 +1,4 @@
-"""run_study.sh and the report of its runs, on models that train in a second."""
+"""Tests run_study.sh and the report of its runs, on models that train in a second."""
 
 import json
 import os
@@ -104,8 +104,10 @@ def test_bad_settings_are_one_line(setting, words, in_tmp, small_text):
 
 
 def test_paired_ratios_by_hand(in_tmp):
-    """Ratio of each seed to rotary of that seed, mean and spread; a seed without its pair is left
-    out; cost is counted at the first evaluation that is as good."""
+    """Ratios to rotary of the same seed; a seed without its pair is left out.
+
+    The cost is counted at the first evaluation that is as good as rotary's last.
+    """
     same = {"block_size": 32, "vocab_size": 300, "hidden_dim": 16, "num_layers": 1, "num_heads": 2}
     same |= {"mlp_dim": 16, "source_sha256": "0", "learning_rate": 1e-3}
     rotary = same | {"model": "vanilla", "pos": "rotary", "model_type": "vanilla"}
@@ -115,6 +117,7 @@ def test_paired_ratios_by_hand(in_tmp):
     write_run("s/headline/ngt_1", [4.8, 4.0, 3.9], 2.0, seed=1, **newton)
     write_run("s/headline/ngt_2", [4.8, 4.4, 4.3], 2.0, seed=2, **newton)
     write_run("s/headline/ngt_3", [4.8, 4.4, 1.0], 2.0, seed=3, **newton)
+    write_run("s/headline/learned_1", [5.0, 4.9, 4.8], seed=1, **rotary | {"pos": "learned"})
     report.main(["--study", "s", "--output", "reports/s.md"])
     parts = parts_of(Path("reports/s.md").read_text())
     ratios = np.exp([3.9 - 4.0, 4.3 - 4.2])
@@ -126,6 +129,8 @@ def test_paired_ratios_by_hand(in_tmp):
     # seed 1 got there at step 20 after 40 s of rotary's 30; seed 2 never did
     assert cost["ngt (newton)"][:2] == ["20", "1.33"]
     assert cost["vanilla (rotary)"][:3] == ["30", "1.00", "1.00"]
+    assert cost["vanilla (learned)"] == ["never", "never", "never", "4.8000"]
+    assert parts["At equal cost"].count("| ngt (newton) |") == 1
     assert parts["Ablations"].strip() == parts["Learning rates"].strip() == "not run."
     assert Path("reports/s.png").exists()
 
@@ -143,7 +148,7 @@ EVALUATION = {
 
 
 def write_study_of(losses):
-    """A run of each stage, and rotary's."""
+    """Write a run of each stage, and one of rotary."""
     write_run("s/headline/rotary_1", losses, **ROTARY)
     write_run("s/headline/ngt_1", losses, **SHAPE)
     for place in ("rates/ngt_1", "rates/ngt_2", "ablations/default", "full/x_1", "sizes/x_1"):
@@ -153,7 +158,7 @@ def write_study_of(losses):
 
 @pytest.mark.parametrize("losses", [[None, None], [4.0, None], [None, 4.0]])
 def test_losses_that_are_not_finite(losses, in_tmp):
-    """Such a run ends no report; markup in an evaluation is text."""
+    """Such a run does not stop the report; markup in an evaluation is shown as text."""
     write_study_of(losses)
     row = json.loads(Path("runs/s/full/x_1/metrics.jsonl").read_text().splitlines()[0])
     del row["bits_per_byte"]  # older runs have none
