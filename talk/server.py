@@ -118,7 +118,11 @@ class ChatServer(ThreadingHTTPServer):
     def work(self):
         """Run the jobs one after the other until Ctrl-C; this is the model's thread."""
         while True:
-            job = self.jobs.get()
+            try:
+                # without a timeout, a Ctrl-C just before the wait begins would not end it
+                job = self.jobs.get(timeout=1)
+            except queue.Empty:
+                continue
             try:
                 job.run()
             finally:
