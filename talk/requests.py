@@ -14,6 +14,7 @@ from system.errors import warn
 from talk.events import Token
 
 ROOT = Path(__file__).resolve().parent.parent
+# by path, so that no request can name a file of its own
 FILES = {
     "/": ("talk/page.html", "text/html; charset=utf-8"),
     "/style.css": ("web/style.css", "text/css; charset=utf-8"),
