@@ -1,7 +1,7 @@
-"""Measure speed and memory: NGT against vanilla, interleaved in one process.
+"""Measure speed and memory of NGT against vanilla, in turn in one process.
 
-Every number is a median over rounds, after a warm-up, with the smallest and the largest beside it;
-a ratio is the median of the rounds' own ratios. Above 1 NGT is the faster one.
+Every number is a median over rounds after a warm-up, followed by the smallest and the largest; a
+ratio is the median of the ratios of each round. If it is above 1, NGT is faster.
 """
 
 import argparse
@@ -42,7 +42,7 @@ COMMANDS = {
     "decode": (
         decoding.add_flags,
         decoding.benchmark_decode,
-        "tokens/s of one token after the other with the KV cache, at several contexts",
+        "tokens/s of generation token by token with the KV cache, after several contexts",
         "decode --contexts 256,16384",
     ),
     "data": (
@@ -54,7 +54,7 @@ COMMANDS = {
     "scaling": (
         scaling.add_flags,
         scaling.benchmark_scaling,
-        "trainings of 1, 2, ... processes, and on paper from there to 64 GPUs, 1B and 1M tokens",
+        "speed of 1, 2, ... processes, and formulas for 64 GPUs, 1B parameters and 1M tokens",
         "scaling --output reports/scaling.md",
     ),
 }
@@ -73,7 +73,7 @@ def make_parser():
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         add = command.add_argument
-        add("--json", metavar="FILE", help="write the numbers here, too")
+        add("--json", metavar="FILE", help="also write the numbers to this file")
         add("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
         add("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
         add_flags(command)
@@ -83,13 +83,13 @@ def make_parser():
 def main(argv=None):
     """Measure, print, and write JSON; returns the exit code."""
     args = make_parser().parse_args(argv)
-    args.words = sys.argv[1:] if argv is None else argv
+    args.words = sys.argv[1:] if argv is None else argv  # for the page that scaling writes
     device = choose_device(args.device)
     if args.json is not None and not Path(args.json).resolve().parent.is_dir():
-        raise UsageError(f"--json {args.json}: there is no such folder, make it first")
+        raise UsageError(f"--json {args.json}: there is no such folder: make it first")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    if not getattr(args, "peak_only", False):
+    if not getattr(args, "peak_only", False):  # its parent process reads one line of JSON
         print(describe_machine(device))
     measure = COMMANDS[args.command][1]
     numbers = measure(args, device)

@@ -1,9 +1,9 @@
-"""Talk to a checkpoint. It goes on writing where your text ends, as the text it learned from does.
+"""Chat with a checkpoint. It continues your text in the style of the text it was trained on.
 
 Commands: /help, /retry, /more, /tokens, /pull, /save FILE, /set NAME VALUE, /reset, /quit. Ctrl-C
-stops an answer, Ctrl-D leaves. --serve shows the chat on a web page of this computer's, with
-what pulled each token. What you write is kept for the next time (arrow up) in
-~/.local/state/newton-gravity/chat_history, or under XDG_STATE_HOME. NO_COLOR=1 switches colour off.
+stops an answer, Ctrl-D leaves. --serve opens the chat on a local web page that shows what pulls
+each token. The arrow up brings back what you wrote, also in earlier sessions: the history is kept
+in ~/.local/state/newton-gravity/chat_history, or under XDG_STATE_HOME. NO_COLOR=1 turns colour off.
 """
 
 import argparse
@@ -30,7 +30,7 @@ EXAMPLES = """examples:
 
 
 def port_number(text):
-    """A port to listen at; 0: any."""
+    """The number of a port; 0 means any free one."""
     value = whole_or_zero(text)
     if value > 65535:
         raise argparse.ArgumentTypeError(f"{text} is too large: ports end at 65535")
@@ -47,15 +47,15 @@ def make_parser():
     add(
         "--checkpoint-path",
         default=DEFAULT_CHECKPOINT,
-        help="an NGT or a vanilla checkpoint, of this or the first release; of PATH_best.pt and "
-        "PATH_last.pt, PATH will do (default: %(default)s)",
+        help="an NGT or a vanilla checkpoint, of this or the first release; if it does not exist, "
+        "the same path with _best.pt or _last.pt is read (default: %(default)s)",
     )
-    add("--prompt", help="answer this text once, on standard output, and leave")
+    add("--prompt", help="answer this text on standard output and leave")
     add(
         "--temperature",
         type=SETTINGS["temperature"],
         default=0.8,
-        help="how adventurous; 0 always takes the likeliest token (default: %(default)s)",
+        help="how random the answer is; 0 always takes the likeliest token (default: %(default)s)",
     )
     add("--top-k", type=whole, help="draw from the k likeliest tokens only (default: all)")
     add(
@@ -63,34 +63,45 @@ def make_parser():
         type=SETTINGS["top_p"],
         help="draw from the likeliest tokens that together have this probability (default: all)",
     )
-    add("--max-new-tokens", type=whole, default=300, help="(default: %(default)s)")
-    add("--seed", type=random_seed, help="the same seed gives the same answer (default: chance)")
+    add(
+        "--max-new-tokens",
+        type=whole,
+        default=300,
+        help="length of an answer (default: %(default)s)",
+    )
+    add("--seed", type=random_seed, help="the same seed gives the same answer (default: random)")
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
     add(
         "--serve",
         action="store_true",
-        help="chat on a web page that shows the pulls live; this computer alone can open it",
+        help="chat on a web page that shows what pulls each token; only this computer can open it",
     )
     add(
         "--host",
-        help="with --serve: the address to listen at; another than the default lets others in "
-        f"(default: {DEFAULT_HOST})",
+        help="with --serve: the address to listen at; any other than the default lets other "
+        f"computers open the page (default: {DEFAULT_HOST})",
     )
     add(
         "--port",
         type=port_number,
-        help=f"with --serve: the port; 0: any that is free (default: {DEFAULT_PORT})",
+        help=f"with --serve: the port; 0 takes any free one (default: {DEFAULT_PORT})",
     )
     return parser
 
 
 def find_checkpoint(path):
-    """The path, or what training made of it: it writes PATH_best.pt and PATH_last.pt."""
+    """The path, or if it does not exist the PATH_best.pt or PATH_last.pt that training wrote.
+
+    Raises:
+        UserError: if none of them exists and the path is the default.
+    """
     if Path(path).exists():
         return path
     for found in (best_path(path), last_path(path)):
         if found.exists():
-            print(f"{one_line(path)} is not there: reading {one_line(str(found))}", file=sys.stderr)
+            print(
+                f"{one_line(path)} does not exist: reading {one_line(str(found))}", file=sys.stderr
+            )
             return found
     if path == DEFAULT_CHECKPOINT:
         raise UserError(
@@ -101,7 +112,7 @@ def find_checkpoint(path):
 
 
 def introduction(model, checkpoint, path):
-    """A line on what one talks to."""
+    """A line about the model: its kind, its size, and how long it was trained."""
     config = checkpoint["config"]
     kind = f"NGT ({config.get('law', 'newton')})" if config["model_type"] == "ngt" else "vanilla"
     size = sum(parameter.numel() for parameter in model.parameters())
@@ -109,16 +120,20 @@ def introduction(model, checkpoint, path):
 
 
 def check_flags(args):
-    """Refuse what does not go together."""
+    """Check the flags that depend on each other.
+
+    Raises:
+        UsageError: if two of them exclude each other.
+    """
     if args.serve and args.prompt is not None:
         raise UsageError("--serve and --prompt exclude each other: drop one of them")
     for name in ("host", "port"):
         if getattr(args, name) is not None and not args.serve:
-            raise UsageError(f"--{name} is for --serve: add that")
+            raise UsageError(f"--{name} needs --serve: add it")
 
 
 def main(argv=None):
-    """Chat; returns the exit code."""
+    """Run the chat; returns the exit code."""
     args = make_parser().parse_args(argv)
     check_flags(args)
     if hasattr(sys.stdout, "reconfigure"):

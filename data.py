@@ -1,15 +1,19 @@
-"""Token files become batches: a pure function of (seed, step, micro-step)."""
+"""Batches from token files: a pure function of (seed, step, micro-step)."""
 
 import numpy as np
 import torch
 
 from system.errors import UserError
 
-EVAL_WINDOWS_PER_ITER = 16
+EVAL_WINDOWS_PER_ITER = 16  # windows per unit of --eval-iters
 
 
 def check_long_enough(tokens, block_size, split, data):
-    """Raise `UserError` where a split is too short for a single block and its target."""
+    """Check that a split holds at least one window and its last target.
+
+    Raises:
+        UserError: if it does not.
+    """
     if len(tokens) < block_size + 1:
         raise UserError(
             f"the {split} split of {data.meta['source']} has {len(tokens)} tokens, fewer than "
@@ -18,7 +22,10 @@ def check_long_enough(tokens, block_size, split, data):
 
 
 def get_batch(tokens, batch_size, block_size, seed, step, micro_step=0):
-    """A random training batch, the same for the same (seed, step, micro_step).
+    """A random training batch; the same for equal (seed, step, micro_step).
+
+    Args:
+        tokens: (N,) ids, a memory map.
 
     Returns:
         inputs and targets, both (batch_size, block_size) int64.
@@ -29,9 +36,9 @@ def get_batch(tokens, batch_size, block_size, seed, step, micro_step=0):
 
 
 def eval_windows(tokens, block_size, eval_iters):
-    """Starts of the fixed evaluation windows: evenly spread, without overlap.
+    """The starts of the fixed evaluation windows: evenly spread, without overlap.
 
-    At most `eval_iters * EVAL_WINDOWS_PER_ITER` of them, and never more than the split holds.
+    Their number is `eval_iters * EVAL_WINDOWS_PER_ITER`, or as many as the split holds.
     """
     available = (len(tokens) - 1) // block_size
     count = min(available, eval_iters * EVAL_WINDOWS_PER_ITER)

@@ -1,5 +1,7 @@
-"""What a checkpoint's loss is made of: by length of context, place in the window, token frequency,
-and on text that repeats itself. On the validation text that the checkpoint was trained beside.
+"""Measure what a checkpoint's loss depends on, on the validation text of its training.
+
+That is the length of the context, the place in the window, the frequency of the token, and whether
+the text repeats itself.
 """
 
 import contextlib
@@ -19,21 +21,22 @@ from system.cli import choose_device, script_parser, whole, whole_list
 from system.errors import UserError, run_script, warn
 from system.files import write_whole
 from system.machine import cpu_multiplies_bf16
-from text.token_files import open_token_data
+from text.token_files import data_of_checkpoint
 
 EXAMPLES = """examples:
   python evaluate.py --checkpoint-path checkpoints/shakespeare.pt_best.pt
   python evaluate.py --checkpoint-path checkpoints/b.pt_best.pt --json runs/b/evaluation.json
 """
-TARGETS = 64  # tokens at the end of a context whose loss is taken
-PLACES = (1, 2, 5, 17, 65, 129, 257, 513, 1025)
-RANKS = (10, 100, 1000)
-STRING = 20  # tokens of a string that comes again
-GAPS = (20, 100, 200)  # tokens from its start to its second start
-RANDOM_LENGTHS = (20, 100)
+TARGETS = 64  # the loss by length of context is that of the last 64 tokens
+PLACES = (1, 2, 5, 17, 65, 129, 257, 513, 1025)  # the first place of each group
+RANKS = (10, 100, 1000)  # the last rank of each group
+STRING = 20  # tokens of a string that is repeated
+GAPS = (20, 100, 200)  # tokens from its first start to its second
+RANDOM_LENGTHS = (20, 100)  # tokens of a string of random ids
 
 
 def make_parser():
+    """The parser of evaluate.py."""
     parser = script_parser(__doc__, EXAMPLES)
     add = parser.add_argument
     add("--checkpoint-path", required=True, help="an NGT or a vanilla checkpoint")
@@ -41,34 +44,48 @@ def make_parser():
         "--context-lengths",
         type=whole_list,
         default=[64, 128, 256, 512, 1024, 2048, 4096],
-        help="tokens, comma between them (default: 64,128,256,512,1024,2048,4096)",
+        help="tokens, separated by commas (default: 64,128,256,512,1024,2048,4096)",
     )
     add(
         "--num-windows",
         type=whole,
         default=200,
-        help="windows of the longest context, strings that are repeated (default: %(default)s)",
+        help="number of windows of the longest context and of repeated strings (default: "
+        "%(default)s)",
     )
-    add("--json", metavar="FILE", help="write the numbers here, too")
+    add("--json", metavar="FILE", help="also write the numbers to this file")
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
     return parser
 
 
 class Losses:
-    """Losses of a model's next-token predictions, bf16 where it was trained in it."""
+    """Computes losses of a model's predictions, in bf16 if it was trained in bf16.
+
+    Args:
+        model: an NGT or a vanilla transformer.
+        config: that of its checkpoint.
+    """
 
     def __init__(self, model, config):
         self.model = model
         self.device = next(model.parameters()).device
-        fast = self.device.type == "cuda" or cpu_multiplies_bf16()
-        self.amp = bool(config.get("use_amp")) and fast
-        # learned positions end; rotary and ALiBi can be asked for more than they have learned
-        absolute = getattr(model.config, "pos", "learned") == "learned"
-        self.limit = model.max_context if absolute else None
+        is_fast = self.device.type == "cuda" or cpu_multiplies_bf16()
+        self.amp = bool(config.get("use_amp")) and is_fast
+        # a model with learned positions has none beyond its window; rotary and ALiBi have
+        has_learned_positions = getattr(model.config, "pos", "learned") == "learned"
+        self.limit = model.max_context if has_learned_positions else None
 
     @torch.no_grad()
     def of(self, tokens, count):
-        """Losses of the last `count` tokens, (B, count), of int64 `tokens` (B, T + 1)."""
+        """Losses of the last tokens of several sequences.
+
+        Args:
+            tokens: ids, int64, (B, T + 1).
+            count: number of tokens at the end, at most T.
+
+        Returns:
+            Losses in nats as a NumPy array of float64, (B, count).
+        """
         tokens = torch.as_tensor(tokens).to(self.device)
         autocast = torch.autocast(self.device.type, torch.bfloat16)
         with autocast if self.amp else contextlib.nullcontext():
@@ -78,7 +95,11 @@ class Losses:
         return losses.view(targets.shape).double().cpu().numpy()
 
     def of_all(self, sequences, count, title):
-        """The same for any number of sequences, in batches of about 8192 tokens."""
+        """`of` for any number of sequences, in batches of about 8192 tokens.
+
+        Args:
+            title: of the progress bar.
+        """
         rows = max(1, 8192 // sequences.shape[1])
         starts = range(0, len(sequences), rows)
         return np.concatenate(
@@ -90,7 +111,13 @@ class Losses:
 
 
 def by_length(losses, tokens, lengths, num_windows):
-    """Loss of the same target tokens after contexts of several lengths."""
+    """Loss of the same target tokens after contexts of several lengths.
+
+    Lengths below TARGETS are left out, and with a warning those that the text is too short for.
+
+    Returns:
+        A list of dicts, one per length; the loss is None beyond the positions of the model.
+    """
     lengths = sorted(length for length in lengths if length >= TARGETS)
     while lengths and len(tokens) <= lengths[-1]:
         warn(f"the validation text is shorter than {lengths[-1]} tokens: that length is left out")
@@ -111,7 +138,15 @@ def by_length(losses, tokens, lengths, num_windows):
 
 
 def by_place_and_rank(losses, tokens, ranks, block_size):
-    """Loss by how much of the window lies before a token, and by how frequent the token is."""
+    """Loss by place of the token in the window, and by its rank in the training text.
+
+    Args:
+        tokens: of the validation text.
+        ranks: by id, from `frequency_ranks`.
+
+    Returns:
+        `(places, frequencies)`, each a list of dicts; a group that has no token is left out.
+    """
     starts = eval_windows(tokens, block_size, eval_iters=50)
     sequences = np.stack([tokens[start : start + block_size + 1] for start in starts])
     found = losses.of_all(sequences, block_size, "windows")
@@ -131,7 +166,10 @@ def by_place_and_rank(losses, tokens, ranks, block_size):
 
 
 def frequency_ranks(tokens, vocab_size):
-    """Rank of every id in the training text, 1 for the most frequent."""
+    """Rank of every id in the training text, (vocab_size,), 1 for the most frequent.
+
+    Only the first 50 million tokens are counted, which bounds the time on a large corpus.
+    """
     counts = np.bincount(tokens[:50_000_000], minlength=vocab_size)
     ranks = np.empty(vocab_size, dtype=np.int64)
     ranks[np.argsort(-counts, kind="stable")] = np.arange(1, vocab_size + 1)
@@ -139,12 +177,20 @@ def frequency_ranks(tokens, vocab_size):
 
 
 def on_repeats(losses, tokens, vocab_size, count, block_size):
-    """Loss of a string's second coming, and of the same string where it comes but once.
+    """Loss of a string that is repeated, and of the same string without the repetition.
 
-    Real text: a string, other text, the string again, after GAPS tokens. Random: ids drawn evenly,
-    and the same ids again. A string's first token, which nothing announces, is not counted.
+    Real text: a string, other text, and the string again, GAPS tokens after its first start. Random
+    text: ids drawn uniformly, and the same ids again. The first token of a string is not counted,
+    because nothing before it tells that the string begins.
+
+    Args:
+        tokens: of the validation text.
+        count: number of strings per row.
+
+    Returns:
+        A list of dicts, one per gap and one per length of random text that fits into `block_size`.
     """
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(0)  # every model gets the same strings
     rows = []
     for gap in GAPS:
         before = block_size - gap - STRING
@@ -173,10 +219,10 @@ def on_repeats(losses, tokens, vocab_size, count, block_size):
 
 
 def show(result):
-    """The tables on the screen."""
+    """Print the tables."""
     print(f"\nloss of the last {TARGETS} tokens after a context of")
     for row in result["by_length"]:
-        shown = "beyond its positions" if row["loss"] is None else f"{row['loss']:8.4f}"
+        shown = "longer than its positions" if row["loss"] is None else f"{row['loss']:8.4f}"
         print(f"  {row['context']:>6,} tokens  {shown}")
     print("\nloss by place in the window")
     for row in result["by_place"]:
@@ -186,7 +232,7 @@ def show(result):
         print(
             f"  {row['first']:>6} to {row['last']:<6} {row['loss']:8.4f}  {row['tokens']:,} tokens"
         )
-    print("\nloss of a string that comes again (where it comes once)")
+    print("\nloss of a repeated string (of the same string, not repeated)")
     for row in result["repeats"]:
         print(
             f"  {row['text']:>6}, after {row['gap']:<4} {row['again']:8.4f}  ({row['once']:.4f})"
@@ -197,18 +243,10 @@ def show(result):
 def main(argv=None):
     """Evaluate; returns the exit code."""
     args = make_parser().parse_args(argv)
-    model, _, checkpoint = load_model(args.checkpoint_path, choose_device(args.device))
-    config = checkpoint["config"]
-    directory = config.get("token_directory", "")
-    if not directory or not Path(directory).is_dir():
-        raise UserError(
-            f"the text that {args.checkpoint_path} learned from is not at {directory or '?'}: "
-            "prepare it with prepare_data.py, in the directory where it was trained"
-        )
-    data = open_token_data(Path(directory))
-    if data.tokenizer.fingerprint != config.get("tokenizer_sha256"):
-        raise UserError(f"{directory} has another tokenizer than {args.checkpoint_path}")
-    losses = Losses(model, config)
+    model, tokenizer, checkpoint = load_model(args.checkpoint_path, choose_device(args.device))
+    remedy = "prepare it with prepare_data.py, in the directory where it was trained"
+    data = data_of_checkpoint(checkpoint, tokenizer, remedy)
+    losses = Losses(model, checkpoint["config"])
     tokens = np.asarray(data.valid).astype(np.int64)
     vocab_size, block_size = model.config.vocab_size, model.config.block_size
     if len(tokens) <= block_size:

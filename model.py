@@ -41,16 +41,18 @@ class ModelConfig:
     vocab_size: int = setting(MISSING, "tokens of the vocabulary, set by the tokenizer", whole)
     block_size: int = setting(64, "tokens of a training window", whole)
     hidden_dim: int = setting(128, "channels of the hidden state", whole)
-    num_layers: int = setting(4, "blocks", whole)
-    num_heads: int = setting(4, "attention heads a block", whole)
+    num_layers: int = setting(4, "layers", whole)
+    num_heads: int = setting(4, "attention heads per layer", whole)
     mlp_dim: int = setting(
         512,
-        "width of the feed-forward (default: the preset's, which gives compared models equal "
-        "parameters; where sizes are given 4 x hidden-dim for newton, and for the others what "
-        "gives them as many parameters as that)",
+        "width of the feed-forward layer (default: the preset's, which gives compared models equal "
+        "parameters; if sizes are given, 4 x hidden-dim for newton, and for the others what gives "
+        "them as many parameters as that)",
         whole,
     )
-    dropout: float = setting(0.0, "on embeddings and on what attention and feed-forward add", share)
+    dropout: float = setting(
+        0.0, "dropout on embeddings and on the outputs of attention and feed-forward", share
+    )
     tie_head: bool = True
 
     def __post_init__(self):
@@ -67,18 +69,18 @@ class NGTConfig(ModelConfig):
     """Everything that shapes an NGT."""
 
     coord_dim: int = setting(64, "dimensions of the space that tokens live in (NGT)", whole)
-    head_coord_dim: int = setting(16, "dimensions that one head sees of it (NGT)", whole)
-    law: str = setting("newton", "newton, or the first release's published one", choices=LAWS)
-    exponent: int = setting(4, "field = mass / (1 + r2)^exponent (newton)", whole)
+    head_coord_dim: int = setting(16, "dimensions of that space that one head sees (NGT)", whole)
+    law: str = setting("newton", "newton, or the published law of the first release", choices=LAWS)
+    exponent: int = setting(4, "exponent of the field mass / (1 + r2)^exponent (newton)", whole)
     radius: float | None = setting(
         None,
-        "where the cutoff ends, in softenings; stays there under the hard cutoff of newton, is "
-        "learned from there otherwise (default: newton 16, published 4.02)",
+        "radius of the cutoff, in softenings; fixed under the hard cutoff of newton, otherwise "
+        "learned, starting there (default: newton 16, published 4.02)",
         positive,
     )
     use_radius_cutoff: bool = setting(
         True,
-        "let nothing pull from beyond the radius; --no-radius-cutoff: no limit",
+        "no pull from beyond the radius; --no-radius-cutoff: no limit",
         flag="--radius-cutoff",
     )
     use_soft_cutoff: bool = setting(
@@ -88,12 +90,12 @@ class NGTConfig(ModelConfig):
     mass_in_value: bool = setting(False, "multiply values by the mass, not the pull")
     retardation: bool = setting(
         True,
-        "feel a token, by a learned share, where its predecessor is (newton; without it the loss "
-        "is 0.09 higher after 1500 steps: reports/study.md)",
+        "let a token pull, by a learned share, from where its predecessor is (newton; without it "
+        "the loss is 0.09 higher after 1500 steps: reports/study.md)",
     )
     farthest_time_scale: float = setting(
         0.0035,
-        "softenings a token, at the start, of the head that looks farthest back (newton)",
+        "initial softenings per token of the head that looks farthest back (newton)",
         positive,
     )
     field_tolerance: float | None = setting(

@@ -17,7 +17,7 @@ DATASET = "wikitext103"
 
 
 def main(argv=None):
-    """Prepare; returns the exit code."""
+    """Prepare the corpus; returns the exit code."""
     parser = script_parser(__doc__, EXAMPLES)
     add_corpus_flags(parser, DATASET)
     args = parser.parse_args(argv)

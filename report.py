@@ -1,8 +1,8 @@
-"""Turn finished runs into a report: tables, curves and what the geometry learned.
+"""Write a report of runs: tables, curves and what the geometry learned.
 
-Every number comes from the files that the runs left: runs/<name>/metrics.jsonl and config.json, and
-for the geometry the checkpoint that config.json names. Runs that differ only in their seed are one
-row, mean and standard deviation.
+Every number comes from the files of the runs: runs/<name>/metrics.jsonl and config.json, and for
+the geometry the checkpoint that config.json names. Runs that differ only in their seed are one
+line, with mean and standard deviation.
 """
 
 from pathlib import Path
@@ -30,22 +30,22 @@ def main(argv=None):
     what.add_argument(
         "--runs",
         nargs="+",
-        help="names of directories under runs/, or of folders of such; one that is not there is "
-        "listed as not run",
+        help="names of runs under runs/, or of folders of runs; one that does not exist is listed "
+        "as not run",
     )
     what.add_argument(
         "--study",
         metavar="NAME",
-        help="write the report of run_study.sh's runs, those below runs/NAME (needs --output)",
+        help="report on the runs of run_study.sh, those below runs/NAME (needs --output)",
     )
     parser.add_argument(
         "--output",
-        help="write the report here, a .md file, and beside it .csv, .png and .html (default: "
-        "print a table only)",
+        help="write the report to this .md file, and beside it .csv, .png and .html (default: "
+        "only print a table)",
     )
     parser.add_argument(
         "--reference",
-        help="a JSON file of published figures to print beside, marked as theirs (default: none)",
+        help="a JSON file of published figures to add, marked as not measured here (default: none)",
     )
     args = parser.parse_args(argv)
     if args.output is not None and Path(args.output).suffix != ".md":

@@ -1,7 +1,8 @@
-"""The map: where a checkpoint's tokens are, what pulls them, and how far its heads see.
+"""Draw the map of an NGT checkpoint: where its tokens are, what pulls them, how far its heads see.
 
-Writes one self-contained HTML page. Tokens travel through the blocks in 3-D; a click on one shows
-what pulled it. Further tabs show each head's field by distance, and the masses of the vocabulary.
+Writes one self-contained HTML page. It shows in 3-D how tokens move from layer to layer; a click
+on one shows what pulls it. Further tabs show each head's field by distance, and the masses of the
+vocabulary.
 """
 
 from pathlib import Path
@@ -15,7 +16,7 @@ from engine.checkpoint import load_model
 from system.cli import choose_device, script_parser, whole, whole_or_zero
 from system.errors import UsageError, UserError, run_script, warn
 from system.files import write_whole
-from text.token_files import token_data
+from text.token_files import data_of_checkpoint
 from text.tokenizer import TextStream
 
 EXAMPLES = """examples:
@@ -26,7 +27,7 @@ EXAMPLES = """examples:
   python visualize_coords.py --layer 0 --png first.png --heads-png heads.png
 """
 MIN_TOKENS = 4  # three axes need four points
-MAX_TOKENS = 1 << 16  # that the page's numbers can count
+MAX_TOKENS = 1 << 16  # the page stores places in the text as 16-bit integers
 
 
 def make_parser():
@@ -37,16 +38,16 @@ def make_parser():
         default="checkpoints/shakespeare.pt_best.pt",
         help="an NGT checkpoint (default: %(default)s)",
     )
-    add("--compare", metavar="CHECKPOINT", help="a second NGT checkpoint, shown beside the first")
+    add("--compare", metavar="CHECKPOINT", help="a second NGT checkpoint, shown beside it")
     add("--output", default="coords.html", help="the page to write (default: %(default)s)")
-    add("--png", metavar="FILE", help="write a still of the map too (default: none)")
+    add("--png", metavar="FILE", help="also write a still of the map (default: none)")
     add(
         "--heads-png",
         metavar="FILE",
-        help="write each head's field by distance too (default: none)",
+        help="also write each head's field by distance (default: none)",
     )
     text = parser.add_mutually_exclusive_group()
-    text.add_argument("--text", help="the text to show (default: of the --split)")
+    text.add_argument("--text", help="the text to show (default: that of --split)")
     text.add_argument("--text-file", help="a UTF-8 file with the text to show")
     text.add_argument(
         "--split",
@@ -57,27 +58,27 @@ def make_parser():
         "--offset",
         type=whole_or_zero,
         default=0,
-        help="tokens of that text to leave out at its start (default: %(default)s)",
+        help="skip so many tokens at the start of the text (default: %(default)s)",
     )
-    add("--num-tokens", type=whole, default=256, help="at most so many (default: %(default)s)")
+    add("--num-tokens", type=whole, default=256, help="show at most so many (default: %(default)s)")
     add(
         "--method",
         choices=("pca", "tsne"),
         default="pca",
-        help="how coordinates become 3-D, over all layers at once (default: %(default)s)",
+        help="how coordinates are projected to 3-D, all layers together (default: %(default)s)",
     )
     add(
         "--layer",
         type=whole_or_zero,
-        help="the map opens, and the still shows it, after this many blocks; 0: before the first "
-        "(default: after the last)",
+        help="the layer at which the map opens and that the still shows; 0: before the first "
+        "(default: the last)",
     )
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
     return parser
 
 
 def tokens_to_show(args, tokenizer, checkpoint):
-    """`(ids, what they are, in words)`: the text that the user chose, or of a split."""
+    """`(ids, a description of the text)`: of the text that the user gave, or of a split."""
     stop = args.offset + args.num_tokens
     if args.text_file is not None:
         try:
@@ -90,10 +91,7 @@ def tokens_to_show(args, tokenizer, checkpoint):
     elif args.text is not None:
         every, source = tokenizer.encode(args.text), "the text given"
     else:
-        try:
-            data = token_data(checkpoint, tokenizer)
-        except UserError as error:
-            raise UserError(f"{error}: give --text or --text-file") from None
+        data = data_of_checkpoint(checkpoint, tokenizer, "give --text or --text-file")
         split = args.split or "valid"
         every, source = data.splits[split], f"the {split} split"
     if args.offset and args.offset >= len(every):
@@ -105,7 +103,7 @@ def tokens_to_show(args, tokenizer, checkpoint):
 
 
 def check_files(args):
-    """Refuse to write over what is read, or twice to one file."""
+    """Raise `UsageError` if a file would be both read and written, or written twice."""
     taken = {
         Path(path).resolve()
         for path in (args.checkpoint_path, args.compare, args.text_file)
@@ -131,7 +129,7 @@ def check_enough(tokens):
 
 
 def load_ngt(path, flag, device):
-    """`(model, tokenizer, checkpoint)` of a checkpoint that has coordinates."""
+    """`(model, tokenizer, checkpoint)`. Raises `UsageError` if the model has no coordinates."""
     model, tokenizer, checkpoint = load_model(path, device)
     if checkpoint["config"]["model_type"] != "ngt":
         raise UsageError(
@@ -142,10 +140,10 @@ def load_ngt(path, flag, device):
 
 
 def read_run(loaded, path, tokens, source, method):
-    """All that the page shows of a loaded checkpoint on these tokens."""
+    """The `Run` of a loaded checkpoint on these tokens."""
     model, tokenizer, checkpoint = loaded
     if model.max_context is not None and len(tokens) > model.max_context:
-        warn(f"{path} has places for {model.max_context} tokens: the others are left out")
+        warn(f"{path} reads at most {model.max_context} tokens: the others are left out")
         tokens = tokens[: model.max_context]
     check_enough(tokens)
     measured = measure(model, tokens)
@@ -182,23 +180,11 @@ def character_starts(tokenizer, tokens):
     return starts
 
 
-def main(argv=None):
-    """Write the page; returns the exit code."""
-    args = make_parser().parse_args(argv)
-    if args.num_tokens > MAX_TOKENS:
-        raise UsageError(f"--num-tokens {args.num_tokens}: a map shows at most {MAX_TOKENS:,}")
-    check_files(args)
-    device = choose_device(args.device)
-    paths = {"--checkpoint-path": args.checkpoint_path}
-    if args.compare is not None:
-        paths["--compare"] = args.compare
-    loaded = {flag: load_ngt(path, flag, device) for flag, path in paths.items()}
-    deepest = max(model.config.num_layers for model, *_ in loaded.values())
-    if args.layer is not None and args.layer > deepest:
-        raise UsageError(f"--layer {args.layer}: this checkpoint has {deepest} blocks")
-    runs = []
+def read_runs(args, paths, loaded):
+    """A `Run` per checkpoint, all on the same text. `paths` and `loaded` are dicts by flag."""
     _, tokenizer, checkpoint = loaded["--checkpoint-path"]
     tokens, source = tokens_to_show(args, tokenizer, checkpoint)
+    runs = []
     for flag, path in paths.items():
         own = loaded[flag][1]
         same = own.fingerprint == tokenizer.fingerprint
@@ -207,7 +193,11 @@ def main(argv=None):
     first, second = runs[0], runs[-1]
     if first.measured.tokens == second.measured.tokens:
         second.points = align(second.points, first.points)
-    layer = deepest if args.layer is None else args.layer
+    return runs
+
+
+def write_files(args, runs, layer):
+    """Write the page and the stills that the flags ask for, opened at a layer."""
     title = " and ".join(run.name for run in runs)
     page = map_page([run_data(run) for run in runs], f"{title}: where the tokens are", layer)
     write_whole(Path(args.output), page.encode())
@@ -221,6 +211,24 @@ def main(argv=None):
     if args.heads_png is not None:
         write_whole(Path(args.heads_png), heads_still(runs))
         print(f"wrote {args.heads_png}: the field of each head")
+
+
+def main(argv=None):
+    """Write the page and the stills. Returns the exit code."""
+    args = make_parser().parse_args(argv)
+    if args.num_tokens > MAX_TOKENS:
+        raise UsageError(f"--num-tokens {args.num_tokens}: a map shows at most {MAX_TOKENS:,}")
+    check_files(args)
+    device = choose_device(args.device)
+    paths = {"--checkpoint-path": args.checkpoint_path}
+    if args.compare is not None:
+        paths["--compare"] = args.compare
+    loaded = {flag: load_ngt(path, flag, device) for flag, path in paths.items()}
+    deepest = max(model.config.num_layers for model, *_ in loaded.values())
+    if args.layer is not None and args.layer > deepest:
+        raise UsageError(f"--layer {args.layer}: this checkpoint has {deepest} layers")
+    runs = read_runs(args, paths, loaded)
+    write_files(args, runs, deepest if args.layer is None else args.layer)
     return 0
 
 

@@ -1,1 +1,1 @@
-"""Speed and memory, measured beside the baseline."""
+"""Measures speed and memory of NGT beside the baseline."""

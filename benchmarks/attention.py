@@ -18,21 +18,21 @@ def add_flags(parser):
     """Add the flags of `benchmark.py attention`."""
     add_dtype_flag(parser)
     add = parser.add_argument
-    add("--batch-size", type=whole, default=1, help="(default: 1)")
+    add("--batch-size", type=whole, default=1, help="sequences per batch (default: 1)")
     add(
         "--block-sizes",
         type=whole_list,
         default=[512, 1024, 2048, 4096, 8192],
-        help="tokens (default: 512,1024,2048,4096,8192)",
+        help="tokens per sequence, separated by commas (default: 512,1024,2048,4096,8192)",
     )
     add(
         "--checkpoint",
         metavar="FILE",
-        help="an NGT whose own points, masses and scales are used, on the text it learned from; "
-        "what is skipped depends on them (default: a fresh 25m model on random tokens)",
+        help="an NGT whose points, masses and scales are used, on its validation text; what the "
+        "operator skips depends on them (default: a fresh 25m model on random tokens)",
     )
-    add("--text", metavar="FILE", help="text for --checkpoint instead of its own")
-    add("--steps", type=whole, default=5, help="rounds (default: 5)")
+    add("--text", metavar="FILE", help="use this text instead of the checkpoint's")
+    add("--steps", type=whole, default=5, help="timed rounds (default: 5)")
 
 
 def benchmark_attention(args, device):
@@ -43,14 +43,14 @@ def benchmark_attention(args, device):
     """
     if not args.checkpoint:
         args.preset = "25m"  # the JSON's settings name the size of the fresh model
-    network, tokenizer, config = newton_model(args, device)
+    network, tokenizer, checkpoint = newton_model(args, device)
     tolerance = network.config.field_tolerance
     if tolerance is None:  # what the model takes for this precision
         tolerance = 1e-4 if args.dtype == "bf16" else 1e-6
     rows = []
     print(f"{'block':>6} {'ngt ms':>9} {'sdpa ms':>9} {'forward':>24} {'forward+backward':>24}")
     for block in args.block_sizes:
-        tokens = some_tokens(args, network, tokenizer, config, args.batch_size * block)
+        tokens = some_tokens(args, network, tokenizer, checkpoint, args.batch_size * block)
         layers = operator_inputs(network, tokens.view(args.batch_size, block).to(device))
         functions = functions_to_time(layers, DTYPES[args.dtype], tolerance)
         seconds = interleaved(functions, args.steps, device, f"block {block}")

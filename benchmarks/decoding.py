@@ -34,15 +34,15 @@ def add_flags(parser):
         "--contexts",
         type=whole_list,
         default=[256, 1024, 4096, 16384],
-        help="tokens in the cache (default: 256,1024,4096,16384)",
+        help="tokens in the cache, separated by commas (default: 256,1024,4096,16384)",
     )
-    add("--checkpoint", metavar="FILE", help="an NGT to use instead of a fresh one")
-    add("--steps", type=whole, default=32, help="rounds (default: 32)")
+    add("--checkpoint", metavar="FILE", help="an NGT to use (default: a fresh one)")
+    add("--steps", type=whole, default=32, help="timed rounds (default: 32)")
     add(
         "--chat-tokens",
         type=whole_or_zero,
         default=0,
-        help="then let NGT alone write so many tokens and watch its memory (default: 0)",
+        help="then generate this many tokens with NGT and print its memory (default: 0)",
     )
 
 
@@ -52,14 +52,14 @@ def benchmark_decode(args, device):
     Returns:
         A dict for JSON: "rows" has one dict per context, "chat" ten points of --chat-tokens.
     """
-    ngt, tokenizer, config = newton_model(args, device)
+    ngt, tokenizer, checkpoint = newton_model(args, device)
     longest = max(args.contexts)
     vanilla = fresh_model(args.preset, "vanilla", device, block_size=longest + args.steps + 2)
     is_bf16 = args.dtype == "bf16"
     autocast = (
         partial(torch.autocast, device.type, dtype=torch.bfloat16) if is_bf16 else nullcontext
     )
-    tokens = some_tokens(args, ngt, tokenizer, config, longest).tolist()
+    tokens = some_tokens(args, ngt, tokenizer, checkpoint, longest).tolist()
     decoders = fill_caches({"ngt": ngt, "vanilla": vanilla}, args.contexts, tokens, autocast)
     steps = {key: decoder.step for key, decoder in decoders.items()}
     seconds = interleaved(steps, args.steps, device, "single tokens", warm_up=2)

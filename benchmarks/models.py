@@ -9,7 +9,7 @@ from engine.checkpoint import load_model
 from engine.models import build_model
 from model import NGT
 from system.errors import UserError
-from text.token_files import open_token_data
+from text.token_files import data_of_checkpoint
 from training.config import DEFAULTS, PRESETS
 
 SHAPES = {  # for each --preset: the preset of training, and a vocabulary as its text has
@@ -17,7 +17,7 @@ SHAPES = {  # for each --preset: the preset of training, and a vocabulary as its
     "25m": ("wikitext103", 8192),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-VALUE_WIDTH = 64
+VALUE_WIDTH = 64  # of a head, in `benchmark.py attention`
 
 
 def add_preset_flag(parser):
@@ -28,7 +28,10 @@ def add_preset_flag(parser):
 
 def add_dtype_flag(parser):
     parser.add_argument(
-        "--dtype", choices=list(DTYPES), default="fp32", help="of products (default: fp32)"
+        "--dtype",
+        choices=list(DTYPES),
+        default="fp32",
+        help="precision of matrix products (default: fp32)",
     )
 
 
@@ -36,7 +39,7 @@ def newton_model(args, device):
     """The NGT of --checkpoint, or a fresh one of the size of --preset.
 
     Returns:
-        `(model, tokenizer, config)`; the last two are None for a fresh model.
+        `(model, tokenizer, checkpoint)`; the last two are None for a fresh model.
     """
     if args.checkpoint:
         return load_newton(args.checkpoint, device)
@@ -47,15 +50,15 @@ def load_newton(path, device):
     """Load an NGT under Newton's law.
 
     Returns:
-        `(model, tokenizer, config)` of the checkpoint.
+        `(model, tokenizer, checkpoint)`.
 
     Raises:
         UserError: if the checkpoint cannot be used or holds another model.
     """
     network, tokenizer, checkpoint = load_model(path, device)
     if not isinstance(network, NGT) or network.config.law != "newton":
-        raise UserError(f"--checkpoint {path} is no NGT under --law newton: name one that is")
-    return network, tokenizer, checkpoint["config"]
+        raise UserError(f"--checkpoint {path} is not an NGT of --law newton: name one that is")
+    return network, tokenizer, checkpoint
 
 
 def fresh_model(preset, kind, device, block_size=None):
@@ -75,7 +78,7 @@ def fresh_model(preset, kind, device, block_size=None):
     return build_model(DEFAULTS | sizes).to(device).eval()
 
 
-def some_tokens(args, network, tokenizer, config, count):
+def some_tokens(args, network, tokenizer, checkpoint, count):
     """Token ids of real text for a checkpoint, random ones for a fresh model."""
     if tokenizer is None:
         generator = torch.Generator().manual_seed(1)
@@ -86,13 +89,8 @@ def some_tokens(args, network, tokenizer, config, count):
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--text {args.text} cannot be read: {error}") from None
     else:
-        directory = config.get("token_directory", "")
-        if not directory or not Path(directory).is_dir():
-            raise UserError(
-                f"the text that {args.checkpoint} learned from is not at {directory or '?'}: "
-                "name some with --text"
-            )
-        ids = open_token_data(Path(directory)).valid[:count]
+        remedy = "name a text with --text"
+        ids = data_of_checkpoint(checkpoint, tokenizer, remedy).valid[:count]
     if len(ids) < count:
         raise UserError(f"the text has {len(ids)} tokens, {count} are needed: name a longer one")
     return torch.from_numpy(np.asarray(ids[:count]).astype(np.int64))

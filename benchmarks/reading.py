@@ -23,9 +23,9 @@ BATCHES = (20, 16, 512)  # batches that are fetched per round, windows of each, 
 def add_flags(parser):
     """Add the flags of `benchmark.py data`."""
     add = parser.add_argument
-    add("--data-path", metavar="FILE", help="text (default: this repository's own sources)")
-    add("--bpe-vocab-size", type=whole, default=1024, help="tokens to train (default: 1024)")
-    add("--steps", type=whole, default=5, help="rounds (default: 5)")
+    add("--data-path", metavar="FILE", help="text file (default: this repository's own sources)")
+    add("--bpe-vocab-size", type=whole, default=1024, help="vocabulary of the BPE (default: 1024)")
+    add("--steps", type=whole, default=5, help="timed rounds (default: 5)")
 
 
 def benchmark_data(args, device):

@@ -58,24 +58,24 @@ def add_flags(parser):
         "--ranks",
         type=whole_list,
         default=[1, 2],
-        help="numbers of processes to measure (default: 1,2)",
+        help="numbers of processes, separated by commas (default: 1,2)",
     )
-    add("--rounds", type=whole, default=3, help="runs of each, in turn (default: %(default)s)")
-    add("--steps", type=whole, default=12, help="steps of a run (default: %(default)s)")
-    add("--batch-size", type=whole, default=4, help="windows a step (default: %(default)s)")
+    add("--rounds", type=whole, default=3, help="runs of each number (default: %(default)s)")
+    add("--steps", type=whole, default=12, help="steps per run (default: %(default)s)")
+    add("--batch-size", type=whole, default=4, help="windows per step (default: %(default)s)")
     add(
         "--preset",
         choices=list(SHAPES),
         default="25m",
-        help="model sizes to measure (default: %(default)s)",
+        help="model sizes (default: %(default)s)",
     )
     add(
         "--checkpoint",
         metavar="FILE",
-        help="an NGT of the law newton whose windows say what far contexts cost (default: one "
-        "that has learned nothing)",
+        help="an NGT of --law newton, whose windows give the cost of long contexts (default: an "
+        "untrained one)",
     )
-    add("--output", metavar="FILE", help="write the page here (default: print it)")
+    add("--output", metavar="FILE", help="write the page to this file (default: print it)")
 
 
 def benchmark_scaling(args, device):
@@ -120,10 +120,10 @@ def trained_or_fresh(path):
     """The NGT whose windows are counted, and words for it: `(model, words)`."""
     if path is None:
         shape = DEFAULTS | {"mlp_dim": 512, "model_type": "ngt", "vocab_size": 66}
-        return build_model(shape), "a model that has learned nothing"
+        return build_model(shape), "an untrained model"
     model, *_ = load_model(path)
     if not isinstance(model, NGT) or model.config.law != "newton":
-        raise UsageError(f"--checkpoint {path} has no windows: name an NGT of the law newton")
+        raise UsageError(f"--checkpoint {path} has no windows: name an NGT of --law newton")
     return model, f"`{Path(path).name}`"
 
 

@@ -33,19 +33,24 @@ def add_flags(parser):
     add_preset_flag(parser)
     add_dtype_flag(parser)
     add = parser.add_argument
-    add("--batch-size", type=whole, help="windows a step (default: the preset's)")
-    add("--block-size", type=whole, help="tokens of one (default: the preset's)")
+    add("--batch-size", type=whole, help="windows per step (default: the preset's)")
+    add("--block-size", type=whole, help="tokens per window (default: the preset's)")
     add("--compile", action="store_true", help="torch.compile both models")
-    add("--model", choices=("both", "ngt", "vanilla"), default="both", help="(default: both)")
-    add("--law", choices=LAWS, default="newton", help="NGT's (default: newton)")
+    add(
+        "--model",
+        choices=("both", "ngt", "vanilla"),
+        default="both",
+        help="models to train (default: both)",
+    )
+    add("--law", choices=LAWS, default="newton", help="law of NGT (default: newton)")
     add(
         "--against",
         choices=("vanilla", "first-release"),
         default="vanilla",
-        help="what NGT is compared with; first-release: the published law computed as NGT's first "
-        "release did, over a tensor of all coordinate differences (default: vanilla)",
+        help="what NGT is compared with; first-release: the published law, computed as in NGT's "
+        "first release from a tensor of all coordinate differences (default: vanilla)",
     )
-    add("--steps", type=whole, default=10, help="timed steps each (default: 10)")
+    add("--steps", type=whole, default=10, help="timed steps of each model (default: 10)")
     add("--peak-only", action="store_true", help=argparse.SUPPRESS)  # for child_peak
 
 

@@ -1,1 +1,1 @@
-"""The map: where tokens are, what pulls them, drawn as one HTML page."""
+"""The map: where tokens are and what pulls them, as one HTML page."""

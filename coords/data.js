@@ -77,7 +77,7 @@ class Run {
     return found;
   }
 
-  // Distance of two tokens in their coordinates z, which have more axes than the picture.
+  // Distance of two tokens in all their coordinates z, not only in the three axes of the picture.
   distance(layer, one, other) {
     const start = this.layerOf(layer) * this.count;
     let sum = 0;

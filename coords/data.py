@@ -1,11 +1,9 @@
-"""What the map shows of one checkpoint on one text, measured.
+"""Measures what the map shows: coordinates, masses, losses and pulls of a text.
 
-The letters in shapes: L layers, H heads, T tokens, C coordinates, K stored sources of a token.
+The letters in shapes: L layers, H heads, T tokens, C coordinates, K stored sources per token.
 """
 
-import contextlib
-import io
-import re
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,19 +16,19 @@ from tqdm import tqdm
 from engine.pulls import visit_pulls
 from system.errors import UserError
 
-STORED_SOURCES = 8  # of a token, a head: the strongest
+STORED_SOURCES = 8  # the strongest, per token and head
 GUESSES = 3
 TSNE_STEPS = 1000
-PROGRESS_DELAY = 1.0  # seconds that may pass without a bar
+PROGRESS_DELAY = 1.0  # seconds before a progress bar appears
 
 
 @dataclass
 class Pulls:
-    """Who pulls whom. Head H, the last, is the mean over heads.
+    """Which token pulls which. Head H, the last, is the mean over heads.
 
-    `sources` (L, H + 1, T, K) int, strongest first, and `weights` of the same shape, shares of the
-    pull, 0 where a token has fewer sources; `profile` (L, H, T): the share that comes from so many
-    tokens back, mean over the text.
+    `sources` (L, H + 1, T, K) int are places in the text, strongest first; `weights` of the same
+    shape are their shares of the pull, 0 if a token has fewer sources; `profile` (L, H, T) is the
+    share that comes from each distance in tokens, mean over the text.
     """
 
     sources: np.ndarray
@@ -42,9 +40,9 @@ class Pulls:
 class Measured:
     """One text as one model sees it.
 
-    `z` (L + 1, T, C): coordinates before the first block and after each; `mass` (T,); `loss` (T,)
-    nats of each token given those before it, NaN for the first; `guesses` (T, GUESSES) ids that the
-    model held likeliest in its place and `chances` (T, GUESSES) their probabilities.
+    `z` (L + 1, T, C): coordinates before the first layer and after each; `mass` (T,); `loss` (T,)
+    in nats, of each token given those before it, NaN for the first; `guesses` (T, GUESSES) the ids
+    that the model expected most at this place, and `chances` (T, GUESSES) their probabilities.
     """
 
     tokens: list
@@ -58,11 +56,33 @@ class Measured:
 
 @torch.no_grad()
 def measure(model, tokens):
-    """Coordinates, masses, losses and pulls of tokens.
+    """The `Measured` of a text.
+
+    Args:
+        model: an NGT.
+        tokens: a list of T ids.
 
     Raises:
-        UserError: where numbers are not finite, or every token stays at one and the same place.
+        UserError: if a number is not finite, or all tokens are at the same place in every layer.
     """
+    pulls, logits, geometry = _measure_pulls(model, tokens)
+    z = torch.cat(geometry.layers).cpu().double().numpy()
+    mass = geometry.mass[0].cpu().double().numpy()
+    _check_finite("coordinates", z, mass)
+    _check_finite("pulls", pulls.weights, pulls.profile)
+    if float(np.ptp(z, axis=1).max()) < 1e-6 * max(1.0, float(np.abs(z).max())):
+        raise UserError("all tokens are at the same place: there is nothing to show")
+    loss, guesses, chances = _predictions(logits[0].cpu().double(), tokens)
+    return Measured(tokens, z, mass, loss, guesses, chances, pulls)
+
+
+def _check_finite(what, *arrays):
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise UserError(f"the {what} of this checkpoint are not finite: use another")
+
+
+def _measure_pulls(model, tokens):
+    """`(Pulls, logits, Geometry)` from one forward pass, with a progress bar."""
     config, count = model.config, len(tokens)
     shape = (config.num_layers, config.num_heads + 1, count, STORED_SOURCES)
     pulls = Pulls(
@@ -73,11 +93,11 @@ def measure(model, tokens):
     total = config.num_layers * count
     bar = tqdm(total=total, unit=" tokens", desc="pulls", delay=PROGRESS_DELAY, leave=False)
 
-    def keep(layer, rows, weights):
-        weights = weights.cpu().double()
-        _add_to_profile(pulls.profile[layer], rows, weights.numpy())
-        weights = torch.cat([weights, weights.mean(0, keepdim=True)])
-        strongest = weights.topk(min(STORED_SOURCES, rows.stop))
+    def keep(layer, rows, shares):
+        shares = shares.cpu().double()
+        _add_to_profile(pulls.profile[layer], rows, shares.numpy())
+        shares = torch.cat([shares, shares.mean(0, keepdim=True)])
+        strongest = shares.topk(min(STORED_SOURCES, rows.stop))
         stored = slice(strongest.values.shape[-1])
         pulls.weights[layer, :, rows, stored] = strongest.values.numpy()
         pulls.sources[layer, :, rows, stored] = strongest.indices.numpy()
@@ -87,46 +107,39 @@ def measure(model, tokens):
         ids = torch.tensor([tokens], device=model.token_emb.weight.device)
         logits, geometry = visit_pulls(model, ids, keep)
     pulls.profile /= count
-    z = torch.cat(geometry.layers).cpu().double().numpy()
-    mass = geometry.mass[0].cpu().double().numpy()
-    if not (np.isfinite(z).all() and np.isfinite(mass).all()):
-        raise UserError("the coordinates of this checkpoint are not finite: use another")
-    if not (np.isfinite(pulls.weights).all() and np.isfinite(pulls.profile).all()):
-        raise UserError("the pulls of this checkpoint are not finite: use another")
-    if float(np.ptp(z, axis=1).max()) < 1e-6 * max(1.0, float(np.abs(z).max())):
-        raise UserError("all tokens are at the same place: there is nothing to show")
-    log_chance = F.log_softmax(logits[0].cpu().double(), -1)  # (T, vocab_size)
-    if not torch.isfinite(log_chance.exp()).all():
-        raise UserError("the losses of this checkpoint are not finite: use another")
-    best = log_chance[:-1].exp().topk(min(GUESSES, config.vocab_size))
-    first = np.zeros((1, best.indices.shape[1]))
-    loss = -log_chance[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].numpy()
-    return Measured(
-        tokens=tokens,
-        z=z,
-        mass=mass,
-        loss=np.concatenate([[np.nan], loss]),
-        guesses=np.concatenate([first, best.indices.numpy()]).astype(int),
-        chances=np.concatenate([first, best.values.numpy()]),
-        pulls=pulls,
-    )
+    return pulls, logits, geometry
 
 
 def _add_to_profile(profile, rows, weights):
-    """Add the shares (H, rows, rows.stop) to the sums by distance, (H, T)."""
+    """Add shares (H, rows, rows.stop) to the sums by distance in tokens, `profile` (H, T)."""
     for n, row in enumerate(range(rows.start, rows.stop)):
         profile[:, : row + 1] += weights[:, n, row::-1]
 
 
+def _predictions(logits, tokens):
+    """`loss`, `guesses` and `chances` of `Measured`, from logits (T, vocab_size)."""
+    log_chance = F.log_softmax(logits, -1)
+    _check_finite("losses", log_chance.exp().numpy())
+    best = log_chance[:-1].exp().topk(min(GUESSES, log_chance.shape[1]))
+    nothing = np.zeros((1, best.indices.shape[1]))  # no token precedes the first
+    loss = -log_chance[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].numpy()
+    return (
+        np.concatenate([[np.nan], loss]),
+        np.concatenate([nothing, best.indices.numpy()]).astype(int),
+        np.concatenate([nothing, best.values.numpy()]),
+    )
+
+
 def project(z, method):
-    """One picture for all layers, so that movement is movement.
+    """Coordinates in 3-D, by one projection of all layers: what moves in the picture has moved.
 
     Args:
         z: (L + 1, T, C).
         method: "pca" or "tsne".
 
     Returns:
-        `(points (L + 1, T, 3), titles of the three axes)`; an axis that does not exist is 0.
+        `(points (L + 1, T, 3), titles of the three axes)`; with fewer than three coordinates the
+        missing axes are 0.
     """
     layers, count, coords = z.shape
     flat = z.reshape(-1, coords)
@@ -147,35 +160,29 @@ def project(z, method):
 
 
 def align(points, like):
-    """Mirror axes of a picture so that the same tokens lie on the same sides as in another.
+    """Mirror the axes of `points` so that tokens are on the same sides as in `like`.
+
+    A projection may give either sign. The last layers decide.
 
     Args:
-        points, like: (L + 1, T, 3) of the same tokens; of their last layers.
+        points, like: (L + 1, T, 3), with the same tokens; the numbers of layers may differ.
     """
     ours, theirs = (x[-1] - x[-1].mean(0) for x in (points, like))
     return points * np.where((ours * theirs).sum(0) < 0, -1.0, 1.0)
 
 
 def _tsne(points):
-    """(N, C) to (N, 3), with a bar: scikit-learn tells how far it is in words alone."""
-    bar = tqdm(total=TSNE_STEPS, desc="t-SNE", unit=" steps", delay=PROGRESS_DELAY, leave=False)
-
-    class Steps(io.StringIO):
-        def write(self, text):
-            for step in re.findall(r"Iteration (\d+):", text):
-                bar.update(int(step) - bar.n)
-            return len(text)
-
+    """(N, C) to (N, 3)."""
+    # scikit-learn reports progress only as text on standard output
+    print(f"t-SNE places {len(points):,} points, which can take minutes", file=sys.stderr)
     tsne = TSNE(
         n_components=3,
         perplexity=min(30.0, (len(points) - 1) / 3),
         max_iter=TSNE_STEPS,
         init="pca" if points.shape[1] >= 3 else "random",
         random_state=0,
-        verbose=2,
     )
-    with bar, contextlib.redirect_stdout(Steps()):
-        found = tsne.fit_transform(points.astype(np.float32))
+    found = tsne.fit_transform(points.astype(np.float32))
     if not np.isfinite(found).all():
         raise UserError("t-SNE found no places for these coordinates: use --method pca")
     return found.astype(np.float64)

@@ -1,4 +1,4 @@
-"""What each head became: its numbers, its field by distance, and where its pull comes from."""
+"""What each head learned: its numbers, its field by distance, and where its pull comes from."""
 
 import numpy as np
 import torch
@@ -6,13 +6,13 @@ import torch
 from engine.learned import heads_learned
 from gravity.law import gravity_field
 
-LONGEST_FIELD = 100_000  # tokens
-NEAR = 32  # tokens back up to which every distance is shown
-FAR_STEPS = 60
+LONGEST_FIELD = 100_000  # tokens back
+NEAR = 32  # tokens back; every distance up to here is shown
+FAR_STEPS = 60  # distances beyond it, evenly spaced on a logarithmic scale
 
 
 def distances(limit):
-    """Whole tokens back, each of the nearest and ever fewer of the far, up to `limit`."""
+    """Distances in whole tokens up to `limit`: every near one, and fewer the farther they are."""
     near = np.arange(min(NEAR, limit) + 1)
     if limit <= NEAR:
         return near
@@ -39,7 +39,7 @@ def heads_table(model, profile):
 
 
 def _looks(profile):
-    """Of the shares by distance (T,): the commonest distance, the mean, and the near 90 %."""
+    """From shares by distance (T,): the distance with most, the mean, and where 90 % end."""
     total = profile.sum()
     if total == 0:
         return dict.fromkeys(("most_distance", "most_share", "one_back", "mean_distance", "within"))
@@ -50,17 +50,18 @@ def _looks(profile):
         "most_share": float(shares[most]),
         "one_back": float(shares[1]) if len(shares) > 1 else 0.0,
         "mean_distance": float(shares @ np.arange(len(shares))),
+        # less the rounding of a sum that is 0.9 exactly
         "within": int(np.searchsorted(shares.cumsum(), 0.9 - 1e-9)),
     }
 
 
 @torch.no_grad()
 def field_by_distance(model, num_tokens):
-    """The field of a mass of 1 at no distance but that of time.
+    """The possible field by distance in time: of a mass of 1 at the same place in space.
 
     Returns:
-        `(distances (D,), field (L, H, D))`; `(None, None)` under the published law, which knows no
-        time.
+        `(distances (D,), field (L, H, D))`, distances in tokens; `(None, None)` under the published
+        law, in which time plays no part.
     """
     if model.config.law == "published":
         return None, None
@@ -84,10 +85,13 @@ def field_by_distance(model, num_tokens):
 
 
 def pull_by_distance(profile):
-    """Shares of the pull by distance, of far ones the mean over a span of distances.
+    """Shares of the pull by distance in tokens; far distances are averaged in spans.
+
+    Args:
+        profile: (L, H, T), see `data.Pulls`.
 
     Returns:
-        `(distances (D,), shares (L, H, D))`.
+        `(distances (D,), shares (L, H, D))`; each distance is the first of its span.
     """
     edges = distances(profile.shape[-1] - 1)
     ends = np.append(edges[1:], profile.shape[-1])

@@ -1,6 +1,6 @@
 // The state of the page, the controls that change it, and the tabs.
 
-const SECONDS_A_LAYER = 1.1;
+const SECONDS_PER_LAYER = 1.1;
 const state = {
   at: GIVEN.layer,
   shown: GIVEN.layer,
@@ -59,7 +59,7 @@ function play() {
   let [from, start] = [state.at, performance.now() + 350];
   const step = (now) => {
     if (!playing) return;
-    const passed = Math.max(0, (now - start) / 1000 / SECONDS_A_LAYER);
+    const passed = Math.max(0, (now - start) / 1000 / SECONDS_PER_LAYER);
     const eased = (x) => (x < 0.5 ? 2 * x * x : 1 - 2 * (1 - x) ** 2);
     const share = Math.min(1, passed);
     state.at = calm.matches ? Math.floor(from + share) : from + eased(share);

@@ -1,4 +1,4 @@
-"""The map as one HTML document: what was measured, packed, and the page's own files around it."""
+"""Writes the map as one HTML document: the measured data, packed, and the page's own files."""
 
 import base64
 import html
@@ -18,13 +18,18 @@ SCRIPTS = (
     *("web/shared.js", "coords/data.js", "coords/scene.js", "coords/side.js", "coords/heads.js"),
     *("coords/vocabulary.js", "coords/page.js"),
 )
-LARGEST_SHARE = 65535  # a share of 1 as the page keeps it
-LARGEST_COORDINATE = 32767
+LARGEST_SHARE = 65535  # a share of 1, stored as an unsigned 16-bit integer
+LARGEST_COORDINATE = 32767  # of a signed one
 
 
 @dataclass
 class Run:
-    """A checkpoint on a text. `starts`: the character at which each token begins."""
+    """One checkpoint on one text: all that the page shows of it.
+
+    `labels` and `guesses` are tokens as people read them, `starts` the character of the text at
+    which each token begins, `counts` how often each occurs in `counted`, `points` and `axes` as
+    from `data.project`, `heads`, `field` and `pull` as from coords/heads.py.
+    """
 
     name: str
     step: int
@@ -46,7 +51,7 @@ class Run:
 
 
 def run_data(run):
-    """A run as plain types, large arrays in base64 (little-endian)."""
+    """A run as plain types for JSON, large arrays in base64 (little-endian)."""
     measured, pulls = run.measured, run.measured.pulls
     scale = float(np.abs(measured.z).max()) / LARGEST_COORDINATE
     back, field = run.field
@@ -91,7 +96,7 @@ def _rounded(values, digits):
 
 
 def _significant(values, digits):
-    """As nested lists, with so many digits of the largest."""
+    """Nested lists, rounded to so many significant digits of the largest value."""
     largest = float(np.abs(values).max())
     return (
         _rounded(values, digits - int(np.ceil(np.log10(largest)))) if largest else values.tolist()
@@ -99,12 +104,12 @@ def _significant(values, digits):
 
 
 def map_page(runs, title, layer):
-    """The document.
+    """The HTML document, a string.
 
     Args:
-        runs: one or two of `run_data`.
+        runs: a list of one or two results of `run_data`.
         title: of the page.
-        layer: that it opens at.
+        layer: the layer at which the page opens.
     """
     parts = {
         "title": html.escape(title),

@@ -1,4 +1,4 @@
-"""Stills as PNG files: of the map, and of every head's field by distance."""
+"""Draws stills as PNG: the map, and every head's field by distance."""
 
 import io
 
@@ -7,9 +7,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-NAMED = 10  # heaviest tokens of the text
-LONGEST_NAME = 24
-# Okabe and Ito 2008, as on the page
+NAMED = 10  # the heaviest tokens of the text have their names written beside them
+LONGEST_NAME = 24  # characters
+# colours that colour-blind people can tell apart (Okabe and Ito 2008), as on the page
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#f0e442", "#22262b")
 LINES = ("-", "--", ":", "-.")
 INK, SOFT, FAINT = "#22262b", "#5b6470", "#8b93a0"
@@ -17,10 +17,11 @@ STYLE = {"grid.color": "#e1e5ea", "grid.linewidth": 0.6, "axes.edgecolor": "#b9c
 
 
 def still(runs, layer):
-    """The map after `layer` blocks, runs side by side, with the trails that led there.
+    """The map after a layer, runs side by side, with the trails of the tokens up to there.
 
     Args:
-        runs: one or two of `page.Run`.
+        runs: a list of one or two `page.Run`.
+        layer: 0 for before the first; a run with fewer layers shows its last.
 
     Returns:
         PNG bytes.
@@ -34,9 +35,9 @@ def still(runs, layer):
 
 
 def heads_still(runs):
-    """The field of every head by distance, a panel a block and a row a run.
+    """The field of every head by distance, one panel per layer and one row per run.
 
-    Under the published law, which knows no time, the pull that was measured instead.
+    Under the published law, in which time plays no part, the measured pull is drawn instead.
 
     Returns:
         PNG bytes.
@@ -48,12 +49,12 @@ def heads_still(runs):
         for run, row in zip(runs, panels, strict=True):
             is_field = run.field[0] is not None
             back, curves = run.field if is_field else run.pull
-            for block, axes in enumerate(row):
-                if block >= len(curves):
+            for layer, axes in enumerate(row):
+                if layer >= len(curves):
                     axes.set_visible(False)
                     continue
-                _draw_heads(axes, back, curves[block])
-                axes.set_title(f"block {block + 1}", fontsize=10, color=INK)
+                _draw_heads(axes, back, curves[layer])
+                axes.set_title(f"layer {layer + 1}", fontsize=10, color=INK)
             row[0].set_ylabel("field" if is_field else "share of the pull", color=SOFT)
             row[len(curves) - 1].legend(fontsize=7, frameon=False)
         figure.suptitle(
@@ -71,7 +72,7 @@ def _draw_heads(axes, back, curves):
         color, style = PALETTE[head % len(PALETTE)], LINES[head // len(PALETTE) % len(LINES)]
         axes.plot(1 + back, values, color=color, linestyle=style, label=f"head {head + 1}")
     ticks = [tick for tick in (0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000) if tick <= back[-1]]
-    axes.set_xscale("log")
+    axes.set_xscale("log")  # of 1 + distance, since the token itself is at 0
     axes.set_xticks([1 + tick for tick in ticks], [f"{tick:,}" for tick in ticks], rotation=45)
     axes.minorticks_off()
     axes.tick_params(labelsize=7, labelcolor=SOFT)
@@ -87,6 +88,7 @@ def _png(figure):
 
 
 def _draw(figure, axes, run, layer):
+    """Draw the tokens of a run after a layer, with their trails, names and a scale of masses."""
     points, mass = run.points[layer], run.measured.mass
     spread = float(np.ptp(mass)) or 1.0
     if layer:
@@ -112,22 +114,9 @@ def _draw(figure, axes, run, layer):
             parse_math=False,
             path_effects=[withStroke(linewidth=2.5, foreground="white")],
         )
-    passed = run.points[: layer + 1]
-    low, high = passed.min((0, 1)), passed.max((0, 1))
-    extent = np.maximum(high - low, 1e-9)
-    axes.set(
-        xlim=(low[0], high[0]) if extent[0] > 1e-9 else None,
-        ylim=(low[1], high[1]) if extent[1] > 1e-9 else None,
-        zlim=(low[2], high[2]) if extent[2] > 1e-9 else None,
-    )
-    axes.set_box_aspect(np.maximum(extent, 0.3 * extent.max()), zoom=0.92)
-    for axis, name in zip((axes.xaxis, axes.yaxis, axes.zaxis), run.axes, strict=True):
-        axis.set_label_text(name, fontsize=8, color=SOFT)
-        axis.set_pane_color((0.97, 0.975, 0.98, 1))
-        axis.set_tick_params(labelsize=7, labelcolor=FAINT)
-    axes.view_init(elev=22, azim=45)
-    blocks = len(run.points) - 1
-    where = "before the first block" if layer == 0 else f"after block {layer} of {blocks}"
+    _set_axes(axes, run, layer)
+    layers = len(run.points) - 1
+    where = "before the first layer" if layer == 0 else f"after layer {layer} of {layers}"
     axes.set_title(
         f"{len(run.labels)} tokens {where}\n{run.name}, step {run.step:,}",
         fontsize=11,
@@ -141,7 +130,25 @@ def _draw(figure, axes, run, layer):
     bar.outline.set_visible(False)
 
 
+def _set_axes(axes, run, layer):
+    """Limits that hold the trails, one scale for all three axes, and their titles."""
+    passed = run.points[: layer + 1]
+    low, high = passed.min((0, 1)), passed.max((0, 1))
+    extent = np.maximum(high - low, 1e-9)  # a missing axis has no extent
+    axes.set(
+        xlim=(low[0], high[0]) if extent[0] > 1e-9 else None,
+        ylim=(low[1], high[1]) if extent[1] > 1e-9 else None,
+        zlim=(low[2], high[2]) if extent[2] > 1e-9 else None,
+    )
+    axes.set_box_aspect(np.maximum(extent, 0.3 * extent.max()), zoom=0.92)
+    for axis, name in zip((axes.xaxis, axes.yaxis, axes.zaxis), run.axes, strict=True):
+        axis.set_label_text(name, fontsize=8, color=SOFT)
+        axis.set_pane_color((0.97, 0.975, 0.98, 1))
+        axis.set_tick_params(labelsize=7, labelcolor=FAINT)
+    axes.view_init(elev=22, azim=45)
+
+
 def _to_name(labels, mass):
-    """The last place in the text of each of its heaviest tokens."""
+    """Places of the heaviest tokens, one per label: its last in the text."""
     last = {label: n for n, label in enumerate(labels)}
     return sorted(last.values(), key=lambda n: -mass[n])[:NAMED]

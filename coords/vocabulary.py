@@ -1,22 +1,22 @@
-"""The vocabulary's masses and how often each token occurs."""
+"""The masses of the vocabulary, and how often each token occurs."""
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from system.errors import UserError, warn
-from text.token_files import token_data
+from text.token_files import TextMissing, data_of_checkpoint
 
-COUNTED_AT_ONCE = 1 << 22
-LISTED = 20  # heaviest, and lightest
-PLOTTED = 4000
+COUNTED_AT_ONCE = 1 << 22  # tokens, which bounds the memory for a large corpus
+LISTED = 20  # of the heaviest tokens, and of the lightest
+PLOTTED = 4000  # tokens; more points make the page slow
 
 
 def frequencies(data, tokens, vocab_size):
-    """How often each token occurs in the training text, or in the shown text where that is gone.
+    """How often each token occurs in the training text, or without one in the shown text.
 
     Args:
-        data: a `TokenData`, or None.
+        data: the `TokenData` of the training text, or None.
         tokens: ids of the shown text.
 
     Returns:
@@ -35,22 +35,26 @@ def frequencies(data, tokens, vocab_size):
 
 
 def training_text_or_none(checkpoint, tokenizer):
-    """As `token_data`, and None, with a warning where there is something to put right."""
+    """`data_of_checkpoint`, or None; warns if the text is there but cannot be used."""
     try:
-        return token_data(checkpoint, tokenizer)
+        return data_of_checkpoint(checkpoint, tokenizer, "prepare it again")
+    except TextMissing:
+        return None
     except UserError as error:
-        if "is not here" not in str(error):
-            warn(f"frequencies are of the shown text: {error}")
+        warn(f"frequencies are of the shown text: {error}")
         return None
 
 
 @torch.no_grad()
 def vocabulary(model, tokenizer, counts):
-    """Masses and counts, heaviest first.
+    """Masses and counts of the vocabulary, heaviest token first.
+
+    Args:
+        counts: (vocab_size,), how often each token occurs.
 
     Returns:
-        A dict: `size`; `labels`, `masses`, `counts` of at most `PLOTTED` tokens, the heaviest and
-        the lightest `LISTED` among them and the others evenly over the order; `median`.
+        A dict: `size` of the vocabulary; `labels`, `masses` and `counts` of at most `PLOTTED`
+        tokens, among them the `LISTED` heaviest and lightest; the `median` mass of all.
     """
     device = model.token_emb.weight.device
     masses = model.mass(torch.arange(model.config.vocab_size, device=device)).cpu().numpy()

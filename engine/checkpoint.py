@@ -101,13 +101,12 @@ def read_checkpoint(path):
 def _check_format(checkpoint, path):
     """Raise `UserError` unless this has the keys and the version of a known format."""
     if not isinstance(checkpoint, dict) or not {"model_state", "vocab"} <= checkpoint.keys():
-        raise UserError(f"checkpoint {path} lacks model_state or vocab: it is of another program")
+        raise UserError(f"checkpoint {path} lacks model_state or vocab: name one of this program")
     is_first_release = "format_version" not in checkpoint
     unknown = checkpoint.keys() - (FIRST_RELEASE_KEYS if is_first_release else KEYS)
     if unknown:
         raise UserError(
-            f"checkpoint {path} has a key {shown_short(unknown.pop())}, as no checkpoint does: "
-            "use another"
+            f"checkpoint {path} has an unknown key {shown_short(unknown.pop())}: use another"
         )
     version = checkpoint.get("format_version")
     # the type too: True and 2.0 are no versions, and a tensor cannot be compared
@@ -151,8 +150,8 @@ def _read_plain(path):
         raise UserError(f"checkpoint {path} cannot be read: {error.strerror or error}") from None
     except pickle.UnpicklingError:
         raise UserError(
-            f"checkpoint {path} holds more than tensors and plain types: refused, since loading "
-            "it could run code"
+            f"checkpoint {path} is refused: it holds more than tensors and plain types, and "
+            "loading it could run code"
         ) from None
     except Exception:  # malformed pickles raise many exception types
         raise UserError(f"checkpoint {path} is truncated, or no checkpoint: use another") from None

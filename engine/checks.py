@@ -23,13 +23,13 @@ def unsound_tensors(state, file_size):
         file_size: bytes.
     """
     if not isinstance(state, dict):
-        return "model_state is no dictionary"
+        return "model_state is not a dictionary"
     total = 0
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             return "model_state holds more than named tensors"
         if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
-            return f"{shown_short(name)} is no tensor of weights"
+            return f"{shown_short(name)} is not a tensor of weights"
         # an expanded tensor has any shape and takes the file one number
         if not tensor.is_contiguous():
             return f"{shown_short(name)} repeats its numbers"
@@ -55,7 +55,7 @@ def contradiction(checkpoint):
 
 def _wrong_config(config):
     if not isinstance(config, dict):
-        return "config is no dictionary"
+        return "config is not a dictionary"
     if not isinstance(config.get("model_type"), str) or config["model_type"] not in MODELS:
         return "its model_type is unknown"
     for field in fields(MODELS[config["model_type"]][1]):
@@ -91,7 +91,9 @@ def _wrong_weights(config, state):
     expected = model.state_dict()
     if expected.keys() != state.keys():
         name = sorted(expected.keys() ^ state.keys())[0]
-        return f"{shown_short(name)} is {'missing' if name in expected else 'of no such model'}"
+        return (
+            f"{shown_short(name)} is {'missing' if name in expected else 'not part of this model'}"
+        )
     for name, tensor in expected.items():
         if tensor.shape != state[name].shape:
             return f"{name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"

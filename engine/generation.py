@@ -1,4 +1,4 @@
-"""Token ids in, token ids out: the KV cache, sampling and the stream. Knows nothing of text."""
+"""Generates token ids: sampling, and a stream over one KV cache. Text is handled elsewhere."""
 
 import copy
 import math
@@ -8,8 +8,8 @@ import torch
 from engine.kv_cache import KVCache
 from system.errors import UserError
 
-PREFILL_CHUNK = 512
-COLDEST = 1e-6  # temperature, below which the likeliest token is taken
+PREFILL_CHUNK = 512  # tokens per forward pass of a long prompt, which bounds its memory
+COLDEST = 1e-6  # lower temperatures take the likeliest token
 
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -17,16 +17,16 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 
     Args:
         temperature: divides the logits; 0 takes the likeliest token.
-        top_k: keep the k likeliest.
-        top_p: keep the likeliest whose probabilities add up to p (nucleus sampling, Holtzman et
-            al. 2020, arXiv:1904.09751).
+        top_k: keep the k likeliest tokens.
+        top_p: keep the likeliest tokens whose probabilities add up to p (nucleus sampling,
+            Holtzman et al. 2020, https://arxiv.org/abs/1904.09751).
         generator: a `torch.Generator` on the CPU.
 
     Returns:
         The token id, an int.
 
     Raises:
-        UserError: where the logits are not finite.
+        UserError: if the logits are not finite.
     """
     logits = logits.float().cpu()
     if not logits.isfinite().all():
@@ -39,18 +39,24 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     probabilities = torch.softmax(logits, -1)
     if top_p is not None and top_p < 1:
         ordered, index = probabilities.sort(descending=True)
-        surplus = ordered.cumsum(0) - ordered >= top_p
-        surplus[0] = False
-        probabilities[index[surplus]] = 0
+        # dropped if the likelier tokens add up to top_p already; the likeliest always stays
+        dropped = ordered.cumsum(0) - ordered >= top_p
+        dropped[0] = False
+        probabilities[index[dropped]] = 0
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
 class TokenStream:
-    """A conversation with a model: feed tokens, draw tokens, over one KV cache.
+    """A stream of tokens through a model: feed some, generate some, over one KV cache.
 
-    A model without absolute positions goes on for ever. One with them slides: when its context is
-    full, the newer half of it starts a fresh cache (`slides` counts how often). `context` lists
-    the tokens that the model still remembers (of a slow start twice as many at most).
+    A model without absolute positions can go on without limit. With them the context slides: when
+    it is full, its newer half is read into a fresh cache.
+
+    Attributes:
+        logits: (vocab_size,), the prediction of the next token; None before anything was fed.
+        context: ids of the tokens that the model remembers, and at most as many older ones.
+        slides: how often the context has slid.
+        before_newest: a snapshot of the cache before the newest token, or None.
     """
 
     def __init__(self, model):
@@ -66,18 +72,18 @@ class TokenStream:
         self.slides = 0
 
     def copy_of_state(self):
-        """What `return_to` takes to come back to this moment."""
+        """The state of the stream, for `return_to`."""
         return copy.deepcopy(self.cache), list(self.context), self.logits, self.slides
 
     def return_to(self, state):
-        """Go back to where `copy_of_state` was called; it may be gone back to again."""
+        """Go back to a state from `copy_of_state`, which can be used again afterwards."""
         cache, context, self.logits, self.slides = state
         self.cache, self.context = copy.deepcopy(cache), list(context)
         self.before_newest = None
 
     @torch.inference_mode()
     def feed(self, tokens):
-        """Let the model read token ids; `logits` (vocab_size,) is then its next prediction."""
+        """Let the model read token ids, and update `logits`."""
         tokens = list(tokens)
         if self.model.max_context is not None:
             tokens = self._slide(tokens, self.model.max_context)
@@ -95,10 +101,11 @@ class TokenStream:
                 del self.context[:-remembered]
 
     def _slide(self, tokens, limit):
-        """Start afresh as often as `tokens` fill the context.
+        """Make room for tokens: if they fill the context, start a fresh cache.
 
         Returns:
-            What is left to be fed; a full context is read once, however long the text was.
+            The ids to feed: all of `tokens`, or after slides the tokens that the context now ends
+            with. A long text slides several times at the cost of one.
         """
         surplus = len(self.context) + len(tokens) - limit
         if surplus <= 0:
@@ -111,10 +118,12 @@ class TokenStream:
         return tokens
 
     def generate(self, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
-        """Yield new token ids one by one, each already part of the context.
+        """Yield new token ids one by one, each already fed to the model.
+
+        Settings as in `sample`.
 
         Raises:
-            ValueError: where nothing was fed yet.
+            ValueError: if nothing was fed yet.
         """
         if self.logits is None:
             raise ValueError("feed at least one token first")

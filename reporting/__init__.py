@@ -1,1 +1,1 @@
-"""From finished runs to reports: tables, studies, plots."""
+"""Turns runs into reports: tables, studies and plots."""

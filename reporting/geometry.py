@@ -1,4 +1,4 @@
-"""What the heads and masses of a trained NGT have become, as tables."""
+"""Makes tables of the heads and masses of a trained NGT."""
 
 import torch
 
@@ -8,10 +8,20 @@ from system.errors import UserError
 from system.markdown import markdown_code, markdown_table, markdown_text
 
 SHOWN_TOKENS = 12
+EXPLAINED = {  # the columns of the table of heads, for each law
+    "newton": "Time scale: softenings per token of time. Retardation: how far a source's point is "
+    "moved towards that of its predecessor, mean over the head's coordinates. Window: tokens of "
+    "time beyond which nothing reaches, which is the radius (in softenings) in time.",
+    "published": "Gamma scales the score -gamma / r2; each layer has one radius.",
+}
 
 
 def geometry_section(label, config):
-    """Markdown: a line a head, and the heaviest and lightest tokens of a run's best checkpoint."""
+    """Markdown: a line for each head, and the heaviest and lightest tokens.
+
+    They are those of the best checkpoint of the run with this config. If it cannot be loaded, the
+    section gives the reason.
+    """
     path = best_path(config["checkpoint_path"])
     try:
         model, tokenizer, checkpoint = load_model(path)
@@ -28,14 +38,6 @@ def geometry_section(label, config):
             *mass_lines(model, tokenizer),
         ]
     )
-
-
-EXPLAINED = {
-    "newton": "Time scale: softenings a token of time. Retardation: how far a source is felt where "
-    "its predecessor is, mean over the head's coordinates. Window: tokens of time after which "
-    "nothing reaches, which is the radius (in softenings) in time.",
-    "published": "Gamma scales the score -gamma / r2; the radius is one a layer.",
-}
 
 
 def heads_table(model):
@@ -55,7 +57,7 @@ def _number(value):
 
 @torch.no_grad()
 def mass_lines(model, tokenizer):
-    """The heaviest and the lightest tokens, with their masses."""
+    """Markdown, in parts: the heaviest and the lightest tokens with their masses, and the range."""
     masses = model.mass(torch.arange(model.config.vocab_size)).flatten()
     order = masses.argsort(descending=True).tolist()
 

@@ -1,6 +1,7 @@
-"""Loss curves of several runs, as a PNG and as an interactive page."""
+"""Draws loss curves of several runs, as a PNG and as an interactive page."""
 
 import html
+import io
 
 import matplotlib
 import plotly.graph_objects as go
@@ -9,23 +10,16 @@ from plotly.subplots import make_subplots
 
 from system.markdown import to_page
 
-matplotlib.use("Agg")
+matplotlib.use("Agg")  # it draws files only, and needs no display
 
 AXES = (("step", 1, "step"), ("wall_time", 1 / 60, "minutes of training"))
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
 
 
-def points(rows, key, scale):
-    """x and y of a curve; evaluations without a finite loss are left out."""
-    kept = [row for row in rows if row["val_loss"] is not None]
-    return [row[key] * scale for row in kept], [row["val_loss"] for row in kept]
-
-
-def save_png(path, curves):
-    """Validation loss against steps and against time.
+def curves_png(curves):
+    """Validation loss by step and by time, as the bytes of a PNG.
 
     Args:
-        path: of the file to write.
         curves: `(label, name, rows)` of each run; runs of one label share a colour.
     """
     colours = _colours(curves)
@@ -34,33 +28,46 @@ def save_png(path, curves):
         named = set()
         for label, _, rows in curves:
             shown = None if label in named else label
-            panel.plot(*points(rows, key, scale), color=colours[label], label=shown, lw=1.4)
+            panel.plot(*_points(rows, key, scale), color=colours[label], label=shown, lw=1.4)
             named.add(label)
         panel.set_xlabel(title)
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("validation loss (nats a token)")
-    _legend(panels[0])
-    figure.tight_layout()
-    try:
-        figure.savefig(path, dpi=110, format="png")
-    finally:
-        plt.close(figure)
+    panels[0].set_ylabel("validation loss (nats per token)")
+    return _png(figure, panels[0])
+
+
+def lengths_png(rows_by_label):
+    """Loss by length of the context, a line for each model, as the bytes of a PNG.
+
+    Args:
+        rows_by_label: for each label the "by_length" rows of `evaluate.py`.
+    """
+    figure, panel = plt.subplots(figsize=(7, 4.2))
+    for label, rows in rows_by_label.items():
+        rows = [row for row in rows if row["loss"] is not None]
+        contexts, losses = [r["context"] for r in rows], [r["loss"] for r in rows]
+        panel.plot(contexts, losses, marker="o", lw=1.4, label=label)
+    panel.set_xscale("log", base=2)
+    panel.set_xlabel("tokens of context")
+    panel.set_ylabel("loss of the last 64 tokens (nats per token)")
+    panel.grid(alpha=0.3)
+    return _png(figure, panel)
 
 
 def page_of_curves(curves, title):
-    """The same as one HTML document; hovering names the run and its perplexity."""
+    """The curves of `curves_png` as an HTML page; hovering shows the run and its perplexity."""
     colours = _colours(curves)
     figure = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.04)
     named = set()
     for label, name, rows in curves:
         perplexities = [row["perplexity"] for row in rows if row["val_loss"] is not None]
         for column, (key, scale, axis) in enumerate(AXES, 1):
-            x, y = points(rows, key, scale)
+            x, y = _points(rows, key, scale)
             curve = go.Scatter(
                 x=x,
                 y=y,
                 mode="lines+markers",
-                name=html.escape(label),
+                name=html.escape(label),  # Plotly shows markup in names as markup
                 legendgroup=label,
                 showlegend=column == 1 and label not in named,
                 line={"color": colours[label]},
@@ -73,7 +80,7 @@ def page_of_curves(curves, title):
             figure.add_trace(curve, 1, column)
             figure.update_xaxes(title_text=axis, row=1, col=column)
         named.add(label)
-    figure.update_yaxes(title_text="validation loss (nats a token)", row=1, col=1)
+    figure.update_yaxes(title_text="validation loss (nats per token)", row=1, col=1)
     figure.update_layout(title={"text": html.escape(title)})
     return to_page(figure, title)
 
@@ -83,31 +90,20 @@ def _colours(curves):
     return {label: COLOURS[n % len(COLOURS)] for n, label in enumerate(labels)}
 
 
-def _legend(panel):
-    """Labels as they are: a dollar in one is no formula."""
+def _points(rows, key, scale):
+    """x and y of a curve; evaluations without a finite loss are left out."""
+    kept = [row for row in rows if row["val_loss"] is not None]
+    return [row[key] * scale for row in kept], [row["val_loss"] for row in kept]
+
+
+def _png(figure, panel):
+    """Add the legend to a panel, and close the figure: matplotlib would keep it in memory."""
     for text in panel.legend().get_texts():
-        text.set_parse_math(False)
-
-
-def save_lengths_png(path, rows_by_label):
-    """Loss against the length of the context, a line a model.
-
-    Args:
-        path: of the file to write.
-        rows_by_label: for each label `evaluate.py`'s rows of "by_length".
-    """
-    figure, panel = plt.subplots(figsize=(7, 4.2))
-    for label, rows in rows_by_label.items():
-        rows = [row for row in rows if row["loss"] is not None]
-        contexts, losses = [r["context"] for r in rows], [r["loss"] for r in rows]
-        panel.plot(contexts, losses, marker="o", lw=1.4, label=label)
-    panel.set_xscale("log", base=2)
-    panel.set_xlabel("tokens of context")
-    panel.set_ylabel("loss of the last 64 tokens (nats a token)")
-    panel.grid(alpha=0.3)
-    _legend(panel)
+        text.set_parse_math(False)  # a label with a dollar sign is not a formula
     figure.tight_layout()
+    png = io.BytesIO()
     try:
-        figure.savefig(path, dpi=110, format="png")
+        figure.savefig(png, dpi=110, format="png")
     finally:
         plt.close(figure)
+    return png.getvalue()

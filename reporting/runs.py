@@ -16,7 +16,7 @@ from system.safe_text import one_line
 from training.run_log import read_metrics
 
 NOT_RUN = "not run"
-PER_RUN = {
+PER_RUN = {  # settings that may differ between the seeds of one variant
     *("seed", "checkpoint_path", "command", "code_version", "torch_version", "machine", "device"),
     *("token_directory", "data_path", "eval_interval", "checkpoint_interval", "compile"),
 }
@@ -35,13 +35,6 @@ EVALUATION = {
     **{"step": int, "tokens": int, "val_loss": LOSS, "perplexity": LOSS},
     **dict.fromkeys(("steps_per_s", "tokens_per_s", "wall_time"), NUMBER),
 }
-SPAN = {"first": int, "last": int, "loss": NUMBER}
-EVALUATED = {  # the tables of an evaluation.json
-    "by_length": {"context": int, "tokens": int, "loss": LOSS},
-    "by_place": SPAN,
-    "by_frequency": SPAN,
-    "repeats": {"text": str, "gap": int, "again": NUMBER, "once": NUMBER},
-}
 
 
 @dataclass
@@ -53,17 +46,20 @@ class Run:
     rows: list | None = None
 
     def at_step(self, step):
+        """The evaluation at this step, or None."""
         return next((row for row in self.rows if row["step"] == step), None)
 
     def best(self):
+        """The evaluation with the lowest loss; None if no loss is finite."""
         known = (row for row in self.rows if row["val_loss"] is not None)
         return min(known, key=loss_or_worst, default=None)
 
     def within(self, seconds):
-        """The last evaluation after at most so much training."""
+        """The last evaluation after at most this many seconds of training, or None."""
         return next((r for r in reversed(self.rows) if r["wall_time"] <= seconds), None)
 
     def median(self, key):
+        """The median of a value over all evaluations."""
         return statistics.median(row[key] for row in self.rows)
 
     def command(self):
@@ -72,13 +68,13 @@ class Run:
 
 
 def loss_or_worst(row):
-    """To order evaluations by: a loss that is not finite is the worst."""
+    """Sort key for evaluations: a loss that is not finite is the worst."""
     return math.inf if row["val_loss"] is None else row["val_loss"]
 
 
 @dataclass
 class Variant:
-    """Runs that differ only in their seed. None of them: it was asked for and never run."""
+    """Runs that differ only in their seed; none if the user named a run that does not exist."""
 
     label: str
     runs: list
@@ -98,46 +94,43 @@ def load_run(directory, name):
             evaluation yet.
     """
     path = directory / "config.json"
-    config = _read_json(path, "train the run again")
-    _check(config, CONFIG, path, "train the run again")
+    config = read_json(path, "train the run again")
+    check_types(config, CONFIG, path, "train the run again")
     of_model = CONFIG_OF_VANILLA if config["model"] == "vanilla" else CONFIG_OF_NGT
-    _check(config, of_model, path, "train the run again")
+    check_types(config, of_model, path, "train the run again")
     path = directory / "metrics.jsonl"
     rows = [_finite(row) for row in read_metrics(path)] if path.exists() else []
     if not rows:
         raise UserError(f"{directory} has no evaluation yet: train the run further")
     for number, row in enumerate(rows, 1):
-        _check(row, EVALUATION, f"{path} line {number}", "remove that line")
+        check_types(row, EVALUATION, f"{path} line {number}", "remove that line")
     return Run(name, config, rows)
 
 
-def read_evaluation(run):
-    """Read what evaluate.py wrote about a run; None if it was not evaluated.
+def read_json(path, remedy):
+    """Read a JSON file.
 
     Raises:
-        UserError: if the file is not JSON or is of another program.
+        UserError: with the remedy, if it cannot be read or is torn.
     """
-    path = Path("runs") / run.name / "evaluation.json"
-    if not path.exists():
-        return None
-    remedy = "write it again with evaluate.py"
-    found = _read_json(path, remedy)
-    _check(found, dict.fromkeys(EVALUATED, list), path, remedy)
-    for key, expected in EVALUATED.items():
-        for row in found[key]:
-            _check(row, expected, f"{path}, {key}", remedy)
-    return found
-
-
-def _read_json(path, remedy):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): {remedy}") from None
 
 
-def _check(found, expected, where, remedy):
-    """Refuse anything but a dictionary that has these keys with values of these types."""
+def check_types(found, expected, where, remedy):
+    """Check that a run's file is what this program wrote.
+
+    Args:
+        found: from its JSON.
+        expected: types by key; other keys may have any value.
+        where: words for the file, for the error.
+        remedy: what the user can do.
+
+    Raises:
+        UserError: if it is no dictionary or lacks one of the keys with a value of that type.
+    """
     if not isinstance(found, dict):
         raise UserError(f"{where} holds no dictionary: {remedy}")
     for key, kind in expected.items():
@@ -151,10 +144,13 @@ def _finite(row):
 
 
 def find_runs(names, root=Path("runs")):
-    """The runs of some names; the name of a folder of runs stands for all of them.
+    """Load the runs of these names; the name of a folder means all runs in it.
+
+    Returns:
+        A list of `Run`, with an empty one for a name that has no run.
 
     Raises:
-        UserError: where there is not a single one.
+        UserError: if none of the names has a run, or if a file is damaged.
     """
     runs = []
     for name in names:
@@ -165,7 +161,7 @@ def find_runs(names, root=Path("runs")):
             continue
         below = sorted(path.parent for path in folder.glob("*/config.json"))
         found = [load_run(path, str(path.relative_to(root))) for path in below]
-        # what others are compared with comes first
+        # ratios are taken to the first line, so the baseline comes first
         runs += sorted(found, key=lambda run: run.config["model"] != "vanilla") or [Run(name)]
     if not any(run.config for run in runs):
         raise UserError(f"--runs: there is no run called {' or '.join(names)} below {root}/")
@@ -173,15 +169,15 @@ def find_runs(names, root=Path("runs")):
 
 
 def label_of(config):
-    """What people call a model of this configuration, in one printable line."""
+    """A name for a model of this configuration, in one printable line."""
     if config["model"] == "vanilla":
         return one_line(f"vanilla ({config['pos']})")
-    where = ", mass in value" if config["mass_in_value"] else ""
-    return one_line(f"ngt ({config['law']}{where})")
+    mass = ", mass in value" if config["mass_in_value"] else ""
+    return one_line(f"ngt ({config['law']}{mass})")
 
 
 def group(runs):
-    """Runs that differ only in their seed become one `Variant`, in the order given."""
+    """Group runs that differ only in their seed into one `Variant` each, in the order given."""
     variants = {}
     for run in runs:
         if run.config is None:
@@ -192,13 +188,13 @@ def group(runs):
     variants = list(variants.values())
     labels = [variant.label for variant in variants]
     for variant in variants:
-        if labels.count(variant.label) > 1:  # they differ in something that the label leaves out
+        if labels.count(variant.label) > 1:  # they differ in a setting that the label does not show
             variant.label = f"{variant.label}, {one_line(variant.runs[0].name)}"
     return variants
 
 
 def mean(values, form):
-    """Mean and standard deviation of several seeds; a single value as it is."""
+    """Text: mean and standard deviation of several values; a single value as it is."""
     if not values or None in values:
         return "not finite" if values else NOT_RUN
     if len(set(values)) == 1:
@@ -206,7 +202,6 @@ def mean(values, form):
     return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"
 
 
-def all_values(configs, key):
-    """The values of a setting, each once."""
-    values = dict.fromkeys(str(config.get(key)) for config in configs)
-    return ", ".join(values)
+def all_values(runs, key):
+    """The values that a setting has in these runs, each once, as text."""
+    return ", ".join(dict.fromkeys(str(run.config.get(key)) for run in runs))

@@ -1,6 +1,5 @@
-"""The report of run_study.sh: one table a question, every number from the runs' own files."""
+"""Writes the report of run_study.sh: one table per question, every number from the runs' files."""
 
-import io
 import math
 import statistics
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 
 from engine.flops import training_flops
 from engine.models import build_model
+from reporting.evaluations import length_table, read_evaluation, where_it_wins
 from reporting.geometry import geometry_section
 from reporting.runs import (
     NOT_RUN,
@@ -17,18 +17,16 @@ from reporting.runs import (
     label_of,
     loss_or_worst,
     mean,
-    read_evaluation,
 )
 from system.durations import duration
 from system.errors import UserError
 from system.files import write_whole
 from system.markdown import markdown_block, markdown_code, markdown_table, markdown_text
-from system.safe_text import one_line, short_reason
+from system.safe_text import one_line
 
 BASELINE = "rotary"
 STAGES = ("rates", "ablations", "headline", "full", "sizes")
-MOST_LAYERS = 200
-NOT_A_CHANGE = {
+NOT_A_CHANGE = {  # settings that differ between an ablation and its default for other reasons
     *("seed", "checkpoint_path", "command", "code_version", "torch_version", "machine", "device"),
     *("parameters", "mlp_dim", "source", "token_directory", "data_path", "compile"),
     *("eval_interval", "checkpoint_interval", "vocab_size", "model_type", "deterministic"),
@@ -39,101 +37,47 @@ def write_study(output, name):
     """Write the study of `runs/<name>/` as Markdown, with its pictures beside it.
 
     Raises:
-        UserError: where nothing of it was run.
+        UserError: if it has no run yet, or if a file of a run is damaged.
     """
-    from reporting.plots import (
-        save_lengths_png,  # a second to import
-        save_png,  # a second to import
-    )
-
     stages = {stage: _stage(name, stage) for stage in STAGES}
     runs = [run for found in stages.values() for run in found]
     if not runs:
         raise UserError(f"--study: there is no run below runs/{name}: start with run_study.sh")
     headline = _by_model(stages["headline"])
-    configs = [run.config for run in runs]
-    evaluations = {label: read_evaluation(found[0]) for label, found in headline.items()}
-    evaluations |= {
-        f"{_short(run)}, {run.rows[-1]['step']:,} steps": read_evaluation(run)
-        for run in (*stages["full"], *stages["ablations"])
-    }
-    evaluations = {label: found for label, found in evaluations.items() if found}
-
-    def values(key):
-        return markdown_text(all_values(configs, key))
-
+    evaluations = _evaluations(headline, [*stages["full"], *stages["ablations"]])
     parts = [
-        f"# The study {markdown_code(name)}: gravity against dot-product attention",
-        f"**Corpus:** {values('source')}, SHA-256 "
-        f"{markdown_code(all_values(configs, 'source_sha256'))}. **Machine:** "
-        f"{values('machine')}. **Commits:** {values('code_version')}. "
-        f"**Cost:** {len(runs)} runs, "
-        f"{duration(sum(run.rows[-1]['wall_time'] for run in runs))} of training in all, each on "
-        "the threads named.",
-        f"Written by {markdown_code(f'python report.py --study {name} --output {output}')} from "
-        "the runs' own files. Losses are nats a token on fixed validation windows; ± is the "
-        "standard deviation over seeds; a paired difference is taken between runs of the same "
-        "seed, which read the same batches. Commands of all runs stand at the end.",
-        "## Headline",
-        _headline_table(headline),
+        *_introduction(runs, name, output),
+        *("## Headline", _headline_table(headline)),
+        *(_curves_and_cost(output, headline) if headline else []),
+        *("## Learning rates", _rate_table(stages["rates"])),
+        *("## Ablations", _ablation_table(stages["ablations"])),
+        *("### In full", _full_table(stages["full"], headline)),
+        *("## Other sizes", _size_table(stages["sizes"])),
+        *("## Past its training length", length_table(evaluations)),
+        *(_lengths_picture(output, evaluations) if evaluations else []),
+        *("## Where each wins", *where_it_wins(evaluations)),
+        *("## What the geometry learned", *_geometry(headline, stages["ablations"])),
+        *("## Commands", _commands(runs)),
     ]
-    if stages["headline"]:
-        curves = [(label, run.name, run.rows) for label, rs in headline.items() for run in rs]
-        picture = io.BytesIO()
-        save_png(picture, curves)
-        write_whole(output.with_suffix(".png"), picture.getvalue())
-        parts.append(f"![validation loss]({output.stem}.png)")
-        parts += ["### At equal cost", _cost_table(headline)]
-    parts += ["## Learning rates", _rate_table(stages["rates"])]
-    parts += ["## Ablations", _ablation_table(stages["ablations"])]
-    parts += ["### In full", _full_table(stages["full"], headline)]
-    parts += ["## Other sizes", _size_table(stages["sizes"])]
-    parts += ["## Past its training length", _length_table(evaluations)]
-    if evaluations:
-        picture = io.BytesIO()
-        save_lengths_png(picture, {label: e["by_length"] for label, e in evaluations.items()})
-        write_whole(output.with_name(f"{output.stem}_lengths.png"), picture.getvalue())
-        parts.append(f"![loss by context]({output.stem}_lengths.png)")
-    parts += ["## Where each wins", *_where_it_wins(evaluations)]
-    parts.append("## What the geometry learned")
-    parts += [
-        geometry_section(label, found[0].config)
-        for label, found in headline.items()
-        if found[0].config["model"] == "ngt"
-    ] + [
-        geometry_section(f"{_short(run)} (ablation)", run.config)
-        for run in stages["ablations"]
-        if run.config["model"] == "ngt" and run.config.get("use_soft_cutoff")
-    ] or [f"{NOT_RUN}."]
-    parts.append("## Commands")
-    commands = [
-        one_line(f"# {run.name}, commit {str(run.config.get('code_version'))[:12]}")
-        + "\n"
-        + run.command()
-        for run in runs
-    ]
-    parts.append(markdown_block("\n".join(commands), "bash"))
     write_whole(output, ("\n\n".join(parts) + "\n").encode())
 
 
 def _stage(name, stage):
-    try:
-        return find_runs([f"{name}/{stage}"])
-    except UserError:
-        if any((Path("runs") / name / stage).glob("*/config.json")):
-            raise
-        return []
+    """The runs of one stage of the study; an empty list if it has none yet."""
+    has_runs = any((Path("runs") / name / stage).glob("*/config.json"))
+    return find_runs([f"{name}/{stage}"]) if has_runs else []
 
 
 def _short(run):
+    """The last part of a run's name."""
     return one_line(run.name.split("/")[-1])
 
 
 def _by_model(runs):
     """Headline runs by their label, the baseline first; each list in order of the seeds.
 
-    Runs that run_study.sh names alike but for the seed belong together, whatever a later version
-    of this program has added to their configurations.
+    Runs of one label belong together even if a later version of this program added settings to
+    the configurations of some.
     """
     found = {}
     for run in runs:
@@ -143,7 +87,71 @@ def _by_model(runs):
     return dict(sorted(found.items(), key=lambda item: BASELINE not in item[0]))
 
 
+def _evaluations(headline, others):
+    """What evaluate.py wrote, by the label of the run: the first seed of a model, and others."""
+    labels = {label: runs[0] for label, runs in headline.items()}
+    labels |= {f"{_short(run)}, {run.rows[-1]['step']:,} steps": run for run in others}
+    found = {label: read_evaluation(run) for label, run in labels.items()}
+    return {label: evaluation for label, evaluation in found.items() if evaluation}
+
+
+def _introduction(runs, name, output):
+    def values(key):
+        return markdown_text(all_values(runs, key))
+
+    command = f"python report.py --study {name} --output {output}"
+    trained = duration(sum(run.rows[-1]["wall_time"] for run in runs))
+    return [
+        f"# The study {markdown_code(name)}: gravity against dot-product attention",
+        f"**Corpus:** {values('source')}, SHA-256 "
+        f"{markdown_code(all_values(runs, 'source_sha256'))}. **Machine:** {values('machine')}. "
+        f"**Commits:** {values('code_version')}. **Cost:** {len(runs)} runs, {trained} of training "
+        "in all, each on the threads named.",
+        f"Written by {markdown_code(command)} from the runs' own files. Losses are nats per token "
+        "on fixed validation windows; ± is the standard deviation over seeds; a paired difference "
+        "is taken between runs of the same seed, which read the same batches. The commands of all "
+        "runs are at the end.",
+    ]
+
+
+def _curves_and_cost(output, headline):
+    from reporting.plots import curves_png  # takes a second to import
+
+    curves = [(label, run.name, run.rows) for label, runs in headline.items() for run in runs]
+    write_whole(output.with_suffix(".png"), curves_png(curves))
+    return [f"![validation loss]({output.stem}.png)", "### At equal cost", _cost_table(headline)]
+
+
+def _lengths_picture(output, evaluations):
+    from reporting.plots import lengths_png  # takes a second to import
+
+    picture = lengths_png({label: found["by_length"] for label, found in evaluations.items()})
+    write_whole(output.with_name(f"{output.stem}_lengths.png"), picture)
+    return [f"![loss by context]({output.stem}_lengths.png)"]
+
+
+def _geometry(headline, ablations):
+    """A section for every NGT of the headline, and for ablations with the soft cutoff."""
+    runs = [(label, found[0]) for label, found in headline.items()]
+    runs += [
+        (f"{_short(run)} (ablation)", run) for run in ablations if run.config.get("use_soft_cutoff")
+    ]
+    sections = [
+        geometry_section(label, run.config) for label, run in runs if run.config["model"] == "ngt"
+    ]
+    return sections or [f"{NOT_RUN}."]
+
+
+def _commands(runs):
+    lines = []
+    for run in runs:
+        commit = str(run.config.get("code_version"))[:12]
+        lines += [one_line(f"# {run.name}, commit {commit}"), run.command()]
+    return markdown_block("\n".join(lines), "bash")
+
+
 def _baseline(headline):
+    """The headline runs that others are compared with; an empty list if there are none."""
     return next((runs for label, runs in headline.items() if BASELINE in label), [])
 
 
@@ -152,12 +160,13 @@ def _last(run, key, form):
 
 
 def _unfinished(run):
+    """Words for a run that has not reached its last step, else nothing."""
     step, steps = run.rows[-1]["step"], run.config["max_steps"]
     return f" (step {step:,} of {steps:,})" if step < steps else ""
 
 
 def _paired(runs, others, key):
-    """`(run's, other's)` values at their last common step, for seeds that both have."""
+    """Pairs of values at the last common step of two runs, for each seed that both models have."""
     others = {run.config["seed"]: run for run in others}
     pairs = []
     for run in runs:
@@ -171,7 +180,7 @@ def _paired(runs, others, key):
 
 
 def _headline_table(headline):
-    head = ["model", "parameters", "seeds", "val loss", "perplexity", "bits a byte"]
+    head = ["model", "parameters", "seeds", "val loss", "perplexity", "bits per byte"]
     head += ["perplexity / rotary, paired", "tokens/s", "training time"]
     lines = []
     for label, runs in headline.items():
@@ -194,26 +203,13 @@ def _headline_table(headline):
 
 
 def _model_of(config):
-    """The model of a run's config, without memory for its weights.
-
-    Raises:
-        UserError: if the config describes no model that can be built.
-    """
-    try:
-        if not 0 < config["num_layers"] <= MOST_LAYERS or config["block_size"] < 1:
-            raise ValueError("num_layers or block_size is out of bounds")
-        with torch.device("meta"):
-            return build_model(config)
-    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, UserError) as error:
-        reason = short_reason(f"{type(error).__name__}: {error}")
-        raise UserError(
-            f"--study: the run of {config['checkpoint_path']} is of no model that can be built "
-            f"({reason}): train it anew"
-        ) from None
+    """The model of a run's config, without memory for its weights."""
+    with torch.device("meta"):
+        return build_model(config | {"model_type": config["model"]})
 
 
 def _cost_table(headline):
-    """What it takes each model to reach the loss at which the baseline ends, by seed."""
+    """What each model needs to reach the last loss of the baseline's run of the same seed."""
     baseline = {run.config["seed"]: run for run in _baseline(headline)}
     if not baseline:
         return f"{NOT_RUN}: there is no {BASELINE} run to compare with."
@@ -229,28 +225,28 @@ def _cost_table(headline):
             end = other.rows[-1]
             within = run.within(end["wall_time"])
             losses += [within["val_loss"]] if within else []
-            there = next(
+            reached = next(
                 (r for r in run.rows if loss_or_worst(r) <= loss_or_worst(end) < math.inf), None
             )
-            if there is None:
+            if reached is None:
                 continue
-            steps.append(there["step"])
-            times.append(there["wall_time"] / end["wall_time"])
-            cost = training_flops(_model_of(run.config), there["tokens"])
+            steps.append(reached["step"])
+            times.append(reached["wall_time"] / end["wall_time"])
+            cost = training_flops(_model_of(run.config), reached["tokens"])
             flops.append(cost / training_flops(_model_of(other.config), end["tokens"]))
-        never = "never"
         lines.append(
             [
                 label,
-                mean(steps, ",.0f") if steps else never,
-                mean(times, ".2f") if times else never,
-                mean(flops, ".2f") if flops else never,
+                mean(steps, ",.0f") if steps else "never",
+                mean(times, ".2f") if times else "never",
+                mean(flops, ".2f") if flops else "never",
                 mean(losses, ".4f") if losses else "",
             ]
         )
     note = (
-        "The first evaluation at or below the baseline's last loss, by seed. A model that is "
-        "quicker has decayed its learning rate less by then, which counts against it."
+        "The first evaluation at or below the last loss of the baseline with the same seed. A "
+        "model that gets there early has not decayed its learning rate as far, which is a "
+        "disadvantage."
     )
     return f"{markdown_table(head, lines)}\n\n{note}"
 
@@ -273,14 +269,13 @@ def _rate_table(runs):
             for rate in rates
         ]
         lines.append([model, *shown, f"{best:g}"])
-    seed = all_values([run.config for run in runs], "seed")
-    steps = all_values([run.config for run in runs], "max_steps")
-    note = f"Validation loss after {steps} steps, seed {seed}, which no other table has."
+    seed, steps = all_values(runs, "seed"), all_values(runs, "max_steps")
+    note = f"Validation loss after {steps} steps, seed {seed}; no other table uses this seed."
     return f"{note}\n\n{markdown_table(['model', *(f'{rate:g}' for rate in rates), 'best'], lines)}"
 
 
 def _change(config, default):
-    """What a run's configuration changes, in the flags' words."""
+    """The settings in which a configuration differs from the default, as text."""
     names = [k for k in config if k not in NOT_A_CHANGE and config[k] != default.get(k)]
     return ", ".join(f"{name} {config.get(name)}" for name in names) or "none"
 
@@ -308,9 +303,10 @@ def _ablation_table(runs):
         )
     note = (
         f"One change at a time from `default`, {default.config['max_steps']:,} steps, seed "
-        f"{default.config['seed']}, same batches; below 0 is better than the default. One seed: "
-        "runs of the default at other seeds say which differences mean anything. Repulsion: the "
-        "energy of the final coordinates, which grows without bound where they collapse."
+        f"{default.config['seed']}, same batches; below 0 is better than the default. This is one "
+        "seed: the spread of the default over other seeds shows which differences matter. "
+        "Repulsion: the energy of the final coordinates, which grows without bound if they "
+        "collapse."
     )
     return f"{note}\n\n{markdown_table(head, lines)}"
 
@@ -350,53 +346,3 @@ def _size_table(runs):
         for run in runs
     ]
     return markdown_table(head, lines)
-
-
-def _evaluated(evaluations, key, title, name_of, value="loss"):
-    """A line a row of evaluate.py's, a column a model."""
-    rows = {}
-    for label, evaluation in evaluations.items():
-        for row in evaluation[key]:
-            rows.setdefault(name_of(row), {})[label] = row[value]
-    lines = []
-    for name, found in rows.items():
-        values = [found.get(label) for label in evaluations]
-        lines.append([name, *("" if v is None else f"{v:.4f}" for v in values)])
-    return markdown_table([title, *evaluations], lines)
-
-
-def _length_table(evaluations):
-    if not evaluations:
-        return f"{NOT_RUN}."
-    tokens = [row["tokens"] for found in evaluations.values() for row in found["by_length"]]
-    if not tokens:
-        return f"{NOT_RUN}: the validation text is too short."
-    note = (
-        f"Loss of the same {tokens[0]:,} tokens after contexts of several lengths; "
-        "empty where the model's positions end."
-    )
-    table = _evaluated(evaluations, "by_length", "context", lambda row: f"{row['context']:,}")
-    return f"{note}\n\n{table}"
-
-
-def _where_it_wins(evaluations):
-    if not evaluations:
-        return [f"{NOT_RUN}."]
-
-    def span(row):
-        return f"{row['first']:,} to {row['last']:,}"
-
-    def repeated(row):
-        return f"{row['text']}, after {row['gap']}"
-
-    return [
-        "### By place in the window",
-        _evaluated(evaluations, "by_place", "place", span),
-        "### By the token's rank in the training text",
-        _evaluated(evaluations, "by_frequency", "rank", span),
-        "### On what comes again",
-        "Loss of a string of 20 tokens of real text, or of random ids, when it comes again after "
-        "so many tokens; below it, where the same string comes once.",
-        _evaluated(evaluations, "repeats", "comes again", repeated, "again"),
-        _evaluated(evaluations, "repeats", "comes once", repeated, "once"),
-    ]

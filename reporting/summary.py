@@ -1,4 +1,4 @@
-"""The report of a group of runs: Markdown, CSV and a picture."""
+"""Writes the report of a group of runs: Markdown, CSV, a picture and an interactive page."""
 
 import csv
 import io
@@ -16,11 +16,90 @@ from system.markdown import markdown_block, markdown_code, markdown_table, markd
 from system.safe_text import one_line
 
 
-def reference_section(path):
-    """Figures that others published, marked as theirs.
+def write_report(output, names, variants, reference):
+    """Write the report and, beside it under the same name, .csv, .png and .html.
+
+    Args:
+        output: path of the .md file.
+        names: what the user gave to --runs.
+        variants: these runs, grouped; at least one of them was run.
+        reference: path of a file of published figures, or None.
 
     Raises:
-        UserError: where the file is missing or not in the form of reports/first_release.json.
+        UserError: if `reference` cannot be used or a file cannot be written.
+    """
+    from reporting.plots import curves_png, page_of_curves  # takes a second to import
+
+    runs = [run for v in variants for run in v.runs]
+    title = one_line(f"Report: {', '.join(names)}")
+    parts = [
+        f"# {markdown_text(title)}",
+        *_introduction(runs, output, names, reference),
+        *_result_tables(variants, runs),
+        *("## Speed and memory", "Medians over the evaluation intervals.", speed_table(variants)),
+        *("## Curves", f"![validation loss]({output.stem}.png)"),
+        f"Interactive: `{output.stem}.html`; every evaluation: "
+        f"[{output.stem}.csv]({output.stem}.csv).",
+        *("## Settings", settings_table(variants)),
+        "## What the geometry learned",
+        *(
+            geometry_section(v.label, v.config)
+            for v in variants
+            if v.runs and v.config["model"] == "ngt"
+        ),
+        *([reference_section(reference)] if reference else []),
+        *("## Commands", markdown_block("\n".join(run.command() for run in runs), "bash")),
+        *(f"{markdown_text(v.label)}: {NOT_RUN}." for v in variants if not v.runs),
+    ]
+    curves = [(v.label, one_line(run.name), run.rows) for v in variants for run in v.runs]
+    for suffix, content in (
+        (".html", page_of_curves(curves, title).encode()),
+        (".png", curves_png(curves)),
+        (".csv", _csv(runs)),
+        (output.suffix, ("\n\n".join(parts) + "\n").encode()),
+    ):
+        write_whole(output.with_suffix(suffix), content)
+
+
+def _introduction(runs, output, names, reference):
+    def values(key):
+        return markdown_text(all_values(runs, key))
+
+    steps = ", ".join(f"{run.name} {run.rows[-1]['step']:,}" for run in runs)
+    tokens = max(run.rows[-1]["tokens"] for run in runs)
+    command = ["python", "report.py", "--runs", *names]
+    command += ["--reference", str(reference)] if reference else []
+    return [
+        f"**Corpus:** {values('source')}. **Steps:** {markdown_text(steps)} (of "
+        f"{values('max_steps')} planned), up to {tokens:,} tokens each. **Machine:** "
+        f"{values('machine')}. **Seed:** {values('seed')}. **Commit:** {values('code_version')}.",
+        f"Written by {markdown_code(shlex.join([*command, '--output', str(output)]))} from the "
+        "runs' own files. "
+        "`ratio` is the perplexity divided by that of the first line; training time is that of "
+        "the steps, without evaluations; losses are nats per token on fixed validation windows.",
+    ]
+
+
+def _result_tables(variants, runs):
+    common = set.intersection(*({row["step"] for row in run.rows} for run in runs))
+    shortest = min(run.rows[-1]["wall_time"] for run in runs)
+    if common:
+        equal_steps = result_table(variants, lambda run: run.at_step(max(common)))
+    else:
+        equal_steps = "The runs were never evaluated at the same step."
+    return [
+        *("## At equal steps", equal_steps),
+        *("## At each one's best", result_table(variants, Run.best)),
+        f"## At equal training time ({duration(shortest)})",
+        result_table(variants, lambda run: run.within(shortest)),
+    ]
+
+
+def reference_section(path):
+    """Markdown: a table of figures that others published, marked as theirs.
+
+    Raises:
+        UserError: if the file is missing or not in the form of reports/first_release.json.
     """
     try:
         reference = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -38,73 +117,6 @@ def reference_section(path):
         f"unless the setting is the same: {markdown_text(setting)} (from {markdown_code(path)})."
         f"\n\n{markdown_table(head, lines)}"
     )
-
-
-def write_report(output, names, variants, reference):
-    """Write the report and, beside it under the same name, .csv, .png and .html."""
-    from reporting.plots import (
-        page_of_curves,  # a second to import
-        save_png,  # a second to import
-    )
-
-    ran = [v for v in variants if v.runs]
-    runs = [run for v in ran for run in v.runs]
-    curves = [(v.label, one_line(run.name), run.rows) for v in ran for run in v.runs]
-    title = one_line(f"Report: {', '.join(names)}")
-    common = set.intersection(*({row["step"] for row in run.rows} for run in runs))
-    shortest = min(run.rows[-1]["wall_time"] for run in runs)
-    configs = [run.config for run in runs]
-    steps = ", ".join(f"{run.name} {run.rows[-1]['step']:,}" for run in runs)
-    tokens = max(run.rows[-1]["tokens"] for run in runs)
-    command = ["python", "report.py", "--runs", *names]
-    command += ["--reference", str(reference)] if reference else []
-
-    def values(key):
-        return markdown_text(all_values(configs, key))
-
-    parts = [
-        f"# {markdown_text(title)}",
-        f"**Corpus:** {values('source')}. **Steps:** {markdown_text(steps)} (of "
-        f"{values('max_steps')} planned), up to {tokens:,} tokens each. **Machine:** "
-        f"{values('machine')}. **Seed:** {values('seed')}. **Commit:** {values('code_version')}.",
-        f"Written by {markdown_code(shlex.join([*command, '--output', str(output)]))} from the "
-        "runs' own files. "
-        "`ratio` is the perplexity over that of the first line; training time is that of the "
-        "steps, evaluations not counted; losses are nats a token on fixed validation windows.",
-        "## At equal steps",
-        result_table(variants, lambda run: run.at_step(max(common)))
-        if common
-        else "The runs were never evaluated at the same step.",
-        "## At each one's best",
-        result_table(variants, Run.best),
-        f"## At equal training time ({duration(shortest)})",
-        result_table(variants, lambda run: run.within(shortest)),
-        "## Speed and memory",
-        "Medians over the evaluation intervals.",
-        speed_table(variants),
-        "## Curves",
-        f"![validation loss]({output.stem}.png)",
-        f"Interactive: `{output.stem}.html`; every evaluation: "
-        f"[{output.stem}.csv]({output.stem}.csv).",
-        "## Settings",
-        settings_table(variants),
-        "## What the geometry learned",
-        *(geometry_section(v.label, v.runs[0].config) for v in ran if v.config["model"] == "ngt"),
-    ]
-    if reference:
-        parts.append(reference_section(reference))
-    parts += ["## Commands", markdown_block("\n".join(run.command() for run in runs), "bash")]
-    parts += [f"{markdown_text(v.label)}: {NOT_RUN}." for v in variants if not v.runs]
-    page = page_of_curves(curves, title).encode()
-    picture = io.BytesIO()
-    save_png(picture, curves)
-    for suffix, content in (
-        (".html", page),
-        (".png", picture.getvalue()),
-        (".csv", _csv(runs)),
-        (output.suffix, ("\n\n".join(parts) + "\n").encode()),
-    ):
-        write_whole(output.with_suffix(suffix), content)
 
 
 def _csv(runs):

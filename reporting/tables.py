@@ -1,4 +1,4 @@
-"""Tables of runs, for the terminal and for Markdown."""
+"""Makes tables of runs, for the terminal and for Markdown."""
 
 import statistics
 
@@ -7,7 +7,7 @@ from system.durations import duration
 from system.markdown import markdown_table
 from system.terminal import cells
 
-SETTINGS = {
+SETTINGS = {  # keys of a config.json, and their titles in the table
     "parameters": "parameters",
     "hidden_dim": "hidden_dim",
     "coord_dim": "coord_dim",
@@ -34,7 +34,7 @@ ONLY_NGT = {"coord_dim", "head_coord_dim", "exponent", "radius"}
 
 
 def terminal_table(variants):
-    """The same in short for the screen: each variant's last evaluation."""
+    """Text for the terminal: a line for each variant with its last evaluation."""
     head = ("model", "parameters", "step", "val loss", "perplexity", "steps/s", "tokens/s")
     lines = [head]
     for v in variants:
@@ -61,8 +61,12 @@ def terminal_table(variants):
 
 
 def result_table(variants, choose):
-    """A line a variant: what `choose(run)` picks among its evaluations."""
-    head = ["model", "step", "training time", "val loss", "perplexity", "bits a byte", "ratio"]
+    """Markdown: a line for each variant with one evaluation of every run.
+
+    Args:
+        choose: returns the evaluation of a run to show, or None if it has none.
+    """
+    head = ["model", "step", "training time", "val loss", "perplexity", "bits per byte", "ratio"]
     lines, baseline = [], None
     for v in variants:
         rows = [choose(run) for run in v.runs]
@@ -89,6 +93,7 @@ def result_table(variants, choose):
 
 
 def speed_table(variants):
+    """Markdown: a line for each variant with speed, time and memory of its training."""
     head = ["model", "steps/s", "tokens/s", "training time", "peak memory", "ratio of tokens/s"]
     lines, baseline = [], None
     for v in variants:
@@ -112,7 +117,7 @@ def speed_table(variants):
 
 
 def settings_table(variants):
-    """A line a setting, a column a variant."""
+    """Markdown: a line for each setting, a column for each variant."""
     ran = [v for v in variants if v.runs]
     lines = []
     for key, title in SETTINGS.items():
@@ -129,6 +134,7 @@ def settings_table(variants):
 
 
 def setting_text(value):
+    """A setting as people write it: on, off, 1,234, or nothing if it is not set."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if value is None:

@@ -1,4 +1,4 @@
-"""Types of command-line values, the scripts' parser, and the choice of a device."""
+"""What the scripts' command lines share: types of values, the parser, the device."""
 
 import argparse
 import math
@@ -9,7 +9,7 @@ from system.errors import UsageError
 
 
 def whole(text):
-    """An integer of at least 1."""
+    """Argparse type: an integer of at least 1."""
     value = _number(int, text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is too small: give at least 1")
@@ -17,7 +17,7 @@ def whole(text):
 
 
 def whole_or_zero(text):
-    """An integer of at least 0."""
+    """Argparse type: an integer of at least 0."""
     value = _number(int, text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative: give at least 0")
@@ -30,7 +30,7 @@ def whole_list(text):
 
 
 def random_seed(text):
-    """What a PyTorch generator takes."""
+    """Argparse type: a seed that PyTorch's generators accept, an integer from 0 to below 2^63."""
     value = whole_or_zero(text)
     if value >= 1 << 63:
         raise argparse.ArgumentTypeError(f"{text} is too large: give less than 2^63")
@@ -38,7 +38,7 @@ def random_seed(text):
 
 
 def positive(text):
-    """A finite number above 0."""
+    """Argparse type: a finite number above 0."""
     value = _number(float, text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} must be a number above 0")
@@ -46,7 +46,7 @@ def positive(text):
 
 
 def not_negative(text):
-    """A finite number of at least 0."""
+    """Argparse type: a finite number of at least 0."""
     value = _number(float, text)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} must be a number of at least 0")
@@ -54,7 +54,7 @@ def not_negative(text):
 
 
 def share(text):
-    """A number from 0 to below 1."""
+    """Argparse type: a number from 0 to below 1."""
     value = _number(float, text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be from 0 to below 1")
@@ -66,11 +66,11 @@ def _number(kind, text):
         return kind(text)
     except ValueError:
         what = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"{text!r} is no {what}") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {what}") from None
 
 
 def script_parser(description, examples):
-    """A script's parser, whose help keeps the line ends of its manual and examples."""
+    """A script's parser; its --help keeps the line ends of the manual and the examples."""
     return argparse.ArgumentParser(
         description=description,
         epilog=examples,
@@ -79,16 +79,16 @@ def script_parser(description, examples):
 
 
 def choose_device(name):
-    """The device that `--device` names.
+    """The `torch.device` that `--device` names; "auto" takes a GPU if there is one.
 
     Raises:
-        UsageError: where there is no such device.
+        UsageError: if there is no such device here.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.ones(1, device=device).item()
+        torch.ones(1, device=device).item()  # a device may have a name and still not work
     except (RuntimeError, AssertionError, NotImplementedError, ImportError, AttributeError):
         raise UsageError(
             f"--device {name} is not available here: use --device cpu, or --device auto"

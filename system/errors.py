@@ -1,4 +1,4 @@
-"""The one kind of error that a user's input causes, and how a script reports it."""
+"""The errors that a user can fix, and how a script reports them."""
 
 import os
 import sys
@@ -7,9 +7,9 @@ from system.safe_text import one_line
 
 
 class UserError(Exception):
-    """Something that the user can put right.
+    """An error that the user can fix.
 
-    The message is one line that names the flag or file and the remedy. `exit_code` is 2 where the
+    The message is one line that names the flag or file and the remedy. `exit_code` is 2 if the
     command line is at fault and 1 for everything else (files, data, numbers).
     """
 
@@ -26,18 +26,19 @@ class UsageError(UserError):
 
 
 def warn(message):
-    """Print one warning line on stderr; of several processes the first alone does."""
+    """Print one warning line on stderr; of several processes only the first does."""
     if os.environ.get("RANK", "0") != "0":
         return
     print(f"warning: {one_line(str(message))}", file=sys.stderr, flush=True)
 
 
 def run_script(main):
-    """Call `main()` and exit; a `UserError` becomes one line on stderr, Ctrl-C exit code 130."""
+    """Call `main()` and exit with its code; a `UserError` becomes one line on stderr."""
     try:
         sys.exit(main())
     except UserError as error:
         rank = os.environ.get("RANK", "0")
+        # of several processes each may fail in its own way
         who = "" if rank == "0" else f"rank {rank}: "
         print(f"{who}error: {one_line(str(error))}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
@@ -45,11 +46,11 @@ def run_script(main):
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
     except BrokenPipeError:
-        # the reader of our output left (as `| head` does): nobody is there to be told
+        # the reader of our output ended, as `| head` does: nobody would see a message
         sys.stderr.close()
         sys.exit(141)
     except (MemoryError, RuntimeError) as error:
-        # PyTorch says it in several ways, none of them a type of its own on the CPU
+        # PyTorch reports missing memory in several ways, on the CPU without a type of its own
         if "allocate" not in str(error) and "out of memory" not in str(error):
             raise
         print(
@@ -59,6 +60,6 @@ def run_script(main):
         )
         sys.exit(1)
     except OSError as error:
-        # a full disk, say, met where nothing more could be said about it
+        # for example a full disk, at a place that knows no better message
         print(f"error: {one_line(str(error))}", file=sys.stderr, flush=True)
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Writing files so that a crash leaves no half of one."""
 
 import contextlib
 
@@ -6,12 +6,19 @@ from system.errors import UserError
 
 
 def write_whole(path, data):
-    """Write bytes to a file, whole or not at all."""
+    """Write bytes to a file, all or none; missing folders are created.
+
+    Args:
+        path: a `Path`; an older file there stays until the new one is complete.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(data)
-        partial.replace(path)
+        partial.replace(path)  # a reader sees the old file or the new one, never a part
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()

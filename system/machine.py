@@ -1,4 +1,4 @@
-"""What this machine is, how much memory was used, and which code runs."""
+"""The machine that runs this, the memory used, and the version of the code."""
 
 import functools
 import platform
@@ -9,48 +9,8 @@ from pathlib import Path
 import torch
 
 
-@functools.cache
-def cpu_multiplies_bf16():
-    """Whether this CPU multiplies bf16 in hardware; else bf16 is far slower than fp32."""
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def peak_memory_bytes(device):
-    """Most memory used so far: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would also count what the parent held when it started us
-        lines = [x for x in status.read_text().splitlines() if x.startswith("VmHWM")]
-        if lines:
-            return int(lines[0].split()[1]) * 1024
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def code_version():
-    """The commit of this repository, with `+` where files were changed; None outside git."""
-    here = Path(__file__).resolve().parent.parent
-
-    def git(*command):
-        return subprocess.run(
-            ["git", "-C", str(here), *command], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def machine(device):
-    """What this runs on, in one line."""
+    """Name and abilities of the device, in one line."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -65,3 +25,43 @@ def machine(device):
         f"{name} ({capability}, {bf16} bf16 in hardware), {platform.machine()} CPU, "
         f"{threads} thread{'s' if threads > 1 else ''}"
     )
+
+
+@functools.cache
+def cpu_multiplies_bf16():
+    """Whether this CPU multiplies bf16 in hardware; without it bf16 is far slower than fp32."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def peak_memory_bytes(device):
+    """The most memory used so far, by the GPU or by this process; None if the system hides it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage also counts the memory of the parent at the start
+        lines = [x for x in status.read_text().splitlines() if x.startswith("VmHWM")]
+        if lines:
+            return int(lines[0].split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def code_version():
+    """The commit of this repository, with `+` if files were changed; None outside git."""
+    here = Path(__file__).resolve().parent.parent
+
+    def git(*command):
+        return subprocess.run(
+            ["git", "-C", str(here), *command], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,4 +1,4 @@
-"""Documents that no stranger's text can change: HTML without a network, JSON in it, Markdown."""
+"""HTML, JSON and Markdown in which text from strangers stays text."""
 
 import html
 import json
@@ -20,7 +20,7 @@ def to_page(figure, title):
 
 
 def json_for_script(data):
-    """JSON for a <script> element: no text in it can end the element or a line of it."""
+    """JSON for a <script> element, whose text cannot end the element or a line."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -28,12 +28,12 @@ def json_for_script(data):
 
 
 def markdown_text(value):
-    """One line of text in Markdown: it starts no HTML, link, picture, code or table cell."""
+    """One line of Markdown text that cannot start HTML, a link, picture, code or table cell."""
     return "".join(f"&#{ord(c)};" if c in MARKUP else c for c in one_line(str(value)))
 
 
 def markdown_code(value):
-    """One line as code, whatever backticks are in it; no table cell, which a bar would end."""
+    """One line as code, with any backticks in it; not for table cells, which a bar would end."""
     text = one_line(str(value))
     fence = "`" * (_longest_run(text) + 1)
     inner = f" {text} " if "`" in text else text
@@ -41,7 +41,7 @@ def markdown_code(value):
 
 
 def markdown_block(text, language=""):
-    """Lines as a block of code, whatever backticks are in them."""
+    """Lines as a block of code, with any backticks in them."""
     fence = "`" * max(3, _longest_run(text) + 1)
     return f"{fence}{language}\n{printable(text)}\n{fence}"
 
@@ -51,7 +51,7 @@ def _longest_run(text):
 
 
 def markdown_table(head, lines):
-    """A table of texts; the first column to the left, the others to the right."""
+    """A table of texts; the first column aligned left, the others right."""
     lines = [[markdown_text(cell) for cell in line] for line in (head, *lines)]
     lines.insert(1, ["---", *["---:"] * (len(head) - 1)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,19 +1,19 @@
-"""Text that cannot steer a terminal or pass for other text."""
+"""Text from strangers made safe to print: it cannot control a terminal or imitate other text."""
 
 import unicodedata
 
 JOINERS = "\u200c\u200d"  # emoji and Indic, Persian and Arabic letters need them
-FILLERS = "\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0"  # letters that nobody sees
+FILLERS = "\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0"  # invisible letters
 
 
 def printable(text, before=""):
-    """Text that can neither steer a terminal nor pass for other text.
+    """The text with everything dangerous escaped as Python does: `\\x1b`, `\\u202e`.
 
-    Letters of every script, emoji, line ends and tabs stay. Control characters (C0, C1), changes of
-    direction, invisible and broken characters are written as Python would: `\\x1b`, `\\u202e`.
+    Escaped are control characters (C0, C1), changes of direction, invisible and broken characters.
+    Letters of every script, emoji, line ends and tabs stay.
 
     Args:
-        before: the character that was printed last: joiners and variation selectors are text only
+        before: the character that was printed last. Joiners and variation selectors stay only
             after one that they can belong to.
     """
     if text.isascii() and text.isprintable():
@@ -26,7 +26,7 @@ def printable(text, before=""):
 
 
 def one_line(text):
-    """`printable`, with white space, line ends included, as single spaces."""
+    """`printable` text in one line: each run of white space becomes one space."""
     return printable(" ".join(text.split()))
 
 
@@ -70,7 +70,7 @@ def _is_selector(c):
 
 
 def is_emoji(c):
-    """Of the planes kept for pictures, which are newer than some Pythons know."""
+    """Whether it is in the planes for pictures; some are newer than Python's own tables."""
     return "\U0001f000" <= c <= "\U0001faff"
 
 

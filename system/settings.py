@@ -1,7 +1,7 @@
 """Dataclass fields that are also flags: default, type, help and legal range stand in one place."""
 
 import argparse
-from dataclasses import field, fields
+import dataclasses
 
 from system.errors import UsageError
 
@@ -18,34 +18,35 @@ def setting(default, help, type=None, choices=None, flag=None):
         flag: the flag's name, if it is not the field's name with dashes.
     """
     metadata = {"help": help, "type": type, "choices": choices, "flag": flag}
-    return field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def flag_of(setting):
+def flag_of(field):
     """The flag that gives this field, as a user types it."""
-    return setting.metadata["flag"] or "--" + setting.name.replace("_", "-")
+    return field.metadata["flag"] or "--" + field.name.replace("_", "-")
 
 
-def add_flag(group, setting, help):
+def add_flag(group, field, help):
     """Add a field's flag to a group of a parser. Its default is None: the flag was not given."""
-    kind = setting.metadata["type"]
-    options = {"type": kind, "choices": setting.metadata["choices"]}
-    if setting.type is bool:
+    kind = field.metadata["type"]
+    options = {"type": kind, "choices": field.metadata["choices"]}
+    if field.type is bool:
         options = {"action": argparse.BooleanOptionalAction}
-    group.add_argument(flag_of(setting), dest=setting.name, help=help, **options)
+    group.add_argument(flag_of(field), dest=field.name, help=help, **options)
 
 
-def objection(setting, value):
+def objection(field, value):
     """Why the command line would refuse this value of a field, in words; None if it would not."""
     if value is None:
-        return None if setting.default is None else "it is missing"
-    if setting.type is bool:
+        return None if field.default is None else "it is missing"
+    if field.type is bool:
         return None if type(value) is bool else f"{value!r} is neither on nor off"
+    # what was parsed must be the value itself: 4.0 or "4" is no legal 4
     try:
-        parsed = (setting.metadata["type"] or str)(str(value))
+        parsed = (field.metadata["type"] or str)(str(value))
     except argparse.ArgumentTypeError as error:
         return str(error)
-    choices = setting.metadata["choices"]
+    choices = field.metadata["choices"]
     if choices is not None and value not in choices:
         return f"{value!r} is not known: choose one of {', '.join(choices)}"
     return None if parsed == value else f"{value!r} is of another type"
@@ -57,6 +58,6 @@ def check_settings(config):
     Raises:
         UsageError: if a value is outside its legal range; it names the flag.
     """
-    for each in fields(config):
-        if each.metadata and (reason := objection(each, getattr(config, each.name))):
-            raise UsageError(f"{flag_of(each)}: {reason}")
+    for field in dataclasses.fields(config):
+        if field.metadata and (reason := objection(field, getattr(config, field.name))):
+            raise UsageError(f"{flag_of(field)}: {reason}")

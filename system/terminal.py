@@ -1,4 +1,4 @@
-"""What a terminal is shown: text that cannot steer it, cells, bars, and a little colour."""
+"""Output for a terminal: safe text, column widths, bars, and a little colour."""
 
 import os
 import shutil
@@ -11,16 +11,16 @@ EIGHTHS = " ▏▎▍▌▋▊▉█"
 LEVELS = " ▁▂▃▄▅▆▇█"
 LEVELS_ASCII = " .:-=+*#@"
 STYLES = {"dim": "2", "bold": "1"}
-WIDEST = 100  # cells; bars longer than that are hard to compare
+WIDEST = 100  # columns; longer bars are hard to compare
 
 
 def cells(text):
-    """How many columns printable text of one line takes, as terminals reckon it."""
+    """The number of columns that one line of printable text takes in a terminal."""
     total, before = 0, ""
     for c in text:
         if c == "\ufe0f" and before and _width(before) == 1:
-            total += 1  # asks for the picture, two columns wide
-        elif before != "\u200d":  # what is joined is drawn over what it is joined to
+            total += 1  # selects the emoji form, two columns wide
+        elif before != "\u200d":  # a joined character is drawn over the one before
             total += _width(c)
         before = c
     return total
@@ -33,11 +33,11 @@ def _width(c):
 
 
 def fit(text, width):
-    """Printable text in exactly `width` columns: padded, or cut with a sign that it is."""
+    """Printable text in exactly `width` columns: padded, or cut and marked with "…"."""
     text = encodable(printable(text))
     if cells(text) > width:
         sign = "…" if can_show("…") else "~"
-        end = min(len(text), 16 * width)  # marks take no column: thousands of them are no label
+        end = min(len(text), 16 * width)  # marks take no column, and there may be thousands
         while end and cells(text[:end]) > width - 1:
             end -= 1
         text = text[:end] + sign
@@ -45,7 +45,7 @@ def fit(text, width):
 
 
 def bar(share, width):
-    """A bar of `share` (0 to 1) of `width` columns, in eighths of one where they can be shown."""
+    """A bar that fills `share` (0 to 1) of `width` columns, in eighths if they can be shown."""
     share = min(max(share, 0.0), 1.0)
     if width < 1:
         return ""
@@ -56,18 +56,18 @@ def bar(share, width):
 
 
 def level(share):
-    """One column's height for `share` (0 to 1), the faintest of them blank."""
+    """One character whose height shows `share` (0 to 1); a blank for the smallest."""
     levels = LEVELS if can_show(LEVELS) else LEVELS_ASCII
     return levels[round(min(share, 1.0) * 8)]
 
 
 def columns():
-    """Columns to draw on: the terminal's, within reason."""
+    """The number of columns to draw on: the terminal's, from 20 to `WIDEST`."""
     return min(max(shutil.get_terminal_size().columns - 1, 20), WIDEST)
 
 
 def can_show(text):
-    """Whether standard output's encoding has these characters."""
+    """Whether the encoding of standard output has these characters."""
     try:
         text.encode(sys.stdout.encoding or "ascii")
     except (UnicodeError, LookupError):
@@ -76,7 +76,7 @@ def can_show(text):
 
 
 def encodable(text):
-    """Text as standard output can say it; what it has no code for as `\\u2423`."""
+    """Text that standard output can encode; other characters become `\\u2423`."""
     if can_show(text):
         return text
     text = text.replace("␣", "_").replace("⏎", "\\n").replace("⇥", "\\t")
@@ -85,17 +85,17 @@ def encodable(text):
 
 
 def is_capable():
-    """Whether standard output is a terminal that understands more than text."""
+    """Whether standard output is a terminal that understands escape codes."""
     return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def styled(text, style):
-    """Text between the codes of a style where standard output is a terminal with colour."""
+    """Text in a style (a key of `STYLES`) if standard output is a terminal with colour."""
     if style is None or not is_capable() or os.environ.get("NO_COLOR"):
         return text
     return f"\x1b[{STYLES[style]}m{text}\x1b[0m"
 
 
 def say(text="", style=None):
-    """Print a line, or several, that may hold anything."""
+    """Print one or more lines of any text, made safe."""
     print(styled(printable(text), style))

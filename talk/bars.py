@@ -1,4 +1,4 @@
-"""Tokens with bars beside them, as lines for a terminal: masses, and what pulled the newest one."""
+"""Tokens with bars beside them, as lines for a terminal: their masses and their pulls."""
 
 import torch
 
@@ -6,20 +6,20 @@ from system.safe_text import printable
 from system.terminal import bar, cells, columns, encodable, fit, level, styled
 
 SHOWN_PULLS = 8  # of one row of weights
-SHOWN_PULLS_OF_HEAD = 3  # where there are many heads
+SHOWN_PULLS_OF_HEAD = 3  # if many heads are shown
 LONGEST_LABEL = 16  # columns
 SHORTEST_BAR = 6  # columns
-LONGEST_MASS = 24  # columns of the heaviest token's bar
+LONGEST_MASS = 24  # columns of the bar of the heaviest token
 
 
 def label_width(labels):
-    """Columns that a list of labels needs, within reason."""
+    """Columns for a list of labels: of the widest, at most `LONGEST_LABEL` or a sixth of a line."""
     widest = max((cells(encodable(printable(label))) for label in labels), default=1)
     return min(widest, LONGEST_LABEL, columns() // 6)
 
 
 def token_lines(tokens, labels, masses):
-    """A line a token: id, label and, where there is one, its mass as a number and a bar."""
+    """One line per token: id, label and, if `masses` is given, its mass as a number and a bar."""
     width = label_width(labels)
     heaviest = max(masses or [1.0]) or 1.0
     room = min(columns() - 9 - width - 15, LONGEST_MASS)
@@ -31,12 +31,12 @@ def token_lines(tokens, labels, masses):
 
 
 def pull_lines(shares, labels, count=SHOWN_PULLS, indent="", full=1.0):
-    """The tokens that pulled hardest, a line each: share, label, how far back, bar.
+    """One line per token that pulled hardest: share, label, how far back, bar.
 
     Args:
-        shares: (N,) of a tensor, adding up to 1.
-        labels: the N tokens as people read them, the newest last.
-        full: the share that the longest bar stands for.
+        shares: tensor (N,) that sums to 1.
+        labels: of the N tokens, the newest last.
+        full: the share that a bar of full length stands for.
     """
     places = [
         place
@@ -60,9 +60,9 @@ def _where(back):
 
 
 def strip_lines(shares, labels):
-    """The newest text as far as it fits one line, and under it how hard each token pulled.
+    """Two lines: the newest tokens that fit one line, and under each how hard it pulled.
 
-    Heights are shares of the hardest pull of all.
+    Heights are relative to the hardest pull of all.
     """
     text, heights, room = [], [], columns()
     hardest = float(shares.max()) or 1.0
@@ -78,15 +78,15 @@ def strip_lines(shares, labels):
 
 
 def mean_back(shares):
-    """How far back the pull comes from on average, in tokens."""
+    """Mean distance of the pull in tokens back; shares (N,), the newest token last."""
     return float(torch.arange(len(shares) - 1, -1, -1.0) @ shares.float())
 
 
 def layer_lines(weights, labels, layer):
-    """Every head of a layer with its hardest pulls.
+    """The hardest pulls of every head of a layer.
 
     Args:
-        weights: (num_heads, N).
+        weights: (num_heads, N), each row summing to 1.
         layer: its number, from 1.
     """
     for head, shares in enumerate(weights, 1):
@@ -96,7 +96,7 @@ def layer_lines(weights, labels, layer):
 
 
 def head_lines(weights, labels):
-    """A line a head, `layer.head`: how far back it looks, and at what in the first place.
+    """One line per head, named `layer.head`: how far back it looks, and its hardest pull.
 
     Args:
         weights: (num_layers, num_heads, N).

@@ -16,9 +16,9 @@ from talk.events import Token, notice
 from talk.line_input import BROKEN
 from text.tokenizer import CharTokenizer, TextStream
 
-READ_AT_ONCE = 512  # tokens
-KEPT_AT_ONCE = 256  # tokens that are read with their pulls; fewer if many are remembered
-READ_PAIRS = 1 << 20  # tokens that are read times tokens that are remembered
+READ_AT_ONCE = 512  # tokens, if none are kept
+KEPT_AT_ONCE = 256  # tokens, if some are kept: pulls take time and memory per pair of tokens,
+READ_PAIRS = 1 << 20  # so at most this many tokens read times tokens remembered
 LONGEST_LABEL = 200  # characters; any file may bring its own vocabulary
 
 
@@ -112,6 +112,7 @@ class Conversation:
 
     def more(self, stopped):
         """Continue the text; `can_go_on` must hold."""
+        # `retry` returns to this moment
         state, length = self.stream.copy_of_state(), self.transcript.tell()
         self.before_answer = state, self.kept(), self.num_tokens, length
         yield from self.answer(stopped)
@@ -125,6 +126,7 @@ class Conversation:
                 are = "character is" if unknown == 1 else "characters are"
                 yield notice(f"{unknown:,} {are} new to this model's vocabulary")
         tokens = self.tokenizer.encode(text)
+        # a model predicts from at least one token
         if not tokens and not self.can_go_on:
             tokens = self.tokenizer.encode("\n") or [0]
         self.prompt, self.before_answer, self.turn = tokens, None, self.turn + 1

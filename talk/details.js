@@ -3,15 +3,15 @@
 
 const shownPosition = () => state.hovered ?? state.pinned ?? livePosition();
 const allHeads = () => state.about.numLayers * (state.about.numHeads + 1);
-// Of the rows of pulls: each layer's heads and their mean, then the mean of all.
+// A token has one row of pulls per head, one after each layer for the mean of its heads, and at the
+// end one for the mean of all.
 const row = () => Number($("head").value);
 const rowOf = (layer, head) => layer * (state.about.numHeads + 1) + head;
 
 // The mean over all heads comes with every token; the rows of the heads are asked for.
 const pullsOf = (token) => (row() === allHeads() ? token.pulls : token.rows?.[row()]);
 
-// The newest token. While an answer comes, the rows of the newest token are not there yet: for one
-// head it is the newest token whose rows are.
+// The newest token, or if one head is shown during an answer, the newest one whose rows came.
 const livePosition = () =>
   state.isBusy && row() !== allHeads() && tokens.has(answeredPosition)
     ? answeredPosition

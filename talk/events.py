@@ -2,10 +2,10 @@
 
 Every event is a dict with a `type`:
 
-    reading  `read` of `of` tokens of the user's text are read
-    tokens   `tokens`: new ones, a list of `Token`
-    rest     `text`: the end of the newest token's text, held back until now
-    notice   `text` for the user; `isWarning` if something is lost
+    reading  `read` of `of` tokens of the user's text have been read
+    tokens   `tokens`: the new ones, a list of `Token`
+    rest     `text`: the end of the newest token's text, held back as a character might continue
+    notice   `text` for the user; `isWarning`: whether it is a warning
     written  the answer is done: `count` tokens in `seconds`
     back     every token from `position` on is taken back
 """

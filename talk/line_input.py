@@ -1,4 +1,4 @@
-"""Lines from a person or a pipe: editing, history over sessions and completion where there are."""
+"""Reads lines from a terminal, with editing, history and completion, or from a pipe."""
 
 import contextlib
 import os
@@ -10,14 +10,14 @@ from system.errors import warn
 from system.terminal import is_capable, styled
 
 HISTORY_LINES = 1000
-BROKEN = re.compile("[\ud800-\udfff]")  # what Python reads a byte as that is no text
+BROKEN = re.compile("[\ud800-\udfff]")  # Python reads each byte that is not UTF-8 as one of these
 
 
 def history_path():
-    """Where the history is kept: the XDG base directory of what programs remember.
+    """The file of the history, in the XDG state directory.
 
     Raises:
-        RuntimeError: where nobody knows the home directory.
+        RuntimeError: if the home directory is unknown.
     """
     state = Path(os.environ.get("XDG_STATE_HOME", ""))
     if not state.is_absolute():
@@ -26,10 +26,10 @@ def history_path():
 
 
 def without_broken_bytes(text):
-    """What is no text replaced by U+FFFD, with a warning."""
+    """The text with U+FFFD for every byte that is not UTF-8, and a warning if there is one."""
     text, count = BROKEN.subn("\ufffd", text)
     if count:
-        warn(f"{count} byte{'s' if count > 1 else ''} of that are not UTF-8: read as \ufffd")
+        warn(f"{count} byte{'s are' if count > 1 else ' is'} not UTF-8: read as \ufffd")
     return text
 
 
@@ -37,8 +37,9 @@ class LineInput:
     """Standard input, line by line.
 
     Args:
-        prompt: what a person sees; a pipe does not.
-        complete: a function from what stands before the cursor to the words that may follow.
+        prompt: shown at a terminal, but not to a pipe.
+        complete: a function that takes the text before the cursor and returns the words that may
+            stand there.
     """
 
     def __init__(self, prompt, complete):
@@ -59,7 +60,7 @@ class LineInput:
         """The next line, without its end.
 
         Raises:
-            EOFError: after the last.
+            EOFError: after the last line.
         """
         if self._readline is None:
             print(self._prompt, end="", flush=True)
@@ -74,7 +75,7 @@ class LineInput:
         return without_broken_bytes(line)
 
     def _styled_prompt(self):
-        """The prompt with its codes marked as taking no room."""
+        """The prompt with its colour codes marked: readline must not count them as columns."""
         begin, _, end = styled("|", "bold").partition("|")
         return f"\x01{begin}\x02{self._prompt}\x01{end}\x02" if begin else self._prompt
 
@@ -87,7 +88,7 @@ class LineInput:
             readline.parse_and_bind("bind ^I rl_complete")
         else:
             readline.parse_and_bind("tab: complete")
-            # what is pasted is one text, line ends and all, and never keys that are pressed
+            # a pasted text stays one text: its line ends do not send it, its bytes press no keys
             readline.parse_and_bind("set enable-bracketed-paste on")
         with contextlib.suppress(OSError, RuntimeError):
             path = history_path()
@@ -98,7 +99,7 @@ class LineInput:
             readline.read_history_file(path)
 
     def _keep_line(self):
-        """Append it at once: a session may be cut off, and another may write there too."""
+        """Append the line at once: a session may be killed, and others write to the file too."""
         if self._history is None:
             return
         with contextlib.suppress(OSError):

@@ -308,7 +308,7 @@ function describeSettings() {
     .join(", ");
 }
 
-// Only what was changed: a seed may have more digits than a JavaScript number, and must stay as it is.
+// Only what was changed: a seed from the command line may be too long for a JavaScript number.
 function changedSettings() {
   const changed = settingInputs().filter(
     (input) => input.value !== String(state.settings[input.name] ?? ""),

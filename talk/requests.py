@@ -1,7 +1,7 @@
-"""The HTTP of the chat's page, by the standard library: who may ask, for what, and how it is told.
+"""The HTTP side of the chat's page, on the standard library: checks requests and sends answers.
 
-A page of another site can neither read nor steer, whatever name it gave this computer; nothing in a
-request names a file; what is refused is refused in one line.
+Pages of other sites can neither read nor control the chat, not even by DNS rebinding. No request
+can name a file, and every refusal is one line of text.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from system.errors import warn
 from talk.events import Token
 
 ROOT = Path(__file__).resolve().parent.parent
+# by path, so that no request can name a file of its own
 FILES = {
     "/": ("talk/page.html", "text/html; charset=utf-8"),
     "/style.css": ("web/style.css", "text/css; charset=utf-8"),
@@ -27,17 +28,17 @@ POLICY = (
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 LARGEST_BODY = 1 << 18  # bytes
-MOST_THROWN_AWAY, READ_SIZE = 1 << 24, 1 << 16  # bytes of a request that is refused
-LONGEST_SILENCE = 30  # seconds until a connection is given up
+MOST_DISCARDED, READ_SIZE = 1 << 24, 1 << 16  # bytes of a refused request
+LONGEST_SILENCE = 30  # seconds until an idle connection is closed
 
 
 def read_files():
-    """What `FILES` names, by path: contents and type. Nothing else is ever read."""
+    """Contents and type of every file in `FILES`, by path; no other file is ever read."""
     return {path: ((ROOT / name).read_bytes(), kind) for path, (name, kind) in FILES.items()}
 
 
 class Refused(Exception):
-    """A request that is not carried out: a status of 4xx and one line."""
+    """A request is refused: with a status of 4xx and a message of one line."""
 
     def __init__(self, status, message):
         super().__init__(message)
@@ -45,7 +46,7 @@ class Refused(Exception):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection to a `chat_server.ChatServer`."""
+    """One connection to a `talk.server.ChatServer`."""
 
     files = read_files()
 
@@ -87,44 +88,44 @@ class Handler(BaseHTTPRequestHandler):
             method()
         except Refused as refused:
             self._send_line(refused.status, str(refused))
-        except OSError:  # the browser left
+        except OSError:  # the browser closed the connection
             self.close_connection = True
         except Exception as error:
             warn(f"a request failed: {type(error).__name__}: {error}")
             self._send_line(500, f"the server failed: {type(error).__name__}")
 
     def _refuse_strangers(self):
-        """Only this server's own page, at this server's own address, may ask."""
+        """Accept only this server's own page at this server's own address."""
         hosts, origin = self.headers.get_all("Host", []), self.headers.get("Origin")
         if len(hosts) != 1 or not self.server.knows(hosts[0]):
             raise Refused(
-                403, "not known by that name: ask by address, or start it with --host NAME"
+                403, "unknown host name: open the page by its address, or start with --host NAME"
             )
         if origin is not None and origin.lower() != f"http://{hosts[0].lower()}":
-            raise Refused(403, "pages of other sites may not ask")
+            raise Refused(403, "requests from pages of other sites are refused")
 
     def _request(self):
-        """The JSON object of a request's body."""
+        """The JSON object in the request's body."""
         kind = self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise Refused(415, "send application/json")
         length = self.headers.get("Content-Length", "")
         if "Transfer-Encoding" in self.headers or not length:
-            raise Refused(411, "say how long it is: Content-Length")
+            raise Refused(411, "Content-Length is missing: send it")
         if not (length.isascii() and length.isdigit()):
             raise Refused(400, "Content-Length must be a whole number")
         if len(length) > 9 or int(length) > LARGEST_BODY:
-            raise Refused(413, f"too long: send at most {LARGEST_BODY:,} bytes")
+            raise Refused(413, f"the request is too long: send at most {LARGEST_BODY:,} bytes")
         try:
             request = json.loads(self.rfile.read(int(length)).decode("utf-8"))
         except (ValueError, RecursionError):
-            raise Refused(400, "that is no JSON") from None
+            raise Refused(400, "the body is not JSON") from None
         if not isinstance(request, dict):
             raise Refused(400, "send a JSON object")
         return request
 
     def _stream(self, job):
-        """The events of a job as lines of JSON, each as it comes; who leaves stops the job."""
+        """Send a job's events at once as lines of JSON; if the browser leaves, stop the job."""
         try:
             self._send_head(200, "application/x-ndjson", None)
             while (event := job.events.get()) is not None:
@@ -139,17 +140,17 @@ class Handler(BaseHTTPRequestHandler):
         self._send(200, _to_json(data), "application/json")
 
     def _send_line(self, status, text):
-        """A refusal, after which the connection ends.
+        """Send a refusal and close the connection.
 
-        What the request may still hold is thrown away: a connection that is closed before it came
-        takes the answer with it.
+        The rest of the request is read and discarded first: if a connection is closed while data
+        still arrives, the client may lose the answer.
         """
         self.close_connection = True
         with contextlib.suppress(OSError):
             self._send(status, (text + "\n").encode(), "text/plain; charset=utf-8")
             self.connection.shutdown(socket.SHUT_WR)
             self.connection.settimeout(1)
-            for _ in range(MOST_THROWN_AWAY // READ_SIZE):
+            for _ in range(MOST_DISCARDED // READ_SIZE):
                 if not self.connection.recv(READ_SIZE):
                     break
 
@@ -177,12 +178,14 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def send_error(self, code, message=None, explain=None):
-        """What the standard library refuses, as one line too."""
+        """Send the standard library's own refusals as one line too."""
         code = 405 if code == 501 else code
-        self._send_line(code, "only GET and POST" if code == 405 else "that is no request")
+        self._send_line(
+            code, "only GET and POST are allowed" if code == 405 else "this is not an HTTP request"
+        )
 
     def log_message(self, *_):
-        """The terminal is for the URL and warnings."""
+        """Log nothing: the terminal shows only the URL and warnings."""
 
 
 def _to_json(data):

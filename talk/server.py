@@ -1,7 +1,7 @@
 """The chat as a web page, `chat.py --serve`: one model, one conversation, one answer at a time.
 
-The model is fed by the thread that calls `serve`; others carry its events to the browser
-(`chat_requests.py`).
+The thread that calls `serve` runs the model; other threads send its events to the browser
+(talk/requests.py).
 """
 
 import argparse
@@ -25,7 +25,7 @@ EVENTS_AHEAD = 64  # kept for a browser that is slower than the model
 
 
 class Job:
-    """One answer on its way: what is to be done, and the events it yields, None at the end."""
+    """One answer that is being made; its `events` come through a queue, None at the end."""
 
     def __init__(self, make_events):
         self._make_events = make_events
@@ -33,7 +33,7 @@ class Job:
         self.events = queue.Queue(EVENTS_AHEAD)
 
     def run(self):
-        """In the model's thread."""
+        """Make the events; only the model's thread may call this."""
         try:
             for event in self._make_events(self.stopped):
                 self._put(event)
@@ -42,11 +42,11 @@ class Job:
             raise
 
     def finish(self):
-        """No event comes any more."""
+        """Mark the end of the events."""
         self._put(None)
 
     def _put(self, event):
-        """Wait for the browser, but not for one that left."""
+        """Wait until the browser takes an event; once it has left, drop the oldest instead."""
         while True:
             try:
                 return self.events.put(event, timeout=0.2)
@@ -57,7 +57,7 @@ class Job:
 
 
 class ChatServer(ThreadingHTTPServer):
-    """Listens; the model's thread takes one `Job` after the other from `jobs`."""
+    """Listens for browsers; the model's thread takes one `Job` after the other from `jobs`."""
 
     daemon_threads = True
 
@@ -80,9 +80,10 @@ class ChatServer(ThreadingHTTPServer):
         return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
     def knows(self, host):
-        """Whether a Host header names this server: a name of another's choosing does not.
+        """Whether a Host header names this server.
 
-        An address cannot be rebound by whoever owns a domain; a name can.
+        Any address will do, but of names only our own: the owner of a domain can point its name
+        at this computer (DNS rebinding), but cannot change what an address means.
         """
         name = _host_name(host)
         names = {"localhost", self.named_host.lower()}
@@ -97,24 +98,31 @@ class ChatServer(ThreadingHTTPServer):
         return _is_loopback(name) or not self.is_loopback
 
     def begin(self, make_events, check=lambda: None):
-        """Hand a job to the model's thread, if it has none.
+        """Hand a job to the model's thread, if it is idle.
 
         Args:
-            make_events: from the event that stops it to the events of the page.
-            check: called once nothing else can begin; may raise `Refused`.
+            make_events: takes the event that stops it and yields the page's events.
+            check: called when no other job can begin any more; may raise `Refused`.
+
+        Raises:
+            Refused: if another answer is being written.
         """
         with self._job_lock:
             if self.job is not None:
-                raise Refused(409, "an answer is being written: stop it, or wait")
+                raise Refused(409, "an answer is being written: wait, or stop it")
             check()
             self.job = Job(make_events)
             self.jobs.put(self.job)
             return self.job
 
     def work(self):
-        """The model's thread: jobs, one after the other, until Ctrl-C."""
+        """Run the jobs one after the other until Ctrl-C; this is the model's thread."""
         while True:
-            job = self.jobs.get()
+            try:
+                # without a timeout, a Ctrl-C just before the wait begins would not end it
+                job = self.jobs.get(timeout=1)
+            except queue.Empty:
+                continue
             try:
                 job.run()
             finally:
@@ -123,7 +131,7 @@ class ChatServer(ThreadingHTTPServer):
                 job.finish()
 
     def state(self):
-        """All that a page needs to show the conversation."""
+        """Everything that a page needs to show the conversation."""
         conversation = self.conversation
         config = conversation.stream.model.config
         return {
@@ -141,7 +149,11 @@ class ChatServer(ThreadingHTTPServer):
         }
 
     def pulls(self, query):
-        """Every row of the pulls on the token at a position."""
+        """All rows of the pulls on the token at a position.
+
+        Raises:
+            Refused: if there is no such position, or its token is no longer kept.
+        """
         number = query.removeprefix("position=")
         if not (number.isascii() and number.isdigit() and len(number) < 16):
             raise Refused(400, "give the position of a token: /pulls?position=0")
@@ -151,10 +163,10 @@ class ChatServer(ThreadingHTTPServer):
         raise Refused(404, f"the token at position {int(number):,} is not kept")
 
     def talk(self, request):
-        """The job that a request asks for.
+        """Begin the job that a request asks for.
 
         Raises:
-            Refused: where it asks for what cannot be done.
+            Refused: if the request is malformed or cannot be carried out now.
         """
         conversation = self.conversation
         action, settings = request.get("action"), self._settings(request.get("settings", {}))
@@ -167,7 +179,7 @@ class ChatServer(ThreadingHTTPServer):
             if type(version) is not int:
                 raise Refused(400, "version must be a whole number")
             if version != self.version:
-                raise Refused(409, "this conversation went on in another tab")
+                raise Refused(409, "the conversation was continued in another tab")
             if action == "retry" and not conversation.can_retry:
                 raise Refused(409, "nothing was answered yet")
             if action == "more" and not conversation.can_go_on:
@@ -187,7 +199,7 @@ class ChatServer(ThreadingHTTPServer):
                 reason = one_line(str(error))[:300]
                 if not isinstance(error, UserError):
                     reason = f"the model failed, {type(error).__name__}: {reason}"
-                yield {"type": "failed", "text": f"{reason} (the conversation starts afresh)"}
+                yield {"type": "failed", "text": f"{reason} (a new conversation starts)"}
             yield {
                 "type": "end",
                 "version": self.version,
@@ -231,7 +243,11 @@ class ChatServer(ThreadingHTTPServer):
         self.version += 1
 
     def _settings(self, given):
-        """Settings as the command line would take them; what is not given stays as it is."""
+        """The current settings with those given, which are checked as on the command line.
+
+        Raises:
+            Refused: if one of them is unknown or out of range.
+        """
         if not isinstance(given, dict):
             raise Refused(400, "settings must be an object")
         settings = dict(self.conversation.settings)
@@ -252,7 +268,7 @@ class ChatServer(ThreadingHTTPServer):
         return settings
 
     def handle_error(self, request, client_address):
-        """A browser that left in the middle of a request is nobody's mistake."""
+        """Print nothing: it is no error if a browser leaves in the middle of a request."""
 
 
 def serve(conversation, host, port, introduction):
@@ -266,18 +282,17 @@ def serve(conversation, host, port, introduction):
     Raises:
         UserError: if it cannot listen at this host and port.
     """
-    # started in the background of a script it would be deaf to Ctrl-C
+    # a script starts its background jobs with Ctrl-C ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         server = ChatServer(host, port, conversation, introduction)
     except (OSError, OverflowError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"--host {host} --port {port} cannot be had ({reason}): "
-            "--port 0 takes any port that is free"
+            f"--host {host} --port {port} cannot be used ({reason}): --port 0 takes any free port"
         ) from None
     if not server.is_loopback:
-        warn(f"--host {host}: whoever reaches this port can read and use this chat")
+        warn(f"--host {host}: anyone who can reach this port can read and use this chat")
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(f"chat at {server.url} (Ctrl-C stops it)", flush=True)
     try:
@@ -295,22 +310,26 @@ def _is_loopback(address):
 
 
 def _host_name(host):
-    """The name or address of a Host header, without its port."""
+    """The name or address in a Host header, without the port."""
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.rpartition(":")[0].lower() if ":" in host else host.lower()
 
 
 def _text(text):
-    """The text that a user sent, with line ends as the models know them."""
+    """The text that a user sent, whose line ends all become line feeds.
+
+    Raises:
+        Refused: if it is empty, no string, or holds control characters.
+    """
     if not isinstance(text, str):
-        raise Refused(400, "text must be a text")
+        raise Refused(400, "text must be a string")
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text:
         raise Refused(400, "write something first")
     for character in text:
         if unicodedata.category(character) == "Cc" and character not in "\n\t":
             raise Refused(
-                400, f"the text holds a control character, U+{ord(character):04X}: remove it"
+                400, f"the text has a control character, U+{ord(character):04X}: remove it"
             )
     return text

@@ -1,6 +1,6 @@
-"""Feeds chat.py what nobody should: random prompts of every bad kind, through a pipe and at a
-pseudo-terminal, to both models with both tokenizers, and looks for crashes, for raw control
-characters in what comes back, and for memory that grows.
+"""Sends random malformed prompts to chat.py, through a pipe and at a pseudo-terminal, to both
+models with both tokenizers, and looks for crashes, raw control characters in the output, and
+growing memory.
 
 python tests/chat_campaign.py --prompts 10000
 """
@@ -32,8 +32,8 @@ from small_models import make_checkpoint
 from text.tokenizer import BPETokenizer, CharTokenizer
 
 TERMINAL_SHARE = 0.2
-BATCH = 25  # prompts between two looks at the process
-LINE_OF_TERMINAL = 4000  # bytes that the kernel keeps of a line being typed
+BATCH = 25  # prompts between two checks of the process
+LINE_OF_TERMINAL = 4000  # bytes that the kernel keeps of a line while it is typed
 ESCAPES = (
     "\x1b[31m",
     "\x1b]0;title\x07",
@@ -63,7 +63,7 @@ MODELS = {
 
 
 def tokenizers():
-    """One that knows every bad character, and one that can say every byte."""
+    """One that knows every bad character, and one that can write every byte."""
     return {
         "char": CharTokenizer.train(EVERYTHING),
         "BPE": BPETokenizer.train([PLAIN * 9, RTL], 400),
@@ -123,9 +123,8 @@ KINDS = (
 
 
 def bad_characters(text, allowed="\n\t"):
-    """Characters that may steer a terminal or hide: controls, formats, broken ones, line ends.
-
-    Two format characters are letters' business: the joiners.
+    """Count the characters that can steer a terminal or hide: controls, formats, surrogates, line
+    ends; the two joiners are allowed, as letters and emoji need them.
     """
     found = Counter()
     for c in set(text):
@@ -137,13 +136,13 @@ def bad_characters(text, allowed="\n\t"):
 
 
 class Conversation:
-    """A chat.py process, on a pipe or a pseudo-terminal, whose every byte of output is kept."""
+    """A chat.py process on a pipe or a pseudo-terminal; all its output is kept."""
 
     def __init__(self, folder, checkpoint, at_terminal):
         self.at_terminal = at_terminal
         command = [sys.executable, str(ROOT / "chat.py"), "--checkpoint-path", checkpoint]
         command += ["--max-new-tokens", "6", "--temperature", "1", "--seed", "1", "--device", "cpu"]
-        # a dumb terminal without colour: not one escape sequence is anybody's right
+        # a dumb terminal without colour: no escape sequence is allowed at all
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "NO_COLOR": "1"}
         environment |= {"PYTHONIOENCODING": "", "XDG_STATE_HOME": str(folder)}
         if at_terminal:
@@ -185,7 +184,7 @@ class Conversation:
             data = data[os.write(self._input, data) :]
 
     def wait(self, seconds=300):
-        """Until all that was sent is answered."""
+        """Wait until everything that was sent is answered; returns whether all is well."""
         self._markers += 1
         marker = f"/marker{self._markers}!"
         self.send(marker.encode())
@@ -199,9 +198,9 @@ class Conversation:
         return self.check()
 
     def check(self):
-        """Look at what has come since the last time."""
+        """Check the output since the last call; returns whether it is clean."""
         data = bytes(self.output)
-        # up to a line's end, so that no character is cut
+        # up to a line end, so that no character is cut in half
         end = data.rfind(b"\n") + 1
         new, self._checked = data[self._checked : end], end
         try:
@@ -225,7 +224,7 @@ class Conversation:
         return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024
 
     def leave(self):
-        """End it as a person would: end of file."""
+        """End it with an end of file, as a person does."""
         with contextlib.suppress(OSError):
             os.write(self._input, b"\x04") if self.at_terminal else self.process.stdin.close()
         try:
@@ -243,11 +242,11 @@ class Conversation:
 def campaign(
     folder, prompts, seed=0, long_prompts=None, longest=1 << 20, only=None, tick=lambda: None
 ):
-    """Talk to every model, and count.
+    """Talk to every model.
 
     Args:
-        long_prompts: how many of them are `longest` bytes long; 1 in 500 where None.
-        only: pairs of a model's name and whether it is at a terminal; all where None.
+        long_prompts: how many prompts are `longest` bytes long; None: 1 in 500.
+        only: pairs of a model's name and whether it is at a terminal; None: all.
 
     Returns:
         A dict: `kinds` (prompts of each kind), `output_bytes`, `memory` (name to first and last
@@ -279,7 +278,7 @@ def campaign(
             chat.send(random_prompt(rng, kind, longest))
             tick()
             if n % BATCH == 0 or n == count:
-                # the text of a conversation is kept by right, for /save; a new one begins empty
+                # the text of a conversation is kept for /save; a reset empties it
                 chat.send(b"/reset")
                 if not chat.wait():
                     break
@@ -298,14 +297,14 @@ def campaign(
 
 
 def main():
-    """Run the campaign; returns 1 where anything failed or memory grew by more than 2 %."""
+    """Run the campaign; returns 1 if anything failed or memory grew by more than 2 %."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--prompts", type=int, default=10_000, help="in all (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
-    add("--long-prompts", type=int, help="1 MiB prompts among them (default: 1 in 500)")
+    add("--prompts", type=int, default=10_000, help="number of prompts (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the prompts (default: %(default)s)")
+    add("--long-prompts", type=int, help="how many of them have 1 MiB (default: 1 in 500)")
     args = parser.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as folder, tqdm(total=args.prompts, unit="prompt") as bar:

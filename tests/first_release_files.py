@@ -24,7 +24,7 @@ def random_state(shapes):
     return state
 
 
-def block_shapes(n, hidden, mlp):
+def layer_shapes(n, hidden, mlp):
     prefix = f"layers.{n}."
     shapes = {prefix + "ffn.net.0": (mlp, hidden), prefix + "ffn.net.3": (hidden, mlp)}
     shapes |= {prefix + "attn.v_proj": (hidden, hidden), prefix + "attn.out_proj": (hidden, hidden)}
@@ -47,7 +47,7 @@ def ngt_state(vocab_size, coord_dim=10, head_coord_dim=4, **sizes):
     hidden, heads = sizes["hidden_dim"], sizes["num_heads"]
     linears, norms, others = {"head": (vocab_size, hidden)}, {"norm": hidden}, {}
     for n in range(sizes["num_layers"]):
-        shapes, block_norms = block_shapes(n, hidden, sizes["mlp_dim"])
+        shapes, block_norms = layer_shapes(n, hidden, sizes["mlp_dim"])
         linears |= shapes
         linears[f"layers.{n}.attn.coord_proj_attn"] = (heads * head_coord_dim, coord_dim)
         linears[f"layers.{n}.attn.coord_proj_next"] = (coord_dim, hidden)

@@ -1,6 +1,6 @@
-"""Files made to do harm or to waste memory.
+"""Malicious files, and the error that each produces.
 
-python tests/hostile_files.py        a table of them, and what each is refused with
+python tests/hostile_files.py        prints them as a table
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from hostile_checkpoints import (
     attempt_checkpoint,
     attempt_file,
     attempt_resume,
-    said_of,
+    error_of,
     train_a_little,
 )
 from text.preparation import prepare_data
@@ -32,7 +32,7 @@ from text.tokenizer import GPT4_WORDS, BPETokenizer, load_bpe
 
 
 def meta(**changes):
-    """Change a prepared text's meta.json."""
+    """A change of a prepared text's meta.json."""
 
     def change(directory):
         path = directory / "meta.json"
@@ -51,7 +51,7 @@ def split(**changes):
 
 
 def elsewhere(directory):
-    """A split that is a file of somebody else's."""
+    """A split whose name is a path outside the directory."""
     splits = json.loads((directory / "meta.json").read_text())["splits"]
     meta(splits=splits | {"../../../../etc/passwd": splits["train"]})(directory)
 
@@ -65,13 +65,13 @@ def too_large_ids(directory):
     path.write_bytes(b"\xff" * path.stat().st_size)
 
 
-def two_terabytes_of_nothing(directory):
+def two_terabytes_of_holes(directory):
     os.truncate(directory / "train.bin", 2 << 40)
     split(tokens=1 << 40)(directory)
 
 
 TOKEN_FILES = {
-    "2 TB of holes": two_terabytes_of_nothing,
+    "2 TB of holes": two_terabytes_of_holes,
     "ids that are objects": meta(dtype="|O"),
     "ids of 10^9 bytes": meta(dtype="|V1000000000"),
     "ids as a list": meta(dtype=["<u2"]),
@@ -87,7 +87,7 @@ TOKEN_FILES = {
     "deep JSON": overwrite("meta.json", b"[" * 1_000_000),
     "a deep vocabulary": overwrite("vocab.json", b'{"a":' * 1_000_000),
     "no UTF-8": overwrite("meta.json", b"\xff\xfe"),
-    "a format of tomorrow": meta(format_version=99),
+    "a later format": meta(format_version=99),
     "another tokenizer's hash": meta(tokenizer_sha256="0" * 64),
 }
 """Changes of a directory of token files."""
@@ -97,7 +97,7 @@ BPE_JSON = BPETokenizer.train(["The quick brown fox\n"], 260).to_vocab()["tokeni
 
 
 def exported(**parts):
-    """A trained file, changed in some of its parts."""
+    """A trained tokenizer file with some parts replaced."""
     return json.dumps(json.loads(BPE_JSON) | parts)
 
 
@@ -111,7 +111,7 @@ def added_token(content, **parts):
 
 
 def words(regex, behavior="Isolated", invert=False):
-    """A pre-tokenizer as Llama 3's files have it."""
+    """A pre-tokenizer like those in Llama 3's files."""
     split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior, "invert": invert}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     return {"type": "Sequence", "pretokenizers": [split, level | {"use_regex": False}]}
@@ -123,10 +123,10 @@ TOKENIZERS = {
     "text doubled forty times": exported(
         normalizer={"type": "Sequence", "normalizers": [DOUBLING] * 40}
     ),
-    "a regex without end": exported(
+    "a regex of exponential time": exported(
         normalizer={"type": "Replace", "pattern": {"Regex": "(e+)+$"}, "content": "e"}
     ),
-    "a split without end": exported(pre_tokenizer=words("(e+)+$")),
+    "a split of exponential time": exported(pre_tokenizer=words("(e+)+$")),
     "a split that removes the text": exported(pre_tokenizer=words(GPT4_WORDS, "Removed")),
     "bytes of bytes of bytes": exported(
         pre_tokenizer={"type": "Sequence", "pretokenizers": [BYTE_LEVEL] * 3}
@@ -143,14 +143,14 @@ TOKENIZERS = {
     "another pre-tokenizer": exported(pre_tokenizer={"type": "Whitespace"}),
     "an empty sequence": exported(pre_tokenizer={"type": "Sequence", "pretokenizers": []}),
     "a suffix": with_model(end_of_word_suffix="</w>"),
-    "an unknown that is not there": with_model(unk_token="<unk>"),
+    "an unknown token outside the vocabulary": with_model(unk_token="<unk>"),
     "a token that is no bytes": with_model(vocab={"\u0416": 0, "a": 1}, merges=[]),
-    "two of one id": with_model(vocab={"a": 0, "b": 0, "c": 2}, merges=[]),
+    "two tokens with one id": with_model(vocab={"a": 0, "b": 0, "c": 2}, merges=[]),
     "an id of 2^40": with_model(vocab={"a": 0, "b": 1 << 40}, merges=[]),
     "an id as text": with_model(vocab={"a": "0"}, merges=[]),
     "a token of 10^6 letters": with_model(vocab={"a": 0, "b" * 10**6: 1}, merges=[]),
     "an added token of 10^6 letters": exported(added_tokens=[added_token("b" * 10**6)]),
-    "an added token of nothing": exported(added_tokens=[added_token("")]),
+    "an empty added token": exported(added_tokens=[added_token("")]),
     "an added token of a list": exported(added_tokens=[added_token(["b"])]),
     "an added token without a text": exported(added_tokens=[{"id": 260}]),
     "deep JSON": BPE_JSON[:-1] + ',"x":' + "[" * 100_000,
@@ -159,21 +159,21 @@ TOKENIZERS = {
 
 
 def attempt_tokenizer(content):
-    """What `load_bpe` says of a tokenizer file."""
+    """The error of `load_bpe` for a tokenizer file; empty if it is accepted."""
     Path("evil.json").write_text(content)
-    return said_of(lambda: load_bpe("evil.json"))
+    return error_of(lambda: load_bpe("evil.json"))
 
 
 def attempt_tokens(change):
-    """What `open_token_data` says of changed token files."""
+    """The error of `open_token_data` for changed token files; empty if they are accepted."""
     Path("text.txt").write_text("".join(SENTENCES) * 100)
     directory = prepare_data("text", "text.txt", say=lambda line: None).directory
     change(directory)
-    return said_of(lambda: open_token_data(directory))
+    return error_of(lambda: open_token_data(directory))
 
 
 def everything():
-    """Yield `(kind, name, what it was refused with)`; works in the current directory."""
+    """Yield `(kind, name, error)` of every file, written in the current directory."""
     for name, change in CONTENTS.items():
         yield "checkpoint", name, attempt_checkpoint(change)
     for name, make in FILES.items():
@@ -189,14 +189,14 @@ def everything():
 
 
 def main():
-    """Print the table; returns 1 where something was taken."""
-    taken = 0
-    print("| kind | what | refused with |\n|---|---|---|")
+    """Print the table. Returns 1 if a file was accepted, else 0."""
+    accepted = 0
+    print("| kind | file | error |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for kind, name, message in everything():
-            taken += not message
-            print(f"| {kind} | {name} | {message.replace('|', '/') or 'TAKEN'} |", flush=True)
-    return int(taken > 0)
+            accepted += not message
+            print(f"| {kind} | {name} | {message.replace('|', '/') or 'ACCEPTED'} |", flush=True)
+    return int(accepted > 0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""evaluate.py: each loss against one computed another way."""
+"""Tests evaluate.py: each loss against the same loss computed another way."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ TRAIN = (
 
 @pytest.fixture(params=[(), ("--model", "vanilla")], ids=["newton", "vanilla"])
 def trained(request, in_tmp, small_text):
-    """A short run; its last validation loss."""
+    """Train a short run; returns its last validation loss."""
     run(*TRAIN, *request.param, cwd=in_tmp, check=0)
     return json.loads((in_tmp / "runs/x/metrics.jsonl").read_text().splitlines()[-1])["val_loss"]
 
@@ -35,7 +35,7 @@ def evaluated(*flags):
 
 
 def test_parts_make_up_the_whole(trained):
-    """By place and by frequency, weighted by their tokens, the parts are the trainer's loss."""
+    """The mean of the groups, weighted by their tokens, is the trainer's loss."""
     result = evaluated("--context-lengths", 64, "--num-windows", 3)
     places = result["by_place"]
     weights = [row["last"] - row["first"] + 1 for row in places]
@@ -48,7 +48,7 @@ def test_parts_make_up_the_whole(trained):
 
 @torch.no_grad()
 def test_length_by_hand(trained):
-    """The last 64 tokens after each context, one sequence at a time; the same targets for all."""
+    """The loss of the same 64 tokens after each context, one sequence at a time."""
     result = evaluated("--context-lengths", "64,100,250", "--num-windows", 4)
     model, _, checkpoint = load_model("x.pt_best.pt")
     tokens = np.asarray(open_token_data(Path(checkpoint["config"]["token_directory"])).valid)
@@ -57,7 +57,7 @@ def test_length_by_hand(trained):
     for row in result["by_length"]:
         assert row["tokens"] == 4 * 64
         if vanilla and row["context"] > 64:
-            assert row["loss"] is None  # it has learned no position beyond
+            assert row["loss"] is None  # vanilla has no positions beyond its block size
             continue
         losses = []
         for n in range(1, 5):
@@ -68,7 +68,7 @@ def test_length_by_hand(trained):
 
 
 class Copier(torch.nn.Module):
-    """Says what followed the newest earlier coming of the present token; else every token alike."""
+    """Predicts what followed the last occurrence of the token; if there is none, any token."""
 
     max_context = None
 
@@ -91,7 +91,7 @@ class Copier(torch.nn.Module):
 
 
 def test_repeats_of_a_model_that_copies():
-    """A text in which every token is new: a copier knows all that comes again, and nothing else."""
+    """If no token of the text repeats, a model that copies predicts only the repeated strings."""
     vocab_size = 3000
     tokens = np.arange(2900)
     rows = evaluate.on_repeats(evaluate.Losses(Copier(vocab_size), {}), tokens, vocab_size, 4, 250)

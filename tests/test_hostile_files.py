@@ -1,4 +1,4 @@
-"""Files made to do harm or to waste memory: each is refused in one line, and quickly."""
+"""Malicious files: each produces a one-line error, quickly and without much memory."""
 
 import os
 import time
@@ -20,8 +20,12 @@ MOST_SECONDS = 20
 MOST_BYTES = 400_000_000
 
 
-def forget_the_peak():
-    """Else that of an earlier test hides those of this one; returns whether the system can."""
+def reset_peak_memory():
+    """Reset this process's peak memory, or an earlier test hides this one's.
+
+    Returns:
+        Whether the system can do that.
+    """
     path = Path("/proc/self/clear_refs")
     if path.exists():
         path.write_text("5")
@@ -30,8 +34,8 @@ def forget_the_peak():
 
 @pytest.fixture
 def watched(in_tmp):
-    """Within it nothing may run, take long or take memory."""
-    forget_the_peak()
+    """Fails the test if it took long or much memory, or if code from a file has run."""
+    reset_peak_memory()
     started, before = time.monotonic(), peak_memory_bytes(CPU)
     yield
     assert time.monotonic() - started < MOST_SECONDS
@@ -66,8 +70,8 @@ def trained(tmp_path_factory):
 
 
 NAMED = {
-    "a tokenizer to be written elsewhere": "planted",
-    "a device of no memory": "--device meta",
+    "a tokenizer written elsewhere": "planted",
+    "a device without memory": "--device meta",
     "text that never ends": "/dev/zero",
 }
 
@@ -80,8 +84,8 @@ def test_resumed(name, trained, watched, monkeypatch):
     assert not (trained[0] / "planted.json").exists()
 
 
-def test_the_trained_checkpoint_itself_goes_on(trained, monkeypatch, capsys):
-    """So that what the others are refused for is what was changed."""
+def test_the_unchanged_checkpoint_resumes(trained, monkeypatch, capsys):
+    """So the errors of the others come from what was changed."""
     monkeypatch.chdir(trained[0])
     assert hostile_checkpoints.attempt_resume(trained[1], lambda checkpoint: None) == ""
     assert "resuming at step 2" in capsys.readouterr().out
@@ -89,18 +93,18 @@ def test_the_trained_checkpoint_itself_goes_on(trained, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_tokenizers(name, watched, capfd):
-    """Refused before the library sees it: it does not panic."""
+    """Refused before the library reads it, so it does not panic."""
     message = hostile_files.attempt_tokenizer(TOKENIZERS[name])
     assert is_one_clear_line(message, "--tokenizer-path evil.json cannot be used")
     assert "panicked" not in capfd.readouterr().err
 
 
-def test_a_great_need_of_memory_is_seen(in_tmp):
-    """That of the test itself, whatever was needed before it."""
+def test_the_memory_check_notices_large_use(in_tmp):
+    """Even if an earlier peak was as large."""
     earlier = b"x" * (2 * MOST_BYTES)
     del earlier
-    if not forget_the_peak():
-        pytest.skip("this system does not forget a peak")
+    if not reset_peak_memory():
+        pytest.skip("this system cannot reset a peak")
     before = peak_memory_bytes(CPU)
     again = b"x" * (2 * MOST_BYTES)
     assert peak_memory_bytes(CPU) - before > MOST_BYTES and again
@@ -113,11 +117,11 @@ def test_token_files(name, watched):
 
 def test_a_pipe_is_not_waited_for(watched):
     os.mkfifo("evil.pt")
-    assert "ordinary" in hostile_checkpoints.said_of(lambda: load_model("evil.pt"))
+    assert "ordinary" in hostile_checkpoints.error_of(lambda: load_model("evil.pt"))
 
 
 def test_a_global_in_the_pickle(watched):
-    """What `torch.load` itself would run without `weights_only`."""
+    """It is refused, though `torch.load` without `weights_only` runs it."""
     message = hostile_checkpoints.attempt_checkpoint(
         lambda checkpoint: checkpoint.update(vocab=Malice())
     )
@@ -128,7 +132,7 @@ def test_a_global_in_the_pickle(watched):
 
 
 def test_older_checkpoints_are_read(in_tmp):
-    """One written before there was retardation says nothing of it, and has none."""
+    """A config that does not mention retardation has it if the weights do."""
     make_checkpoint("x.pt")
     good = torch.load("x.pt", weights_only=True)
     config = {k: v for k, v in good["config"].items() if k != "retardation"}

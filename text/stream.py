@@ -1,4 +1,4 @@
-"""Text of any size, read from disk and cut up as a stream: a block at a time is in memory."""
+"""Reading, cutting and hashing text of any size: only one block at a time is in memory."""
 
 import codecs
 import gzip
@@ -12,18 +12,21 @@ from system.errors import UserError
 
 BLOCK_BYTES = 1 << 20
 PIECE_CHARS = 1 << 16
-LONGEST_PIECE = 1 << 20
+LONGEST_PIECE = 1 << 20  # characters; only very long lines reach it
 
 
 def read_blocks(path):
     """Yield the text of a UTF-8 file, plain, .xz or .gz, block after block.
 
+    Args:
+        path: a `Path`.
+
     Raises:
-        UserError: where it is unreadable, damaged, not UTF-8, or holds nothing but white space.
+        UserError: if it is unreadable, damaged, not UTF-8, or holds only white space.
     """
     opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
     decoder = codecs.getincrementaldecoder("utf-8")()
-    is_empty, start = True, 0  # start: where the undecoded bytes begin
+    is_empty, start = True, 0  # start: position of the first byte not decoded yet
     try:
         with opener(path, "rb") as file:
             while True:
@@ -38,7 +41,7 @@ def read_blocks(path):
                     break
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} is not UTF-8 (byte {start + error.start}): convert it, with iconv say"
+            f"{path} is not UTF-8 (byte {start + error.start}): convert it, for example with iconv"
         ) from None
     except (lzma.LZMAError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is damaged ({error}): get it again") from None
@@ -49,7 +52,7 @@ def read_blocks(path):
 
 
 def kept_lines(blocks):
-    """WikiText's lines: blank ones dropped, one newline after each that is kept."""
+    """WikiText's lines without the blank ones, one newline after each."""
     rest = ""
     for block in blocks:
         *lines, rest = (rest + block).split("\n")
@@ -58,12 +61,12 @@ def kept_lines(blocks):
 
 
 def kept_line(line):
-    """A line with its one newline, or nothing where it is blank."""
+    """A line with one newline; empty if the line is blank."""
     return line.rstrip("\n") + "\n" if line.strip() else ""
 
 
 def between(blocks, start, end):
-    """The characters from `start` to before `end` of a text."""
+    """Yield the characters from `start` to before `end` of a text."""
     position = 0
     for block in blocks:
         if position >= end:
@@ -73,12 +76,13 @@ def between(blocks, start, end):
 
 
 def pieces(blocks):
-    """Cut at line ends into pieces of about `PIECE_CHARS`; the same text always cuts the same.
+    """Cut text at line ends into pieces of at least `PIECE_CHARS`, apart from the last.
 
-    A line of more than `LONGEST_PIECE` is cut before its last space, or where there is none at
-    that length.
+    The cuts depend on the text only, not on its blocks, so that an interrupted encoding can
+    continue. A line longer than `LONGEST_PIECE` is cut before its last space within that length,
+    or at that length if it has none.
     """
-    text, searched = "", PIECE_CHARS
+    text, searched = "", PIECE_CHARS  # searched: where to look for the next line end
     for block in blocks:
         text += block
         start = 0
@@ -98,25 +102,27 @@ def pieces(blocks):
 
 
 def sha256_of(*paths):
-    """SHA-256 of a file, or of the hashes of several.
+    """SHA-256 of a file, or of the hashes of several files, in hex.
 
     Raises:
-        UserError: where one is no readable file.
+        UserError: if one is no readable file.
     """
     digests = []
     for path in paths:
         try:
-            if path.exists() and not path.is_file() and not path.is_dir():  # it may never end
-                raise UserError(f"{path} is no ordinary file: name a text file")
+            if (
+                path.exists() and not path.is_file() and not path.is_dir()
+            ):  # reading a pipe or device may never end
+                raise UserError(f"{path} is not an ordinary file: name a text file")
             with open(path, "rb") as file:
                 digests.append(_digest(file, path).hexdigest())
         except IsADirectoryError:
             raise UserError(f"{path} is a directory: name the text file in it") from None
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    return (
-        digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    )
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _digest(file, path):

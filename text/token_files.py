@@ -1,8 +1,8 @@
-"""Token files: written piece by piece, gone on with after an interruption, read by memory map.
+"""Token files: written piece by piece, continued after an interruption, read by memory map.
 
 A prepared corpus is a directory with `train.bin`, `valid.bin` (and `test.bin`): flat little-endian
-uint16 ids (uint32 above 65,535), beside `vocab.json`, the tokenizer, and `meta.json`, which names
-the tokenizer, the source and their hashes. Until all of it is on disk it has another name.
+uint16 ids (uint32 above 65,535), with `vocab.json`, the tokenizer, and `meta.json`, which has
+the sizes and the hashes of tokenizer and source. Its name ends in `.partial` until it is complete.
 """
 
 import itertools
@@ -25,8 +25,8 @@ from text.tokenizer import tokenizer_from_vocab
 
 FORMAT_VERSION = 1
 BATCH_PIECES = 32
-NOTE_SECONDS = 5.0  # between notes of how far the encoding is
-CHECKED_AT_ONCE = 1 << 22
+NOTE_SECONDS = 5.0  # between notes of the progress on disk
+CHECKED_AT_ONCE = 1 << 22  # ids
 DTYPES = ("<u2", "<u4")
 COUNTS = ("pieces", "tokens", "bytes", "encoded_bytes")
 
@@ -35,8 +35,12 @@ class TokenFilesError(UserError):
     """Token files that cannot be used; `reason` says why, without the remedy."""
 
     def __init__(self, reason, directory):
-        super().__init__(f"{reason}: delete {directory} and it is made anew")
+        super().__init__(f"{reason}: delete {directory} to have it made again")
         self.reason = reason
+
+
+class TextMissing(UserError):
+    """The text that a checkpoint was trained on is not on this machine."""
 
 
 @dataclass
@@ -58,7 +62,7 @@ class TokenData:
 
     @property
     def bytes_per_token(self):
-        """UTF-8 bytes of the validation text a token, which turns nats into bits per byte."""
+        """UTF-8 bytes per token of the validation text, which turn nats into bits per byte."""
         split = self.meta["splits"]["valid"]
         return split["bytes"] / split["tokens"]
 
@@ -67,7 +71,7 @@ def open_token_data(directory):
     """Open a prepared corpus.
 
     Raises:
-        TokenFilesError: where a file is missing, damaged, or holds ids above the vocabulary.
+        TokenFilesError: if a file is missing, damaged, or holds ids above the vocabulary.
     """
     directory = Path(directory)
     try:
@@ -104,12 +108,13 @@ def open_token_data(directory):
 
 
 def _largest_id(path, dtype):
-    """Read in parts: a memory map that was read through counts as memory used.
+    """The largest id in a token file.
 
     Raises:
-        ValueError: where the file has holes, which no corpus has: 2 TB of nothing need no disk, and
-            a day to be read.
+        ValueError: if the file has holes. No corpus has, and a malicious file of 2 TB of holes
+            takes no disk but a day to read.
     """
+    # read in parts: pages of a memory map that was read through would count as memory used
     largest, size = -1, path.stat().st_size
     with open(path, "rb") as file, byte_bar(f"checking {path.name}", size) as bar:
         if _data_before_a_hole(file, size) < size:
@@ -121,9 +126,9 @@ def _largest_id(path, dtype):
 
 
 def _data_before_a_hole(file, size):
-    """In bytes; all of them where the system does not tell.
+    """The number of bytes before the first hole; `size` if the system cannot tell.
 
-    The blocks that a file takes say less: file systems that compress take fewer for a whole one.
+    The number of disk blocks would say less: compressing file systems use few for any file.
     """
     try:
         return file.seek(0, os.SEEK_HOLE)
@@ -134,14 +139,14 @@ def _data_before_a_hole(file, size):
 
 
 def write_token_files(directory, corpus, make_tokenizer, say):
-    """Encode a corpus into `directory`, going on where an interrupted call stopped.
+    """Encode a corpus into `directory`; continues where an interrupted call stopped.
 
     Args:
-        make_tokenizer: called with {split: UTF-8 bytes} where no interrupted call left one.
+        make_tokenizer: called with {split: UTF-8 bytes} unless an interrupted call left one.
         say: called with lines for the user.
 
     Raises:
-        UserError: where the text or the disk does not allow it; nothing is left behind then.
+        UserError: if the text is unusable or the disk is full; nothing is left behind then.
     """
     partial = directory.with_name(f"{directory.name}.partial")
     try:
@@ -150,7 +155,7 @@ def write_token_files(directory, corpus, make_tokenizer, say):
             sizes = _sizes(corpus)
             progress.begin(sizes, make_tokenizer(sizes))
         elif progress.tokens():
-            say(f"going on with {partial}, which has {progress.tokens():,} tokens already")
+            say(f"continuing {partial}, which has {progress.tokens():,} tokens already")
         for split, reader in corpus.readers.items():
             _encode_split(progress, split, reader)
         meta = {
@@ -170,6 +175,7 @@ def write_token_files(directory, corpus, make_tokenizer, say):
         (partial / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
         if directory.exists():
             shutil.rmtree(directory)
+        # the rename is what makes the corpus complete for other processes
         partial.rename(directory)
         (directory / "progress.json").unlink()
     except OSError as error:
@@ -186,7 +192,7 @@ def write_token_files(directory, corpus, make_tokenizer, say):
 
 
 def _sizes(corpus):
-    """UTF-8 bytes of every split; every block is read, so damage shows before anything is made."""
+    """UTF-8 bytes of every split; reading all of it finds damage before anything is written."""
     sizes = {}
     for split, reader in corpus.readers.items():
         with byte_bar(f"reading {split}") as bar:
@@ -199,14 +205,14 @@ def _sizes(corpus):
 
 
 def byte_bar(title, total=None, start=0):
-    """A progress bar that shows MB/s and, where the total is known, the time left."""
+    """A progress bar that shows MB/s and, if the total is known, the time left."""
     return tqdm(
         total=total, initial=start, desc=title, unit="B", unit_scale=True, delay=1, leave=False
     )
 
 
 class _Progress:
-    """How far the encoding in a `.partial` directory is, as far as it is safely on disk."""
+    """The progress of the encoding in a `.partial` directory, as far as it is safely on disk."""
 
     def __init__(self, directory, corpus):
         self.directory = directory
@@ -226,7 +232,7 @@ class _Progress:
             if noted["source"] == self.source and is_same and are_counts:
                 self.tokenizer, self.splits = tokenizer_from_vocab(vocab), noted["splits"]
         except (OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError):
-            pass  # nothing to go on with: it is begun anew
+            pass  # nothing to continue: the encoding starts from the beginning
         except UserError:
             pass
 
@@ -235,7 +241,7 @@ class _Progress:
         return np.dtype("<u2" if self.tokenizer.vocab_size <= 1 << 16 else "<u4")
 
     def begin(self, sizes, tokenizer):
-        """Empty the directory and keep the tokenizer, so that it is trained once."""
+        """Empty the directory and save the tokenizer, so that it is trained only once."""
         self.tokenizer = tokenizer
         self.splits = {s: dict.fromkeys(COUNTS, 0) | {"bytes": n} for s, n in sizes.items()}
         shutil.rmtree(self.directory, ignore_errors=True)
@@ -258,6 +264,7 @@ def _encode_split(progress, split, reader):
         return
     path = progress.directory / f"{split}.bin"
     with open(path, "ab") as file:
+        # what a crash lost after the last note is encoded again, what it added is cut off
         if file.tell() < done["tokens"] * progress.dtype.itemsize:
             done.update(pieces=0, tokens=0, encoded_bytes=0)
         file.truncate(done["tokens"] * progress.dtype.itemsize)
@@ -287,12 +294,12 @@ def _to_disk(file):
 
 
 def _encoded(tokenizer, texts):
-    """Yield (batch of texts, ids); while one batch is unpacked and written another is encoded."""
+    """Yield (batch of texts, ids); the next batches are encoded while one is written."""
     workers, coming = ThreadPoolExecutor(2), deque()
     try:
         while batch := list(itertools.islice(texts, BATCH_PIECES)):
             coming.append((batch, workers.submit(tokenizer.encode_array, batch)))
-            if len(coming) > 2:
+            if len(coming) > 2:  # more would only take memory
                 batch, ids = coming.popleft()
                 yield batch, ids.result()
         for batch, ids in coming:
@@ -301,16 +308,23 @@ def _encoded(tokenizer, texts):
         workers.shutdown(cancel_futures=True)
 
 
-def token_data(checkpoint, tokenizer):
-    """The token files that a checkpoint was trained on.
+def data_of_checkpoint(checkpoint, tokenizer, remedy):
+    """The `TokenData` of the text that a checkpoint was trained on.
+
+    Args:
+        checkpoint, tokenizer: as `engine.checkpoint.load_model` returns them.
+        remedy: what the user can do if the text is missing, for the error message.
 
     Raises:
-        UserError: where they are not here, damaged, or of another tokenizer.
+        TextMissing: if it is not on this machine.
+        UserError: if it is damaged, or was encoded by another tokenizer.
     """
     directory = checkpoint["config"].get("token_directory")
-    if not isinstance(directory, str) or not Path(directory).is_dir():
-        raise UserError("the text that this checkpoint was trained on is not here")
+    if not directory or not Path(directory).is_dir():
+        raise TextMissing(
+            f"the text that this checkpoint was trained on is not at {directory or '?'}: {remedy}"
+        )
     data = open_token_data(directory)
     if data.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise UserError(f"{directory} is of another tokenizer")
+        raise UserError(f"{directory} has another tokenizer than this checkpoint: {remedy}")
     return data

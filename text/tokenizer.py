@@ -1,7 +1,7 @@
 """Three tokenizers behind one interface: characters, byte-level BPE and tiktoken's encodings.
 
-Each has `vocab_size`, `encode(text) -> list of ids`, `decode(ids) -> text`, `label(id)` for people
-to read, `to_vocab()` (plain types, as a checkpoint keeps them) and `fingerprint` (SHA-256 of it).
+Each has `vocab_size`, `encode(text) -> list of ids`, `decode(ids) -> text`, `label(id)` for people,
+`to_vocab()`, its contents in plain types for checkpoints, and `fingerprint`, their SHA-256.
 """
 
 import contextlib
@@ -21,15 +21,16 @@ from system.safe_text import shown_short
 LONGEST_CHARACTER = 4  # bytes, in UTF-8
 LONGEST_TOKEN = 1000  # letters
 LONGEST_LABEL = 200  # letters
-LONGEST_SEQUENCE = 8  # normalizers, or pre-tokenizers, one after the other
-UNKNOWN = "\ufffd"  # what a char tokenizer writes for a character that it never saw
+LONGEST_SEQUENCE = 8  # normalizers or pre-tokenizers in a row
+UNKNOWN = "\ufffd"  # stands for a character that is not in the vocabulary
 NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase")
-GPT4_WORDS = (  # a regular expression of a stranger's may take for ever, or leave text out
+# only known regular expressions are run: one in a stranger's file may take for ever or lose text
+GPT4_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 BYTE_LEVEL_FLAGS = ("add_prefix_space", "trim_offsets", "use_regex")
-KNOWN_WORDS = {  # of GPT-2, GPT-4 and Llama 3, Qwen 2: each letter is in one of the pieces
+KNOWN_WORDS = {  # GPT-2; GPT-4 and Llama 3; Qwen 2: every character is in one of their pieces
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     GPT4_WORDS,
     GPT4_WORDS.replace("{1,3}", ""),
@@ -37,7 +38,7 @@ KNOWN_WORDS = {  # of GPT-2, GPT-4 and Llama 3, Qwen 2: each letter is in one of
 
 
 def _byte_of_letter():
-    """Byte-level BPE writes bytes as letters: printable Latin-1 as itself, the rest from U+0100."""
+    """Letter of byte-level BPE to byte: printable Latin-1 as itself, the rest from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {chr(byte): byte for byte in printable}
@@ -56,7 +57,7 @@ class _Tokenizer:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def label(self, token):
-        """A token for people, cut short: spaces and line ends visible, broken bytes in hex."""
+        """A token as a short label: spaces and line ends visible, broken bytes in hex."""
         text = self.decode([token])
         if UNKNOWN in text:
             text = self._raw(token)
@@ -69,7 +70,7 @@ class _Tokenizer:
 
 
 class CharTokenizer(_Tokenizer):
-    """One id a character; the last id stands for every character that was not in the corpus."""
+    """One id per character; the last id stands for all characters that the corpus lacks."""
 
     name = "char"
 
@@ -81,19 +82,19 @@ class CharTokenizer(_Tokenizer):
 
     @classmethod
     def train(cls, texts):
-        """Every character of an iterable of texts, in order, and the unknown."""
+        """A tokenizer with every character of an iterable of texts, sorted, and the unknown."""
         characters = set()
         for text in texts:
             characters.update(text)
         return cls([*sorted(characters - {UNKNOWN}), UNKNOWN])
 
     def encode(self, text):
-        # a first-release vocabulary has no unknown: what it cannot say is left out
+        # vocabularies of the first release have no unknown: other characters are left out
         ids = (self.stoi.get(character, self.unknown) for character in text)
         return [i for i in ids if i is not None]
 
     def encode_array(self, texts):
-        """As `encode`, several texts into one int64 array, at the speed a whole corpus needs."""
+        """`encode` for several texts into one int64 array, fast enough for a whole corpus."""
         codes = np.frombuffer("".join(texts).encode("utf-32-le"), dtype=np.uint32)
         fallback = -1 if self.unknown is None else self.unknown
         table = np.full(0x110000, fallback, dtype=np.int64)
@@ -104,7 +105,7 @@ class CharTokenizer(_Tokenizer):
         return ids[ids >= 0]
 
     def num_unknown(self, text):
-        """How many characters of `text` this tokenizer never saw."""
+        """The number of characters of `text` that are not in the vocabulary."""
         return sum(character not in self.stoi for character in text)
 
     def decode(self, ids):
@@ -115,13 +116,13 @@ class CharTokenizer(_Tokenizer):
 
 
 class BPETokenizer(_Tokenizer):
-    """Byte-level BPE (as GPT-2's), trained on the corpus by the `tokenizers` library.
+    """Byte-level BPE like GPT-2's (Radford et al. 2019), run by the `tokenizers` library.
 
-    Of a file only what makes ids of a text is used. What cuts, pads or adds to them (truncation,
-    padding, post-processor, dropout) is left out, and ids become bytes again, whatever its decoder.
+    Only the parts of a file that turn text into ids are used. Those that cut, pad or add ids
+    (truncation, padding, post-processor, dropout) and its decoder are ignored.
 
     Raises:
-        UserError: where it is no such file, or another kind of tokenizer.
+        UserError: if it is no such file, or another kind of tokenizer.
     """
 
     name = "bpe"
@@ -144,7 +145,7 @@ class BPETokenizer(_Tokenizer):
 
     @classmethod
     def train(cls, texts, vocab_size, show_progress=False):
-        """Train on an iterable of texts; every UTF-8 text round-trips, whatever they hold."""
+        """A tokenizer trained on an iterable of texts; it can encode every UTF-8 text."""
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
@@ -163,7 +164,7 @@ class BPETokenizer(_Tokenizer):
             return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_array(self, texts):
-        """As `encode`, several texts into one int64 array, on all cores."""
+        """`encode` for several texts into one int64 array, on all cores."""
         with _failures_named():
             encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return np.concatenate([np.array(e.ids, dtype=np.int64) for e in encodings])
@@ -181,13 +182,13 @@ class BPETokenizer(_Tokenizer):
         return {"type": "bpe", "tokenizer_json": self._json}
 
     def save(self, path):
-        """Write the `tokenizers` library's own JSON file, whole or not at all."""
+        """Write the JSON file of the `tokenizers` library, whole or not at all."""
         write_whole(Path(path), self._json.encode())
 
 
 @contextlib.contextmanager
 def _failures_named():
-    """What the `tokenizers` library raises of itself, bare Exception or a panic, as a UserError."""
+    """A context that turns the library's own errors, bare Exception or a panic, into UserError."""
     try:
         yield
     except BaseException as error:
@@ -197,23 +198,23 @@ def _failures_named():
 
 
 def _byte_level_parts(file):
-    """Of a `tokenizers` file what makes ids, once it is known to be harmless, as a new one.
+    """A new `tokenizers` file with the checked parts of another that turn text into ids.
 
     Raises:
-        UserError: where it is not byte-level BPE.
-        KeyError, TypeError, AttributeError: where it is no such file.
+        UserError: if it is not byte-level BPE.
+        KeyError, TypeError, AttributeError: if it is no such file.
     """
     model, added = file["model"], file.get("added_tokens") or []
     if model.get("type", "BPE") != "BPE":
         raise UserError(f"its model is {shown_short(model['type'])}, not BPE")
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
-            raise UserError(f"it has {key}, which byte-level BPE has not")
+            raise UserError(f"it has {key}, which byte-level BPE does not have")
     vocab, unknown = model["vocab"], model.get("unk_token")
     contents = {token["content"] for token in added}
     for token, i in (*vocab.items(), *((token["content"], token["id"]) for token in added)):
         if type(i) is not int or not 0 <= i < 1 << 31:
-            raise UserError(f"its token {shown_short(token)} has no id from 0 on")
+            raise UserError(f"its token {shown_short(token)} has no id of 0 or more")
         if not 0 < len(token) <= LONGEST_TOKEN:
             raise UserError(f"it has a token of {len(token):,} letters, not 1 to {LONGEST_TOKEN:,}")
         if token not in contents and not BYTE_OF_LETTER.keys() >= {*token}:
@@ -231,7 +232,7 @@ def _byte_level_parts(file):
     for part in before:
         if part["type"] != "Digits" and not _is_known_split(part):
             raise UserError(f"its pre-tokenizer {shown_short(part['type'])} is not a known one")
-    # the spaces around a token are text too
+    # a token that swallowed the spaces around it would lose text
     added = [token | {"lstrip": False, "rstrip": False} for token in added]
     return {
         "version": "1.0",
@@ -244,7 +245,7 @@ def _byte_level_parts(file):
 
 
 def _sequence(part, key):
-    """A normalizer or pre-tokenizer, or those of a sequence, as a list of dicts with a type."""
+    """One normalizer or pre-tokenizer, or a sequence of them, as a list of dicts."""
     if part is None:
         return []
     parts = part[key] if part["type"] == "Sequence" else [part]
@@ -255,7 +256,10 @@ def _sequence(part, key):
 
 def _is_known_split(part):
     how = part.get("behavior"), part.get("invert")
-    is_whole = how in (("Isolated", False), ("Removed", True))  # the rest, of which there is none
+    is_whole = how in (
+        ("Isolated", False),
+        ("Removed", True),
+    )  # removes what is not matched: nothing
     return part["type"] == "Split" and is_whole and part["pattern"].get("Regex") in KNOWN_WORDS
 
 
@@ -278,7 +282,7 @@ class TiktokenTokenizer(_Tokenizer):
             )
         try:
             self._encoding = tiktoken.get_encoding(encoding_name)
-        except Exception as error:  # whatever the download fails with
+        except Exception as error:  # a download fails in many ways
             raise UserError(
                 f"the table of --tiktoken-encoding {encoding_name} could not be fetched "
                 f"({type(error).__name__}): connect once, or point TIKTOKEN_CACHE_DIR at a copy, "
@@ -290,7 +294,7 @@ class TiktokenTokenizer(_Tokenizer):
         return self._encoding.encode_ordinary(text)
 
     def encode_array(self, texts):
-        """As `encode`, several texts into one int64 array, on all cores."""
+        """`encode` for several texts into one int64 array, on all cores."""
         batch = self._encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
         return np.concatenate([np.array(ids, dtype=np.int64) for ids in batch])
 
@@ -311,23 +315,23 @@ class TiktokenTokenizer(_Tokenizer):
 
 
 class TextStream:
-    """Turn ids into text as they come, holding back a character until its bytes are complete."""
+    """Turns ids into text one by one; a character is held back until its bytes are complete."""
 
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer
         self._pending, self._given = [], 0
 
     def push(self, token):
-        """Take one id; returns the text that is now certain, often with nothing held back."""
+        """Add one id; returns the text that is new and certain."""
         self._pending.append(token)
         text = self._tokenizer.decode(self._pending)
-        # tokens may straddle characters in a chain; only the last unknown may still become one
+        # characters may be split over several tokens; only the last one can be incomplete
         certain = text.removesuffix(UNKNOWN)
         new = certain[self._given :]
         if certain == text:
             self._pending, self._given = [], 0
         else:
-            # the bytes of what is incomplete are in the newest tokens: no chain is kept for ever
+            # the bytes of an incomplete character are in the newest tokens, so older ones can go
             if len(self._pending) > LONGEST_CHARACTER:
                 self._pending = self._pending[-LONGEST_CHARACTER:]
                 certain = self._tokenizer.decode(self._pending).removesuffix(UNKNOWN)
@@ -335,7 +339,7 @@ class TextStream:
         return new
 
     def flush(self):
-        """The text that is still held back."""
+        """Returns the text that is still held back."""
         text = self._tokenizer.decode(self._pending)[self._given :]
         self._pending, self._given = [], 0
         return text
@@ -345,11 +349,11 @@ def tokenizer_from_vocab(vocab):
     """The tokenizer that a checkpoint's `vocab` describes.
 
     Raises:
-        UserError: where it is not one of the forms of design 1.2 and this release.
+        UserError: if it is none that this program or its first release writes.
     """
     try:
         kind = vocab.get("type", "char" if "itos" in vocab else None)
-        if not isinstance(kind, str | None):  # it may be too deep to write out
+        if not isinstance(kind, str | None):  # a nested value may be too deep to print
             raise TypeError("its type is no text")
         if kind == "char":
             return CharTokenizer(_char_list(vocab))
@@ -364,7 +368,7 @@ def tokenizer_from_vocab(vocab):
 
 def _text(value):
     if not isinstance(value, str):
-        raise TypeError(f"a {type(value).__name__} where a text belongs")
+        raise TypeError(f"a {type(value).__name__} instead of a text")
     return value
 
 

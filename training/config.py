@@ -1,7 +1,7 @@
 """Settings of a run: its fields with their defaults, the presets, and which value wins.
 
-What the user gives wins over the checkpoint being resumed, that over the preset of the dataset,
-that over the defaults. A run's config is the result: a dict with a value for every setting.
+A given flag wins over the checkpoint being resumed, that over the preset of the dataset, and that
+over the default. The result is the run's config: a dict with a value for every setting.
 """
 
 from dataclasses import MISSING, dataclass, fields
@@ -55,68 +55,72 @@ class RunSettings:
 
     model_type: str = setting(
         "ngt",
-        "gravity, or the transformer it is compared with",
+        "NGT, or the vanilla transformer that it is compared with",
         choices=list(MODELS),
         flag="--model",
     )
     dataset: str = setting(
         "shakespeare",
-        "shakespeare: tiny Shakespeare, or the complete plays where it cannot be reached; "
+        "shakespeare: tiny Shakespeare, or the complete plays if it cannot be downloaded; "
         "wikitext103: from the Hugging Face Hub or local files; text: any UTF-8 text",
         choices=list(PRESETS),
     )
     data_path: str | None = setting(
         None,
-        "shakespeare: a text file to use instead; wikitext103: directory with "
+        "shakespeare: a text file to use instead; wikitext103: a directory with "
         "wiki.{train,valid,test}.{raw,tokens,txt} or the Hub's parquet files (default: data); "
         "text: a file (split 90/5/5) or a directory with train.*, valid.*, test.*; each plain, "
         ".xz or .gz",
     )
     tokenizer: str = setting("char", "how text becomes tokens", choices=("char", "bpe", "tiktoken"))
-    bpe_vocab_size: int = setting(8192, "tokens of a BPE vocabulary to train", whole)
+    bpe_vocab_size: int = setting(
+        8192, "tokens in the vocabulary of a BPE tokenizer to train", whole
+    )
     tokenizer_path: str | None = setting(
         None,
-        "a BPE tokenizer file to use; where it does not exist it is trained and written there "
+        "a BPE tokenizer file to use; if it does not exist, it is trained and written there "
         "(default: trained, and kept with the token files)",
     )
-    tiktoken_encoding: str = setting("gpt2", "any encoding that tiktoken knows, by name")
+    tiktoken_encoding: str = setting("gpt2", "the name of an encoding that tiktoken knows")
     num_parameters: int | None = setting(
-        None, "choose --mlp-dim so that the model has as many, nearly", whole
+        None, "choose --mlp-dim so that the model has about this many parameters", whole
     )
-    repulsion: bool = setting(
-        True, "add a loss that keeps coordinates apart; --no-repulsion: without"
-    )
-    lambda_repulsion: float = setting(0.05, "its weight", not_negative)
-    repulsion_interval: int = setting(10, "add it every so many steps", whole)
-    batch_size: int = setting(12, "windows a micro-step, over all processes", whole)
-    gradient_accumulation_steps: int = setting(1, "micro-steps a step", whole)
-    learning_rate: float = setting(1e-3, "peak of AdamW's learning rate", not_negative)
-    min_learning_rate: float = setting(1e-4, "where the cosine ends", not_negative)
-    weight_decay: float = setting(0.1, "on matrices only", not_negative)
+    repulsion: bool = setting(True, "add a loss that keeps coordinates apart")
+    lambda_repulsion: float = setting(0.05, "weight of that loss", not_negative)
+    repulsion_interval: int = setting(10, "steps between additions of that loss", whole)
+    batch_size: int = setting(12, "windows per micro-step, over all processes", whole)
+    gradient_accumulation_steps: int = setting(1, "micro-steps per step", whole)
+    learning_rate: float = setting(1e-3, "the highest learning rate of AdamW", not_negative)
+    min_learning_rate: float = setting(1e-4, "learning rate at the end of the cosine", not_negative)
+    weight_decay: float = setting(0.1, "weight decay, on matrices only", not_negative)
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0: no clipping", not_negative)
-    max_steps: int = setting(2000, "steps in all, resumed ones included", whole)
-    use_cosine_schedule: bool = setting(True, "decay the learning rate; else it stays constant")
-    warmup_steps: int = setting(100, "steps of linear warm-up", whole_or_zero)
-    seed: int = setting(1337, "of weights, batches and dropout", random_seed)
-    use_amp: bool = setting(
-        False, "train in bf16 where the device has it, else in fp16 with a scaler (GPU)"
+    max_steps: int = setting(2000, "steps in total, resumed ones included", whole)
+    use_cosine_schedule: bool = setting(
+        True, "decay the learning rate along a cosine; otherwise it stays constant"
     )
-    compile: bool = setting(False, "torch.compile the model")
+    warmup_steps: int = setting(100, "steps of linear warm-up", whole_or_zero)
+    seed: int = setting(1337, "random seed of weights, batches and dropout", random_seed)
+    use_amp: bool = setting(
+        False, "train in bf16 if the device has it, otherwise in fp16 with a scaler (GPU)"
+    )
+    compile: bool = setting(False, "compile the model with torch.compile")
     shard_optimizer: bool = setting(
-        False, "under torchrun, each process keeps its share of AdamW's state"
+        False, "under torchrun, each process keeps only a part of AdamW's state"
     )
     deterministic: bool = setting(False, "bit-identical runs on a GPU too (slower)")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
     eval_interval: int = setting(250, "steps between evaluations", whole)
-    eval_iters: int = setting(100, "evaluate on at most 16 times so many fixed windows", whole)
+    eval_iters: int = setting(100, "evaluate on at most 16 x this many fixed windows", whole)
     sample_tokens: int = setting(
         100,
-        "tokens of text that the model writes into TensorBoard at evaluations, at most some 50 "
-        "times; 0: none",
+        "length in tokens of the text that the model writes into TensorBoard at evaluations, at "
+        "about 50 of them at most; 0: none",
         whole_or_zero,
     )
-    checkpoint_interval: int = setting(250, "steps between writes of _last", whole)
-    max_skipped_steps: int = setting(10, "stop after so many non-finite steps in a row", whole)
+    checkpoint_interval: int = setting(250, "steps between writes of PATH_last.pt", whole)
+    max_skipped_steps: int = setting(
+        10, "stop after this many steps in a row with a loss or gradient that is not finite", whole
+    )
 
 
 def _all_settings():
@@ -128,7 +132,7 @@ def _all_settings():
 
 SETTINGS = _all_settings()
 DEFAULTS = {name: each.default for name, each in SETTINGS.items()}
-FREE_ON_RESUME = {  # where and how often a run writes and reads: no word about a change
+FREE_ON_RESUME = {  # they change nothing that the model learns: no warning of a change
     *("device", "data_path", "tokenizer_path", "shard_optimizer"),
     *("eval_interval", "sample_tokens", "checkpoint_interval"),
 }
@@ -172,7 +176,7 @@ def _mlp_dim(config, given, matched):
     sizes = {"hidden_dim", "coord_dim", "head_coord_dim", "num_heads"}
     if aim is None and not sizes & given.keys():
         return matched[kind]
-    width = 4 * config["hidden_dim"]
+    width = 4 * config["hidden_dim"]  # as in GPT-2
     if kind == "newton" and aim is None:
         return width
 
@@ -182,6 +186,7 @@ def _mlp_dim(config, given, matched):
             model = build_model(config | {"vocab_size": vocab_size} | changes)
         return sum(p.numel() for p in model.parameters())
 
+    # parameters grow linearly with the width, so two widths give the slope
     aim = aim or parameters(model_type="ngt", law="newton", mlp_dim=width)
     without = parameters(mlp_dim=8)
     per_channel = (parameters(mlp_dim=16) - without) / 8
@@ -210,13 +215,13 @@ def warn_of_no_effect(args, config):
         others = set(model_fields("ngt")) - set(model_fields("vanilla"))
         if "mlp_dim" not in given:  # these say how large the NGT is that it must match
             others -= {"coord_dim", "head_coord_dim"}
-        for name in given & others:
+        for name in sorted(given & others):
             warn(f"{flag_of(SETTINGS[name])} has no effect on --model vanilla")
         return
     if "pos" in given:
         warn("--pos has no effect on --model ngt, which knows time as a dimension of space")
     if config["use_rsqrt"] and config["law"] == "newton":
         warn("--use-rsqrt has no effect under --law newton")
-    for name in given & {"exponent", "retardation", "farthest_time_scale"}:
+    for name in sorted(given & {"exponent", "retardation", "farthest_time_scale"}):
         if config["law"] == "published":
             warn(f"{flag_of(SETTINGS[name])} has no effect under --law published")

@@ -1,4 +1,4 @@
-"""Training in the terminal: a table of evaluations and, below it, one line that lives."""
+"""Training in the terminal: a table of evaluations and, below it, one line that is updated."""
 
 import contextlib
 import os
@@ -11,14 +11,14 @@ from system.durations import short_duration
 
 COLUMNS = {"step": 7, "train": 8, "val": 8, "ppl": 9, "bits/byte": 9, "repulsion": 9}
 COLUMNS |= {"tokens/s": 9, "left": 9}
-SECONDS_BETWEEN_LINES = 60  # where nothing can live because the output is no terminal
+SECONDS_BETWEEN_LINES = 60  # if the output is no terminal, where no line can be updated
 
 
 def _cells(row, seconds_left):
     repulsion = row["repulsion"]
     if repulsion is None:
         repulsion = "-"
-    else:  # far beyond its column where tokens start at one place
+    else:  # huge if all tokens start at the same place, too wide for its column
         repulsion = f"{repulsion:.4f}" if repulsion < 1000 else f"{repulsion:.3g}"
     return {
         "step": str(row["step"]),
@@ -34,12 +34,12 @@ def _cells(row, seconds_left):
 
 def _width(terminal):
     with contextlib.suppress(OSError, ValueError):
-        return os.get_terminal_size(terminal.fileno()).columns or 80  # 0 where nobody has set it
+        return os.get_terminal_size(terminal.fileno()).columns or 80  # 0 if nobody has set it
     return 80
 
 
 def _fitting_columns():
-    """The titles of the first columns that a terminal has room for, all where there is none."""
+    """The titles of the first columns that the terminal has room for; all if it is no terminal."""
     if not sys.stdout.isatty():
         return list(COLUMNS)
     room = _width(sys.stdout)
@@ -57,8 +57,10 @@ def _aligned(cells, titles):
 
 
 class _Bar(tqdm):
-    """A bar that wipes the rest of its line: spaces up to its old end would wrap where the
-    terminal has become narrower."""
+    """A bar that erases the rest of its line by an escape code.
+
+    tqdm overwrites it with spaces, which wrap if the terminal has become narrower.
+    """
 
     @property
     def format_dict(self):
@@ -79,26 +81,26 @@ class _Bar(tqdm):
 
 
 class _Line(_Bar):
-    """One line of the terminal; `says` holds ways to say it, the fullest first."""
+    """One line of the terminal; `forms` holds its wordings, the longest first."""
 
-    says = ("",)
+    forms = ("",)
 
     def __str__(self):
         room = _width(self.fp) - 1  # a full line would wrap in some terminals
-        return next((line for line in self.says if len(line) <= room), self.says[-1][:room])
+        return next((line for line in self.forms if len(line) <= room), self.forms[-1][:room])
 
 
 class TrainingDisplay:
-    """What a training shows; used as `with`.
+    """The output of a training, a context manager.
 
-    In a terminal one line says step, loss, speed and time left, and evaluations are written above
-    it. Elsewhere they are plain lines; where they are far apart, one a minute says the same.
+    In a terminal one line shows step, loss, speed and time left, and evaluations are written above
+    it. Elsewhere evaluations are plain lines, with one line per minute between them.
 
     Args:
         total: steps of the run.
-        initial: steps that it has done.
-        tokens_per_step: of all processes.
-        shown: False on ranks but the main one.
+        initial: steps already done.
+        tokens_per_step: of all processes together.
+        shown: False on ranks other than the main one.
     """
 
     def __init__(self, total, initial, tokens_per_step, shown=True):
@@ -106,9 +108,9 @@ class TrainingDisplay:
         self.shown = shown
         self._titles = None
         self._first = None  # (steps done, clock) after the first step, which may have compiled
-        self._seconds_a_step = None  # of late
+        self._seconds_per_step = None  # a running average, so that a change of speed shows
         self._seconds_stepping = 0.0
-        self._spoke = time.monotonic()
+        self._last_line_at = time.monotonic()
         terminal = next((s for s in (sys.stderr, sys.stdout) if s.isatty()), None)
         self._line = _Line(
             total=total,
@@ -118,7 +120,7 @@ class TrainingDisplay:
             leave=False,
             dynamic_ncols=True,
         )
-        self._line.says = (f"step {initial:,}/{total:,}",)
+        self._line.forms = (f"step {initial:,}/{total:,}",)
 
     def __enter__(self):
         self._write_header()
@@ -129,27 +131,28 @@ class TrainingDisplay:
         self._line.close()
 
     def step(self, loss, seconds):
-        """A step was made, in so many seconds."""
+        """Show a step that took so many seconds."""
         now = time.monotonic()
         self.done += 1
         if self._first is None:
-            self._first, self._seconds_a_step = (self.done, now), seconds
+            self._first, self._seconds_per_step = (self.done, now), seconds
         else:
             self._seconds_stepping += seconds
-        self._seconds_a_step += 0.1 * (seconds - self._seconds_a_step)
-        self._line.says = self._says(loss, now)
+        self._seconds_per_step += 0.1 * (seconds - self._seconds_per_step)
+        self._line.forms = self._wordings(loss, now)
         self._line.update()
-        if self._line.disable and self.shown and now - self._spoke > SECONDS_BETWEEN_LINES:
-            self._spoke = now
-            print(self._line.says[0], file=sys.stderr, flush=True)
+        if self._line.disable and self.shown and now - self._last_line_at > SECONDS_BETWEEN_LINES:
+            self._last_line_at = now
+            print(self._line.forms[0], file=sys.stderr, flush=True)
 
-    def _says(self, loss, now):
+    def _wordings(self, loss, now):
+        """The line in four lengths, for terminals of any width."""
         first_step, started = self._first
-        # what evaluations and checkpoints have added to a step so far
+        # evaluations and checkpoints take time too: their average per step is added
         besides = now - started - self._seconds_stepping
-        pace = self._seconds_a_step + max(0.0, besides) / max(1, self.done - first_step)
+        pace = self._seconds_per_step + max(0.0, besides) / max(1, self.done - first_step)
         left = short_duration((self.total - self.done) * pace)
-        speed = self.tokens_per_step / self._seconds_a_step
+        speed = self.tokens_per_step / self._seconds_per_step
         short = tqdm.format_sizeof(speed)
         share = f"{100 * self.done // self.total}%"
         step = f"{self.done:,}/{self.total:,}"
@@ -161,7 +164,7 @@ class TrainingDisplay:
         )
 
     def _write_header(self):
-        """Where there is none yet, or the terminal has got another width."""
+        """Write the table's header at the start, and again if the terminal changed its width."""
         titles = _fitting_columns()
         if titles != self._titles:
             self.say(_aligned({title: title for title in titles}, titles))
@@ -173,16 +176,16 @@ class TrainingDisplay:
         self.say(_aligned(_cells(row, seconds_left), self._titles))
 
     def say(self, line):
-        """Write a line above the one that lives."""
-        self._spoke = time.monotonic()
+        """Write a line above the one that is updated."""
+        self._last_line_at = time.monotonic()
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
 
 
 def evaluation_bar(batches, count, shown=True):
-    """Iterate over an evaluation's batches under a bar, if it takes more than two seconds.
+    """Iterate over an evaluation's batches, with a bar if it takes more than two seconds.
 
-    It stands where the training's line was: a line of its own would scroll the screen.
+    The bar replaces the training's line for that time: a second line would scroll the screen.
     """
     return _Bar(
         batches,
@@ -198,6 +201,6 @@ def evaluation_bar(batches, count, shown=True):
 
 @contextlib.contextmanager
 def above_the_line():
-    """Within it, what is printed on stderr stands above the line that lives."""
+    """A context in which lines printed on stderr appear above the line that is updated."""
     with tqdm.external_write_mode(file=sys.stderr):
         yield

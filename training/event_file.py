@@ -1,7 +1,7 @@
-"""A file that grows by whole records: TensorBoard's events, one file a run, and metrics.jsonl.
+"""Files that grow by whole records: TensorBoard's events, one file per run, and metrics.jsonl.
 
-Written here and at once: `SummaryWriter` writes in a thread, whose trace is all that a full disk
-leaves to read.
+Records are written directly: PyTorch's `SummaryWriter` writes in a thread, where a full disk ends
+in a traceback instead of a message.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ FRAME = struct.Struct("<QI")  # a record's length and its checksum; data and its
 
 
 def append_whole(path, data):
-    """Append bytes to a file, all or none of them; its folder is made where it is gone.
+    """Append bytes to a file, all or none of them; a missing folder is created.
 
     Raises:
-        UserError: where they cannot be written.
+        UserError: if they cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,13 +36,14 @@ def append_whole(path, data):
                 while data:
                     data = data[file.write(data) :]
             except OSError:
+                # readers stop at half a record, so what was written of it is removed
                 with contextlib.suppress(OSError):
                     file.truncate(size)
                 raise
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written ({error.strerror or error}): free some space, then go on "
-            "with --resume"
+            f"{path} cannot be written ({error.strerror or error}): free some space, then "
+            "continue with --resume"
         ) from None
 
 
@@ -50,9 +51,9 @@ class EventFile:
     """The events of a run, in one file of the directory.
 
     Args:
-        directory: a `Path`; event files that it holds are merged into the new one.
-        head: summaries that a file starts with, those of the same tags in older files are dropped.
-        is_kept: takes a tag and a step and says whether such an event of an older file stays.
+        directory: a `Path`; event files in it are merged into the new one.
+        head: summaries at the start of the file; older events with their tags are dropped.
+        is_kept: called with tag and step of every older event; returns whether it is kept.
     """
 
     def __init__(self, directory, head, is_kept):
@@ -72,13 +73,15 @@ class EventFile:
                             summary=Summary(value=[value]),
                         )
         write_whole(self.path, self._start() + _records(kept.values()))
+        # only now: a crash before this line loses nothing
         for path in set(old) - {self.path}:
             path.unlink()
 
     def append(self, summaries, step):
-        """Write summaries of one step. Raises as `append_whole`."""
+        """Write summaries of one step; raises what `append_whole` raises."""
         now = time.time()
         events = [Event(wall_time=now, step=step, summary=summary) for summary in summaries]
+        # somebody may have deleted the file during the run
         start = b"" if self.path.exists() else self._start()
         append_whole(self.path, start + _records(events))
 
@@ -98,7 +101,7 @@ def _records(events):
 
 
 def read_events(path):
-    """Yield the events of a file up to the first that a crash has torn."""
+    """Yield the events of a file up to the first that is incomplete, as a crash leaves it."""
     data = path.read_bytes()
     start = 0
     while start + FRAME.size <= len(data):

@@ -13,7 +13,7 @@ from training.run_files import flag
 from training.stop_request import StopRequest
 from training.validation import evaluate
 
-STEPS_TO_ESTIMATE = 20
+STEPS_TO_ESTIMATE = 20  # after so many the time of the rest is estimated
 
 
 def loop(trainer, log, files):
@@ -71,6 +71,7 @@ class _Loop:
         started = time.perf_counter()
         loss, norm = self.trainer.step()
         self.step_seconds = time.perf_counter() - started
+        # training time only: evaluations and checkpoints do not count
         self.trainer.progress["wall_time"] += self.step_seconds
         self.steps, self.seconds = self.steps + 1, self.seconds + self.step_seconds
         self.save_asked = self.stop.agree(self.trainer.ranks)
@@ -99,13 +100,14 @@ class _Loop:
     def evaluate(self, norm):
         """Evaluate, write the row everywhere, and keep the best checkpoint."""
         trainer = self.trainer
-        row = evaluation_row(trainer, norm, self.steps, self.seconds)
+        row = evaluation_row(trainer, norm, self.steps, self.seconds)  # all ranks share the windows
         steps_left = trainer.config["max_steps"] - trainer.iter
         self.display.row(row, steps_left * self.seconds / self.steps)
         if self.log is not None:
             self.log.evaluation(row)
             self.log.dashboard.learned(trainer.raw_model, trainer.data, trainer.iter)
         self.steps, self.seconds = 0, 0.0
+        # the loss of a step is that of the weights before it, so it may be finite and they not
         self.is_sound = self.is_sound and math.isfinite(row["val_loss"])
         if self.is_sound and row["val_loss"] < trainer.best_val:
             trainer.best_val = row["val_loss"]
@@ -135,7 +137,7 @@ class _Loop:
 
 def save(trainer, files, path):
     """Save a checkpoint: all ranks give their state, the main one writes it."""
-    state = trainer.state()
+    state = trainer.state()  # collective: every rank must get here
     if trainer.ranks.is_main:
         save_checkpoint(path, state)
         files.forget_earlier()

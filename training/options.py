@@ -50,16 +50,16 @@ def train_parser(description, examples):
         help="directory under runs/ for metrics and TensorBoard (default: PATH's name)",
     )
     run.add_argument(
-        "--resume", action="store_true", help="go on from PATH_last.pt; start where there is none"
+        "--resume", action="store_true", help="continue from PATH_last.pt; start if there is none"
     )
-    run.add_argument("--resume-from", metavar="FILE", help="go on from this checkpoint instead")
+    run.add_argument("--resume-from", metavar="FILE", help="continue from this checkpoint instead")
     run.add_argument(
         "--dry-run",
         action="store_true",
-        help="prepare the text, say what would be trained, and stop",
+        help="prepare the text, print what would be trained, and stop",
     )
     run.add_argument(
-        "--overwrite", action="store_true", help="start anew over an existing run of that name"
+        "--overwrite", action="store_true", help="replace an existing run of the same name"
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""Data-parallel training under torchrun: which process this is, and what all of them agree on."""
+"""Data-parallel training under torchrun: which process this is, and how processes agree."""
 
 import contextlib
 import datetime
@@ -10,14 +10,13 @@ import torch.distributed as dist
 
 from system.errors import UsageError
 
-TIMEOUT = datetime.timedelta(
-    minutes=10
-)  # a rank that dies is noticed at once; one that hangs, then
+# a rank that dies is noticed at once, one that hangs after this time
+TIMEOUT = datetime.timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run: this one's `rank` of `size`, and its number on this machine."""
+    """The processes of a run: this one's `rank` among `size`, and its number on this machine."""
 
     rank: int = 0
     size: int = 1
@@ -25,7 +24,7 @@ class Ranks:
 
     @property
     def is_main(self):
-        """Whether this process is the one that writes and speaks."""
+        """Whether this process is the one that writes files and prints."""
         return self.rank == 0
 
     def mean(self, value):
@@ -43,7 +42,7 @@ class Ranks:
     def _reduced(self, value, operation):
         if self.size == 1:
             return value
-        on_gpu = dist.get_backend() == "nccl"
+        on_gpu = dist.get_backend() == "nccl"  # NCCL reduces tensors on GPUs only
         tensor = torch.tensor(float(value), dtype=torch.float64, device="cuda" if on_gpu else "cpu")
         dist.all_reduce(tensor, operation)
         return float(tensor)
@@ -57,17 +56,17 @@ class Ranks:
         return values
 
     def wait(self):
-        """Until all ranks are here."""
+        """Wait until all ranks have called this."""
         if self.size > 1:
             dist.barrier()
 
 
 @contextlib.contextmanager
 def joined():
-    """This process's `Ranks` as torchrun's environment says; ranks but the first are silent.
+    """A context with this process's `Ranks`, from torchrun's environment; only the first prints.
 
     Raises:
-        UsageError: where that environment is not torchrun's.
+        UsageError: if the environment is incomplete.
     """
     try:
         size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -84,7 +83,7 @@ def joined():
     _init_process_group(ranks)
     try:
         with contextlib.ExitStack() as stack:
-            if not ranks.is_main:
+            if not ranks.is_main:  # every line would come once per process
                 nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
             yield ranks
@@ -98,7 +97,8 @@ def _init_process_group(ranks):
     if os.environ.get("LOCAL_WORLD_SIZE") != str(ranks.size):
         dist.init_process_group(backend, timeout=TIMEOUT)
         return
-    # after a restart torchrun's store still holds the addresses of the processes before
+    # after a restart torchrun's store still holds the addresses of the earlier processes, so
+    # every start uses keys with a prefix of its own
     store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(
@@ -107,5 +107,5 @@ def _init_process_group(ranks):
 
 
 def is_restarted():
-    """Whether torchrun has started these processes anew after one of them died."""
+    """Whether torchrun has restarted these processes after one of them died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

@@ -36,6 +36,7 @@ def run(args, ranks, words):
         UserError: if a flag, a file or the machine does not allow it.
     """
     files = RunFiles(_checkpoint_path(args), args.run_name)
+    # torchrun repeats the same flags after a crash; the run must continue, not start over
     if is_restarted() and files.has_begun():
         args.resume, args.overwrite = True, False
         if files.last.exists():

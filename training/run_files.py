@@ -1,4 +1,4 @@
-"""Where a run keeps its files, and that no run loses any to another."""
+"""Where a run keeps its files; no run may overwrite those of another."""
 
 import contextlib
 import json
@@ -13,15 +13,15 @@ from engine.checkpoint import best_path, last_path
 from system.errors import UsageError, UserError
 
 DEFAULT_PATH = "checkpoints/shakespeare.pt"
-BEGUN = ".launch"  # in the run's directory: which launch of torchrun began it
+BEGUN = ".launch"  # a file in the run's directory: the torchrun launch that began the run
 
 
 class RunFiles:
     """The checkpoints `PATH_best.pt` and `PATH_last.pt` of a run, and its directory under runs/.
 
     Args:
-        path: --checkpoint-path; of one of the two files it is understood as well.
-        run_name: --run-name, or None: named after the path.
+        path: --checkpoint-path; the name of one of the two files is accepted too.
+        run_name: --run-name; None for a name taken from the path.
     """
 
     def __init__(self, path, run_name=None):
@@ -36,7 +36,7 @@ class RunFiles:
         return source in (self.best, self.last, Path(self.path))
 
     def to_resume(self):
-        """This run's checkpoint to go on from, or None where there is none."""
+        """This run's checkpoint to continue from, or None if there is none."""
         for path in (self.last, self.best, Path(self.path)):
             if path.exists():
                 return path
@@ -47,16 +47,16 @@ class RunFiles:
 
         Args:
             source: the checkpoint that is being resumed, or None.
-            is_resumed: whether --resume was asked for, even where there is no checkpoint yet.
+            is_resumed: whether --resume was given, even if there is no checkpoint yet.
 
         Raises:
-            UsageError: naming the file and the ways out.
+            UsageError: if some would be lost; it names the file and the flags that help.
         """
         remedy = "or start over with --overwrite"
         for file in (self.last, self.best):
             if file.exists() and not self.is_own(source):
                 raise UsageError(
-                    f"{file} exists already: go on with --resume, give another "
+                    f"{file} exists already: continue it with --resume, give another "
                     f"--checkpoint-path, {remedy}"
                 )
         metrics = self.directory / "metrics.jsonl"
@@ -64,7 +64,7 @@ class RunFiles:
             return
         owner = self._owner()
         is_own = owner is not None and os.path.abspath(owner) == os.path.abspath(self.path)
-        # one that was killed before its first checkpoint has metrics, too
+        # a run that was killed before its first checkpoint has metrics but no checkpoint
         if (not is_own and (owner is not None or source is None)) or not (source or is_resumed):
             whose = f"another run, {owner}" if owner and not is_own else "another run"
             raise UsageError(
@@ -72,7 +72,7 @@ class RunFiles:
             )
 
     def _owner(self):
-        """The --checkpoint-path of the run whose metrics are here, where that is known."""
+        """The --checkpoint-path of the run whose metrics are here; None if it is unknown."""
         with contextlib.suppress(OSError, ValueError, RecursionError):
             config = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
             if isinstance(config, dict) and isinstance(config.get("checkpoint_path"), str):
@@ -81,14 +81,15 @@ class RunFiles:
 
     @contextlib.contextmanager
     def locked(self):
-        """Within it no other process may train this run.
+        """A context in which no other process may train this run.
 
         Raises:
-            UserError: where one does.
+            UserError: if another one does.
         """
         place = Path(self.path)
+        # hidden, so that it does not look like a checkpoint
         lock = FileLock(place.with_name(f".{place.name}.lock"))
-        with contextlib.suppress(OSError, NotImplementedError):  # a disk that knows no locks
+        with contextlib.suppress(OSError, NotImplementedError):  # a disk without locks
             place.parent.mkdir(parents=True, exist_ok=True)
             try:
                 lock.acquire(timeout=0)
@@ -103,22 +104,25 @@ class RunFiles:
             lock.release()
 
     def begin(self):
-        """Note that this launch of torchrun has begun the run."""
+        """Note that this torchrun launch has begun the run.
+
+        After a crash torchrun starts the processes again with the same flags, --overwrite included.
+        """
         if "TORCHELASTIC_RUN_ID" in os.environ:
             with contextlib.suppress(OSError):
                 (self.directory / BEGUN).write_text(os.environ["TORCHELASTIC_RUN_ID"])
 
     def has_begun(self):
-        """Whether an earlier try of this launch of torchrun had begun the run."""
+        """Whether this torchrun launch began the run before a restart."""
         with contextlib.suppress(OSError, UnicodeDecodeError):
             return (self.directory / BEGUN).read_text() == os.environ.get("TORCHELASTIC_RUN_ID")
         return False
 
     def set_aside(self):
-        """Rename what --overwrite gives up to NAME.old, until the new run has been saved."""
+        """Rename the files that --overwrite replaces to NAME.old, until the new run is saved."""
         checkpoints = (self.best, self.last)
         metrics = (self.directory / name for name in ("metrics.jsonl", "config.json"))
-        # an attempt that was killed before it saved anything has metrics, and nothing to keep
+        # a run that was killed before its first checkpoint has nothing worth keeping
         was_killed = not any(path.exists() for path in checkpoints)
         for path in (*checkpoints, *metrics):
             old = path.with_name(path.name + ".old")
@@ -128,21 +132,21 @@ class RunFiles:
                 self._aside[path] = old
 
     def forget_earlier(self):
-        """The new run is on disk: what was set aside may go."""
+        """Delete what was set aside; called when the new run is on disk."""
         for old in self._aside.values():
             with contextlib.suppress(OSError):
                 old.unlink()
         self._aside = {}
 
     def bring_back(self):
-        """The new run came to nothing: what was set aside takes its place again."""
+        """Rename what was set aside back; called if the new run saved nothing."""
         for path, old in self._aside.items():
             with contextlib.suppress(OSError):
                 old.replace(path)
         self._aside = {}
 
     def resume_command(self):
-        """What a user types to go on with this run; everything else is in its checkpoint."""
+        """The command to continue this run; all other settings are in its checkpoint."""
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         hosts = int(os.environ.get("WORLD_SIZE", "1")) // local
         words = ["python"]
@@ -158,5 +162,5 @@ class RunFiles:
 
 
 def flag(name, value):
-    """A flag and its value as words of a command, where the value may look like a flag."""
+    """A flag and its value as words of a command; the value may look like a flag."""
     return [f"{name}={value}"] if str(value).startswith("-") else [name, str(value)]

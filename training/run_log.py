@@ -1,4 +1,4 @@
-"""What a run leaves in runs/NAME: metrics.jsonl, config.json and TensorBoard's files."""
+"""The files of a run in runs/NAME: metrics.jsonl, config.json and TensorBoard's."""
 
 import contextlib
 import json
@@ -16,12 +16,12 @@ class RunLog:
     """Writes `runs/<name>/`.
 
     Args:
-        directory: where.
-        config: the run's full configuration, plain types.
-        start_step: 0 for a new run, else the resumed step; later rows of an earlier attempt go.
+        directory: the run's.
+        config: all settings and facts of the run, in plain types.
+        start_step: 0 for a new run, else the resumed step; rows after it are deleted.
 
     Raises:
-        UserError: as all its methods, where something cannot be written.
+        UserError: if something cannot be written; so do its methods.
     """
 
     def __init__(self, directory, config, start_step=0):
@@ -50,7 +50,8 @@ class RunLog:
                 shutil.rmtree(path)
 
     def _cut_rows(self, start_step):
-        """Keep the rows up to `start_step`, and return them."""
+        """Keep only the rows up to `start_step`; returns them."""
+        # steps after the checkpoint are trained again, so their rows would come twice
         path = self.directory / "metrics.jsonl"
         if not path.exists():
             return []
@@ -65,28 +66,28 @@ class RunLog:
         # JSON has no NaN
         finite = {k: v if v is None or math.isfinite(v) else None for k, v in row.items()}
         append_whole(self.directory / "metrics.jsonl", (json.dumps(finite) + "\n").encode())
-        if not (self.directory / "config.json").exists():  # somebody has tidied runs/ up
+        if not (self.directory / "config.json").exists():  # somebody deleted it during the run
             write_whole(self.directory / "config.json", self._config)
         self.dashboard.row(row)
 
 
 def read_metrics(path):
-    """Rows of a metrics.jsonl; a last line torn by a crash is left out.
+    """The rows of a metrics.jsonl; an incomplete last line, as a crash leaves it, is left out.
 
     Raises:
-        UserError: where any other line is damaged.
+        UserError: if any other line is damaged.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8: remove it, or what is damaged in it") from None
+        raise UserError(f"{path} is not UTF-8: remove it, or its damaged lines") from None
     rows = []
     for number, line in enumerate(lines, 1):
         row = None
         with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line)
         if row is None and number == len(lines):
-            warn(f"{path}: the last line is torn and left out")
+            warn(f"{path}: the last line is incomplete and left out")
         elif _is_row(row):
             rows.append(row)
         else:
@@ -95,7 +96,7 @@ def read_metrics(path):
 
 
 def _is_row(row):
-    """Whether it is an evaluation: named numbers, and the step they were measured at."""
+    """Whether it is an evaluation: a dict of numbers, one of them the step."""
     return (
         isinstance(row, dict)
         and type(row.get("step")) is int

@@ -1,4 +1,4 @@
-"""What a training does when it is asked to stop, or to save and go on."""
+"""Signals to a training: stop after this step, or save a checkpoint and continue."""
 
 import contextlib
 import os
@@ -6,20 +6,22 @@ import signal
 import stat
 import time
 
-LAUNCHER_ECHO = 2.0  # seconds in which torchrun passes on the signal that its processes also got
+# seconds in which torchrun repeats a signal that the terminal already sent to its processes
+LAUNCHER_ECHO = 2.0
 STOPS = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def ignore_requests_to_save():
-    """Until there is something to save SIGUSR1 does nothing, where it would end the process."""
+    """Ignore SIGUSR1, which would end the process, until there is something to save."""
     if hasattr(signal, "SIGUSR1"):  # not on Windows
         with contextlib.suppress(ValueError):  # only the main thread may
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 class StopRequest:
-    """Within it Ctrl-C, SIGTERM and a closed terminal let the current step finish; a second signal
-    stops at once. SIGUSR1 asks for a checkpoint and stops nothing.
+    """A context in which a signal lets the current step finish; a second one stops at once.
+
+    The signals are Ctrl-C, SIGTERM and a closed terminal. SIGUSR1 asks for a checkpoint only.
 
     Attributes:
         signal: the number of the signal that all ranks have agreed to stop for, or None.
@@ -27,7 +29,7 @@ class StopRequest:
 
     def __init__(self):
         self.signal = None
-        self._asked = None  # what this process was told; the others do not know it yet
+        self._asked = None  # the signal of this process, which the other ranks do not know yet
         self._asked_at = 0.0
         self._save = False
         self._before = {}
@@ -37,8 +39,8 @@ class StopRequest:
         if hasattr(signal, "SIGUSR1"):
             handlers[signal.SIGUSR1] = self._asked_to_save
         for number, handler in handlers.items():
-            # nohup ignores a closed terminal; a script that starts a job in the background ignores
-            # Ctrl-C, but whoever sends that to this very process means it
+            # under nohup a closed terminal stays ignored; SIGINT, which a shell ignores for
+            # background jobs, is handled: it was sent to this very process
             is_meant = number != getattr(signal, "SIGHUP", None)
             if is_meant or signal.getsignal(number) != signal.SIG_IGN:
                 with contextlib.suppress(ValueError):  # only the main thread may
@@ -59,7 +61,7 @@ class StopRequest:
             os.kill(os.getpid(), number)
 
     def _is_echo(self):
-        """Whether torchrun repeats what the terminal already said."""
+        """Whether torchrun only repeats the signal that the terminal sent."""
         is_launched = "TORCHELASTIC_RUN_ID" in os.environ
         return is_launched and time.monotonic() - self._asked_at < LAUNCHER_ECHO
 
@@ -67,8 +69,13 @@ class StopRequest:
         self._save = True
 
     def agree(self, ranks):
-        """All ranks stop where one was asked to; returns whether a checkpoint was asked for."""
+        """Make all ranks stop if one was asked to.
+
+        Returns:
+            Whether one of them was asked for a checkpoint.
+        """
         asked, self._save = self._save, False
+        # one number holds both, so that one exchange is enough
         agreed = int(ranks.largest(2 * (self._asked or 0) + asked))
         if agreed // 2:
             self.signal = agreed // 2
@@ -78,12 +85,12 @@ class StopRequest:
 
     @property
     def exit_code(self):
-        """As the shell reports a process that the signal ended."""
+        """The code that a shell reports for a process that the signal ended."""
         return 128 + self.signal
 
 
 def _write_to_no_terminal():
-    """A terminal that is gone answers every line with an error."""
+    """Send output to nowhere: writing to a terminal that is gone is an error."""
     for number in (1, 2):
         with contextlib.suppress(OSError):
             if stat.S_ISCHR(os.fstat(number).st_mode):

@@ -1,4 +1,4 @@
-"""What a run shows in TensorBoard: curves, geometry, text samples, hyperparameters, projector."""
+"""A run in TensorBoard: curves, geometry, text samples, hyperparameters, projector."""
 
 import contextlib
 import math
@@ -17,17 +17,17 @@ from model import NGT
 from system.files import write_whole
 from training.event_file import EventFile
 
-MOST_ROWS = 1000  # as many points of a curve as TensorBoard's page draws
-MOST_HISTOGRAMS = 16_000  # in all, of half a kilobyte each
-MOST_TIMES = 200  # that they are written
-MOST_SAMPLES = 50
+MOST_ROWS = 1000  # TensorBoard's page draws no more points of a curve
+MOST_HISTOGRAMS = 16_000  # per run, half a kilobyte each
+MOST_TIMES = 200  # evaluations of a run that write histograms
+MOST_SAMPLES = 50  # evaluations of a run that write text
 LONGEST_SAMPLE = 10_000  # characters, however long the tokens are
 PROMPT_TOKENS = 16
 SAMPLE_WIDTH = 100  # columns
-PROJECTOR_LIMIT = 10_000  # labels beyond which TensorBoard's page becomes sluggish
-PROJECTOR_NUMBERS = 1 << 21  # of an embedding, some ten bytes each
+PROJECTOR_LIMIT = 10_000  # labels; with more, TensorBoard's page becomes slow
+PROJECTOR_NUMBERS = 1 << 21  # in an embedding's file, about ten bytes each
 COMPARED = {"val_loss": "validation loss", "perplexity": "perplexity", "bits_per_byte": "bits/byte"}
-REWRITTEN = ("_hparams_", "by_tokens", "by_seconds")  # tags that a resumed run writes anew
+REWRITTEN = ("_hparams_", "by_tokens", "by_seconds")  # tags that a resumed run writes again
 AGAINST = {"": "steps", "by_tokens/": "tokens", "by_seconds/": "seconds of training"}
 HYPERPARAMETERS = (
     *("model", "law", "pos", "dataset", "tokenizer", "vocab_size", "parameters", "hidden_dim"),
@@ -41,13 +41,12 @@ SHOWN_FIRST = ("model", "law", "pos", "parameters", "learning_rate")
 
 
 class Dashboard:
-    """The TensorBoard files of a run, bounded however many evaluations it has.
+    """The TensorBoard files of a run; their size is bounded, whatever the number of evaluations.
 
     Args:
         directory: the run's, a `Path`.
-        config: the run's configuration.
-        start_step: 0 for a new run, else the resumed step; what an earlier attempt wrote past it
-            is cut.
+        config: all settings and facts of the run.
+        start_step: 0 for a new run, else the resumed step; later events are deleted.
         rows: the evaluations up to there, rows of metrics.jsonl.
     """
 
@@ -67,7 +66,7 @@ class Dashboard:
                 self._compare(row)
 
     def row(self, row):
-        """The scalars of one evaluation."""
+        """Write the scalars of one evaluation."""
         if not self._is_due(row["step"], MOST_ROWS):
             return
         values = {name: v for name, v in row.items() if name != "step" and v is not None}
@@ -75,16 +74,16 @@ class Dashboard:
         self._compare(row)
 
     def _compare(self, row):
-        """The series whose steps are tokens, and seconds of training."""
+        """Write the series against tokens, and those against seconds of training."""
         values = {name: row[name] for name in COMPARED if row[name] is not None}
         self._events.append(_grouped("by_tokens", values), row["tokens"])
         second = int(row["wall_time"])
-        if second > self._second:  # steps are whole numbers: one point a second
+        if second > self._second:  # TensorBoard's steps are whole numbers: one point per second
             self._events.append(_grouped("by_seconds", values), second)
             self._second = second
 
     def learned(self, model, data, step):
-        """What the model has become: histograms of an NGT's geometry, and a sample of its text."""
+        """Write what the model learned: histograms of an NGT's geometry, and a sample of text."""
         if isinstance(model, NGT):
             histograms = dict(_geometry(model))
             times = min(MOST_TIMES, max(1, MOST_HISTOGRAMS // len(histograms)))
@@ -93,7 +92,7 @@ class Dashboard:
                     [
                         summary.histogram(name, values.float().cpu(), bins=30)
                         for name, values in histograms.items()
-                        if bool((values.abs() < 1e20).all())  # as far as the page's axes reach
+                        if bool((values.abs() < 1e20).all())  # the page's axes end there
                     ],
                     step,
                 )
@@ -103,14 +102,14 @@ class Dashboard:
             self._events.append([summary.text("sample", as_code(text))], step)
 
     def _is_due(self, step, most):
-        """Whether to write at this evaluation, so that it is done about `most` times in all."""
+        """Whether to write at this evaluation, so that about `most` of the run's do."""
         interval, end = self.config["eval_interval"], self.config["max_steps"]
         every = math.ceil(end / interval / most)
         number = math.ceil(step / interval)
         return number == 1 or number % every == 0 or step == end
 
     def projector(self, model, tokenizer, step):
-        """Token embeddings with readable labels, coloured by mass, for TensorBoard's projector."""
+        """Write token embeddings with readable labels, coloured by mass, for the projector."""
         count = min(PROJECTOR_LIMIT, max(3, PROJECTOR_NUMBERS // model.config.hidden_dim))
         tokens = _all_tokens(model)[:count]
         columns = {"token": [tokenizer.label(int(i)).replace("\t", " ") for i in tokens]}
@@ -121,12 +120,12 @@ class Dashboard:
         write_projector(self.directory, embeddings, columns, step)
 
     def finish(self, step):
-        """Note that the run came to its end."""
+        """Note that the run is finished."""
         self._events.append([self._finished], step)
 
 
 def _layout():
-    """The custom scalars tab: what is compared, against what."""
+    """The custom scalars tab: each measure against each axis."""
     return summary.custom_scalars(
         {
             f"against {axis}": {
@@ -139,7 +138,7 @@ def _layout():
 
 
 def _hyperparameters(config):
-    """The experiment, this session's start and its end, as the hparams plugin wants them."""
+    """The three summaries of the hparams plugin: experiment, start of this session, its end."""
 
     def shown(value):
         return ("no", "yes")[value] if isinstance(value, bool) else value
@@ -149,7 +148,7 @@ def _hyperparameters(config):
     experiment, _, end = summary.hparams(known, metrics)
     plugin_data = experiment.value[0].metadata.plugin_data
     content = HParamsPluginData.FromString(plugin_data.content)
-    for info in content.experiment.hparam_infos:  # the page opens with columns of what differs
+    for info in content.experiment.hparam_infos:  # the page shows only these columns at first
         info.differs = info.name in SHOWN_FIRST
     plugin_data.content = content.SerializeToString()
     model, other = ("ngt", "vanilla") if config.get("model") == "ngt" else ("vanilla", "ngt")
@@ -173,10 +172,10 @@ def _geometry(model):
 
 
 def sample_text(model, data, max_new_tokens, seed):
-    """How the model goes on from where the validation text begins; nothing of it is changed.
+    """The beginning of the validation text, continued by the model, which stays unchanged.
 
     Returns:
-        The prompt and what was drawn; it ends early where the logits are not finite.
+        The prompt and the drawn text; it ends early if the logits are not finite.
     """
     was_training = model.training
     generator = torch.Generator().manual_seed(seed)
@@ -194,7 +193,7 @@ def sample_text(model, data, max_new_tokens, seed):
 
 
 def as_code(text):
-    """Markdown that shows any text as it is: a code block, what cannot be printed as an escape.
+    """Markdown that shows any text unchanged: a code block, unprintable characters escaped.
 
     Long lines are wrapped, since TensorBoard's page cuts them off.
     """
@@ -206,11 +205,11 @@ def as_code(text):
 
 
 def write_projector(directory, embeddings, columns, step):
-    """The projector's files; embeddings of earlier steps stay in its list.
+    """Write the projector's files; embeddings of earlier steps stay in its list.
 
     Args:
         embeddings: name to (N, dim).
-        columns: title to N strings; a label first, then what points may be coloured by.
+        columns: title to N strings; the label first, then values to colour points by.
     """
     listing = directory / "projector_config.pbtxt"
     config = ProjectorConfig()
@@ -224,7 +223,7 @@ def write_projector(directory, embeddings, columns, step):
         lines = ["\t".join(f"{x:.5g}" for x in point) for point in points.tolist()]
         write_whole(directory / folder / "tensors.tsv", "\n".join(lines).encode())
         rows = [*zip(*columns.values(), strict=True)]
-        if len(columns) > 1:  # the page takes a single column's title for a label
+        if len(columns) > 1:  # the page would read a single column's title as a label
             rows.insert(0, tuple(columns))
         write_whole(
             directory / folder / "metadata.tsv", "\n".join("\t".join(row) for row in rows).encode()

@@ -1,4 +1,4 @@
-"""What a run holds: model, optimizer, precision and the state that a checkpoint saves."""
+"""The state of a run: model, optimizer, precision, random numbers; what a checkpoint saves."""
 
 import contextlib
 import dataclasses
@@ -18,11 +18,11 @@ from system.errors import UserError, warn
 from system.machine import cpu_multiplies_bf16
 from training.ranks import Ranks
 
-LARGEST_SEED = 1 << 63
+SEEDS = 1 << 63  # PyTorch's generators take seeds from 0 to below this
 
 
 def choose_precision(use_amp, device):
-    """`(autocast, scaler)`: a context factory and a GradScaler that may do nothing."""
+    """Returns `(autocast, scaler)`: a context factory and a GradScaler that may do nothing."""
     dtype = None
     if use_amp and device.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
@@ -48,50 +48,49 @@ def maybe_compile(model, config, device):
 
 
 def distribute(model, device, ranks):
-    """The model with its gradients averaged over all ranks; itself where there is but one."""
+    """The model with its gradients averaged over all ranks; itself if there is only one."""
     if ranks.size == 1:
         return model
     c = model.config
-    # the published law without a cutoff has a radius that nothing reads
+    # the published law without a cutoff has a radius that gets no gradient
     unused = getattr(c, "law", None) == "published" and c.cutoff == "none"
     return DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
         find_unused_parameters=unused,
-        gradient_as_bucket_view=True,  # else every gradient is in memory twice
+        gradient_as_bucket_view=True,  # otherwise every gradient is in memory twice
     )
 
 
 def make_optimizer(model, config, device, ranks):
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), decaying matrices only.
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with weight decay on matrices only.
 
-    With `shard_optimizer` every rank keeps its share of the state (ZeRO stage 1, Rajbhandari et
+    With `shard_optimizer` every rank keeps a share of the state (ZeRO stage 1, Rajbhandari et
     al. 2020, arXiv:1910.02054).
     """
     decay, keep = [], []
     for name, parameter in model.named_parameters():
+        # biases, norms and masses have no reason to be near 0
         is_matrix = parameter.dim() >= 2 and not name.startswith("mass_emb")
         (decay if is_matrix else keep).append(parameter)
     groups = [
         {"params": decay, "weight_decay": config["weight_decay"]},
         {"params": keep, "weight_decay": 0.0},
     ]
-    settings = {
-        **{"lr": config["learning_rate"], "betas": (0.9, 0.99)},
-        "fused": device.type in ("cpu", "cuda"),
-    }
+    settings = {"lr": config["learning_rate"], "betas": (0.9, 0.99)}
+    settings["fused"] = device.type in ("cpu", "cuda")
     if config["shard_optimizer"] and ranks.size > 1:
-        from torch.distributed.optim import ZeroRedundancyOptimizer  # a second to import
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # takes a second to import
 
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
     return torch.optim.AdamW(groups, **settings)
 
 
 def _numbers(named):
-    """A dict, if it is one of finite numbers.
+    """The dict itself, checked to hold finite numbers only.
 
     Raises:
-        ValueError: where it is not.
+        ValueError: if one is no finite number.
     """
     for name, value in named.items():
         if type(value) not in (int, float) or not -1e300 < value < 1e300:
@@ -112,10 +111,12 @@ def learning_rate(step, config):
 
 
 class Trainer:
-    """All that a run holds: what a checkpoint saves and `step` changes.
+    """The state of a run: what `step` changes and a checkpoint saves.
 
     Args:
-        ranks: the processes that share each batch; the numbers of a step are those of all of them.
+        config: a value for every setting, as `training.config.resolve` returns it.
+        data: a `TokenData`.
+        ranks: the processes that share each batch; losses and counts are those of all of them.
     """
 
     def __init__(self, config, data, device, ranks=None):
@@ -126,7 +127,7 @@ class Trainer:
         distributed = distribute(self.raw_model, device, self.ranks)
         self.model = maybe_compile(distributed, config, device)
         self.optimizer = make_optimizer(self.raw_model, config, device, self.ranks)
-        if not self.ranks.is_main:  # dropout of its own
+        if not self.ranks.is_main:  # else all ranks would drop the same channels
             torch.manual_seed(self._seed(self.ranks.rank))
         self.autocast, self.scaler = choose_precision(config["use_amp"], device)
         self.iter = 0
@@ -141,8 +142,8 @@ class Trainer:
         }
 
     def _seed(self, rank, step=0):
-        """What another rank than the first starts its random numbers from."""
-        return (self.config["seed"] + 1_000_003 * rank + step) % LARGEST_SEED
+        """The seed of a rank other than the main one."""
+        return (self.config["seed"] + 1_000_003 * rank + step) % SEEDS
 
     @property
     def parameters(self):
@@ -154,7 +155,7 @@ class Trainer:
         return c["batch_size"] * c["gradient_accumulation_steps"] * c["block_size"]
 
     def state(self):
-        """The checkpoint of this moment; all ranks call it, the main one's is whole."""
+        """The checkpoint of this moment. All ranks call it; only the main one's is whole."""
         rng = {"torch": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -177,7 +178,7 @@ class Trainer:
         }
 
     def _optimizer_state(self):
-        """Of all ranks; None on others than the main one where the state is shared out."""
+        """AdamW's state; None on all ranks but the main one if the state is sharded."""
         if hasattr(self.optimizer, "consolidate_state_dict"):
             self.optimizer.consolidate_state_dict(to=0)
             if not self.ranks.is_main:
@@ -185,7 +186,7 @@ class Trainer:
         return self.optimizer.state_dict()
 
     def saved_config(self):
-        """The flags, the model's shape, and which text and tokenizer it learned from."""
+        """The settings, the model's shape, and which text and tokenizer it learned from."""
         return {
             **self.config,
             **dataclasses.asdict(self.raw_model.config),
@@ -199,10 +200,10 @@ class Trainer:
         return self.optimizer.param_groups[0]["lr"]
 
     def restore(self, checkpoint, path):
-        """Continue from a checkpoint that `state` made, read from `path`.
+        """Continue from a checkpoint that `state` returned, read from `path`.
 
         Raises:
-            UserError: where it is of another text or tokenizer, or damaged in what it holds.
+            UserError: if it is of another text or tokenizer, or its contents are damaged.
         """
         for name, mine in (
             ("source_sha256", self.data.meta["source_sha256"]),
@@ -221,7 +222,7 @@ class Trainer:
             if checkpoint["iter"] and not state:
                 raise ValueError("optimizer_state is empty")
             self._restore_optimizer(state)
-            if checkpoint["scaler_state"]:  # none where the run was in fp32 or bf16
+            if checkpoint["scaler_state"]:  # empty for runs in fp32 or bf16
                 self.scaler.load_state_dict(_numbers(checkpoint["scaler_state"]))
             self._restore_rng(checkpoint["rng_state"], checkpoint["iter"])
             self.iter, self.best_val = checkpoint["iter"], checkpoint["best_val"]
@@ -234,10 +235,10 @@ class Trainer:
             ) from None
 
     def _restore_optimizer(self, state):
-        """AdamW's averages; its settings are this run's own.
+        """Load AdamW's averages; learning rate and weight decay stay those of this run.
 
         Raises:
-            ValueError: where they are not of these parameters.
+            ValueError: if they do not belong to these parameters.
         """
         groups, parameters = [], []
         for group in self.optimizer.param_groups:
@@ -261,7 +262,7 @@ class Trainer:
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def _restore_rng(self, states, step):
-        """Every rank its own; one that the checkpoint's run did not have gets a new one."""
+        """Give this rank the state it had; a new one if the number of ranks has changed."""
         if not self.ranks.is_main:
             others = states.get("other_ranks", [])
             if len(others) != self.ranks.size - 1:
@@ -273,77 +274,81 @@ class Trainer:
             torch.cuda.set_rng_state(states["cuda"], self.device)
 
     def loss(self, inputs, targets, with_repulsion, micro_step=0):
-        """What is minimised, and the cross-entropy alone."""
-        if not isinstance(self.raw_model, NGT):
-            logits = self.model(inputs)
-            cross_entropy = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-            return cross_entropy, cross_entropy.detach()
-        logits, geometry = self.model(inputs, return_geometry=True)
+        """Forward pass: returns the loss to minimise and the cross-entropy in it, both scalars.
+
+        Args:
+            inputs, targets: (B, T) ids.
+        """
+        if isinstance(self.raw_model, NGT):
+            logits, geometry = self.model(inputs, return_geometry=True)
+        else:
+            logits, geometry = self.model(inputs), None
         cross_entropy = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-        if with_repulsion:
-            # the same positions on every rank
-            sample = torch.Generator().manual_seed(
-                ((self.config["seed"] * 1_000_003 + self.iter) * 1_009 + micro_step) % LARGEST_SEED
-            )
+        loss = cross_entropy
+        if geometry is not None and with_repulsion:
+            # seeded by the step, so that every rank samples the same positions
+            seed = (self.config["seed"] * 1_000_003 + self.iter) * 1_009 + micro_step
+            sample = torch.Generator().manual_seed(seed % SEEDS)
             repulsion = repulsion_loss(geometry.z, geometry.mass, generator=sample)
-            return cross_entropy + self.config["lambda_repulsion"] * repulsion, (
-                cross_entropy.detach()
-            )
-        # the last block's z keeps its place in the graph
-        return cross_entropy + 0.0 * geometry.z.sum(), cross_entropy.detach()
+            loss = cross_entropy + self.config["lambda_repulsion"] * repulsion
+        elif geometry is not None:
+            # a gradient of 0: DistributedDataParallel expects one for every parameter, and the last
+            # layer's coordinates feed nothing else
+            loss = cross_entropy + 0.0 * geometry.z.sum()
+        return loss, cross_entropy.detach()
 
     def step(self):
-        """One optimizer step.
+        """One optimizer step: fetch, forward and backward per micro-step, then AdamW.
 
         Returns:
-            `(cross-entropy, norm of the gradient)`, floats. Where either is not finite nothing was
+            `(cross-entropy, norm of the gradient)`, floats. If either is not finite, no weight was
             changed.
         """
         c = self.config
-        rate = learning_rate(self.iter, c)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate(self.iter, c)
         with_repulsion = c["repulsion"] and self.iter % c["repulsion_interval"] == 0
-        mean = 0.0
-        share = c["batch_size"] // self.ranks.size
-        mine = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
-        last = c["gradient_accumulation_steps"] - 1
-        for micro_step in range(last + 1):
-            inputs, targets = get_batch(
-                self.data.train,
-                c["batch_size"],
-                c["block_size"],
-                c["seed"],
-                self.iter,
-                micro_step,
-            )
-            inputs, targets = inputs[mine].to(self.device), targets[mine].to(self.device)
-            with self._no_sync() if micro_step < last else contextlib.nullcontext():
+        mean, micro_steps = 0.0, c["gradient_accumulation_steps"]
+        for micro_step in range(micro_steps):
+            inputs, targets = self._fetch(micro_step)
+            is_last = micro_step == micro_steps - 1
+            with contextlib.nullcontext() if is_last else self._no_sync():
                 with self.autocast():
                     loss, cross_entropy = self.loss(inputs, targets, with_repulsion, micro_step)
-                self.scaler.scale(loss / c["gradient_accumulation_steps"]).backward()
-            mean += float(cross_entropy) / c["gradient_accumulation_steps"]
+                self.scaler.scale(loss / micro_steps).backward()
+            mean += float(cross_entropy) / micro_steps
         mean = self.ranks.mean(mean)
         self.scaler.unscale_(self.optimizer)
-        limit = c["grad_clip"] or math.inf
+        limit = c["grad_clip"] or math.inf  # the norm is wanted even without clipping
         norm = float(torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), limit))
         finite = math.isfinite(mean) and math.isfinite(norm)
-        if finite or self.scaler.is_enabled():  # the scaler itself skips where fp16 overflowed
+        if finite or self.scaler.is_enabled():  # the scaler itself skips a step that overflowed
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self._count(mean, finite)
         return mean, norm
 
+    def _fetch(self, micro_step):
+        """This rank's part of a batch, (batch_size / ranks, block_size) inputs and targets."""
+        c, share = self.config, self.config["batch_size"] // self.ranks.size
+        mine = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
+        batch = get_batch(
+            self.data.train, c["batch_size"], c["block_size"], c["seed"], self.iter, micro_step
+        )
+        return [part[mine].to(self.device) for part in batch]
+
     def _no_sync(self):
-        """Gradients are averaged over the ranks only once a step."""
+        """A context in which backward does not average over the ranks: once per step is enough."""
         model = getattr(self.model, "_orig_mod", self.model)
         return model.no_sync() if self.ranks.size > 1 else contextlib.nullcontext()
 
     def _count(self, loss, finite):
+        """Count a step, and whether it was skipped."""
         p = self.progress
         self.iter += 1
         p["tokens"] += self.tokens_per_step
+        # an overflow of fp16 gradients is the scaler's search for its scale, no fault of the run
         overflow_only = self.scaler.is_enabled() and math.isfinite(loss)
         if finite or overflow_only:
             p["skipped_in_a_row"] = 0
@@ -355,12 +360,12 @@ class Trainer:
             p["train_loss_count"] += 1
 
     def mean_train_loss(self):
-        """Mean training loss since it was last asked for."""
+        """Mean training loss since the last call; NaN if there was no finite one."""
         p = self.progress
         mean = p["train_loss_sum"] / p["train_loss_count"] if p["train_loss_count"] else math.nan
         p["train_loss_sum"], p["train_loss_count"] = 0.0, 0
         return mean
 
     def is_sound(self):
-        """Whether every weight is finite, so that a checkpoint is worth keeping."""
+        """Whether every weight is finite; otherwise no checkpoint is written."""
         return all(bool(torch.isfinite(p).all()) for p in self.raw_model.parameters())

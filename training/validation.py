@@ -1,4 +1,4 @@
-"""Cross-entropy on the fixed validation windows."""
+"""The validation loss of a model, the same windows at every evaluation."""
 
 import math
 
@@ -16,28 +16,29 @@ def evaluate(model, data, block_size, eval_iters, device, autocast, ranks=None):
     """Cross-entropy on the fixed validation windows, and for NGT the repulsion there.
 
     Args:
-        ranks: processes that share the windows out among them, all of which call this.
+        ranks: the processes that share the windows; all of them must call this.
 
     Returns:
-        dict with `val_loss` (nats a token), `perplexity`, `bits_per_byte`, `repulsion` (None for
+        dict with `val_loss` (nats per token), `perplexity`, `bits_per_byte`, `repulsion` (None for
         vanilla).
     """
     ranks = ranks or Ranks()
     was_training = model.training
     model.eval()
+    # logits of a batch have at most 2^26 numbers, whatever the vocabulary
     windows = max(1, min(8192, (1 << 26) // data.tokenizer.vocab_size) // block_size)
     total, count, repulsion = 0.0, 0, None
     batches = eval_batches(data.valid, block_size, eval_iters, windows)
     count_of_batches = -(-len(eval_windows(data.valid, block_size, eval_iters)) // windows)
     bar = evaluation_bar(batches, count_of_batches, ranks.is_main)
     for number, (inputs, targets) in enumerate(bar):
-        if number % ranks.size != ranks.rank:
+        if number % ranks.size != ranks.rank:  # another rank's batch
             continue
         inputs, targets = inputs.to(device), targets.to(device)
         with autocast():
             if isinstance(model, NGT):
                 logits, geometry = model(inputs, return_geometry=True)
-                if repulsion is None:
+                if repulsion is None:  # of the first batch only
                     sample = torch.Generator().manual_seed(0)
                     repulsion = float(repulsion_loss(geometry.z, geometry.mass, generator=sample))
             else:
@@ -56,5 +57,5 @@ def evaluate(model, data, block_size, eval_iters, device, autocast, ranks=None):
 
 
 def perplexity(loss):
-    """exp(loss); inf where that is beyond a float."""
+    """exp(loss); inf if a float cannot hold it."""
     return math.exp(loss) if loss < 700 else math.inf

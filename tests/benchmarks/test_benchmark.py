@@ -1,4 +1,4 @@
-"""benchmark.py: what it times is the real thing, its numbers are complete, bad input is one line.
+"""Tests benchmark.py: it times the real models, writes all numbers, and reports bad input clearly.
 
 No speed is asserted.
 """
@@ -15,7 +15,7 @@ import benchmark
 from benchmark import make_parser
 from benchmarks import attention, models, timing
 from benchmarks.training import first_release_attention, make_trainer, step_bytes
-from conftest import ROOT, error_line, run
+from conftest import ROOT, error_line, needs_bf16, run
 from engine.flops import training_flops
 from gravity.published import published_gravity_attention
 
@@ -27,7 +27,7 @@ def arguments(*words):
 
 
 def all_positive(value):
-    """Whether every number in here is finite and above 0."""
+    """Whether every number in nested dicts and lists is finite and above 0."""
     if isinstance(value, dict):
         return all(all_positive(x) for name, x in value.items() if name != "settings")
     if isinstance(value, list):
@@ -42,7 +42,7 @@ def numbers_of(in_tmp, *words):
     return numbers
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=needs_bf16)])
 def test_train_writes_what_was_promised(in_tmp, dtype):
     numbers = numbers_of(in_tmp, "train", *TINY, "--dtype", dtype)
     promised = "ngt_tokens_per_s vanilla_tokens_per_s ratio ngt_peak_bytes vanilla_peak_bytes"
@@ -84,9 +84,9 @@ def test_attention_with_a_checkpoint_and_decode(in_tmp, small_text):
         *(in_tmp, "attention", "--checkpoint", checkpoint, "--block-sizes", "40", "--steps", "1")
     )
     assert numbers["rows"][0]["heads"] == 2
-    network, tokenizer, config = models.load_newton(checkpoint, "cpu")
+    network, tokenizer, contents = models.load_newton(checkpoint, "cpu")
     args = SimpleNamespace(checkpoint=checkpoint, text=str(small_text))
-    tokens = models.some_tokens(args, network, tokenizer, config, 40)
+    tokens = models.some_tokens(args, network, tokenizer, contents, 40)
     assert tokenizer.decode(tokens.tolist()) == small_text.read_text()[:40]
     calls = attention.operator_inputs(network, tokens[None])
     assert len(calls) == 2 and torch.equal(calls[0]["mass"], network.mass(tokens[None]))
@@ -111,7 +111,7 @@ def test_data(in_tmp, small_text):
 
 
 def test_models_take_turns():
-    """Every second round runs in reverse order, and the warm-up is not counted."""
+    """Every second round runs in reverse order, and the warm-up round is not counted."""
     order = []
     functions = {name: lambda name=name: order.append(name) for name in "ab"}
     seconds = timing.interleaved(functions, 3, torch.device("cpu"), "turns", warm_up=1)

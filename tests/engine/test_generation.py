@@ -31,7 +31,7 @@ def test_temperature():
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-42])
 def test_tiny_temperatures_are_greedy(temperature):
-    """However near to 0, the likeliest token is drawn."""
+    """Any temperature close to 0 draws the likeliest token."""
     assert sample(LOGITS * 20, temperature=temperature) == 1
 
 
@@ -61,7 +61,7 @@ def test_tiny_temperatures_are_greedy(temperature):
     ids=str,
 )
 def test_what_is_drawn_from(settings, kept):
-    """top_k and top_p keep exactly the sets computed by hand, in their old proportions."""
+    """top_k and top_p keep the sets computed by hand, with unchanged proportions."""
     found = draws(LOGITS, **settings)
     assert set(found.nonzero().flatten().tolist()) == kept
     expected = torch.zeros(6)
@@ -71,7 +71,7 @@ def test_what_is_drawn_from(settings, kept):
 
 
 def test_the_same_seed_draws_the_same():
-    """A generator decides everything; another seed draws otherwise."""
+    """The generator alone decides; another seed gives other tokens."""
     runs, model = [], lively("newton soft")
     for seed in (5, 5, 6):
         stream = TokenStream(model)
@@ -84,8 +84,13 @@ def test_the_same_seed_draws_the_same():
 
 @torch.no_grad()
 def greedy(model, context, interruptions):
-    """Greedy decoding by full passes, another token thrown in after each that is generated; a
-    full context goes on with its newer half."""
+    """Greedy decoding by full passes, with an extra token fed after each generated one.
+
+    A full context continues with its newer half.
+
+    Returns:
+        `(tokens, how often the context slid)`.
+    """
     context, tokens, slides = list(context), [], 0
     for interruption in interruptions:
         tokens.append(int(model(torch.tensor([context]))[0, -1].argmax()))
@@ -98,8 +103,10 @@ def greedy(model, context, interruptions):
 
 @pytest.mark.parametrize("name", ALL)
 def test_streaming_is_greedy_decoding(name):
-    """Token by token through the cache, over three block sizes, as by full uncached passes; only
-    models with a limited context ever slide, and never hold more than they may."""
+    """Over three block sizes the cache gives the tokens of full passes.
+
+    Only models with a limited context slide, and they never remember more than they may.
+    """
     model = lively(name)
     prompt, interruptions = ids(6)[0].tolist(), ids(3 * BLOCK // 2)[0].tolist()
     stream = TokenStream(model)
@@ -121,7 +128,7 @@ def test_streaming_is_greedy_decoding(name):
 
 
 def test_generate_goes_on_from_its_own_tokens():
-    """Many tokens from one call are those of as many calls, each fed back."""
+    """The tokens of one call are fed back: the logits equal those of a full pass."""
     model = lively("newton soft")
     stream = TokenStream(model)
     stream.feed([3, 1, 4])
@@ -134,8 +141,7 @@ def test_generate_goes_on_from_its_own_tokens():
 
 
 def test_prompts_longer_than_the_context():
-    """vanilla reads a long prompt in slides and ends with the logits of what it still holds;
-    newton reads it in one go."""
+    """vanilla slides and ends with the logits of what it remembers; newton reads all of it."""
     prompt = ids(2 * BLOCK + 5)[0].tolist()
     vanilla = TokenStream(lively("vanilla learned"))
     vanilla.feed(prompt)
@@ -155,7 +161,7 @@ def test_prompts_longer_than_the_context():
 
 @pytest.mark.parametrize("name", ["vanilla learned", "published soft"])
 def test_a_long_text_is_read_at_the_cost_of_one_context(name):
-    """Slides that fill up at once are skipped: the same logits and count as token by token."""
+    """Slides are counted but not all read: logits and counts as when fed token by token."""
     model, tokens = lively(name), ids(23 * BLOCK + 3)[0].tolist()
     slowly, at_once = TokenStream(model), TokenStream(model)
     for token in tokens:
@@ -170,7 +176,7 @@ def test_a_long_text_is_read_at_the_cost_of_one_context(name):
 
 
 def test_a_conversation_of_any_length_takes_constant_memory():
-    """What the stream keeps after 2,000 tokens it kept after 500."""
+    """The stream uses as much memory after 2,000 tokens as after 500."""
     stream = TokenStream(lively("newton soft"))
     stream.feed([1])
     sizes = []

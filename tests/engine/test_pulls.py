@@ -1,4 +1,4 @@
-"""Shares of the pull: of a text in one pass, of the newest token, of every token as it is fed."""
+"""Shares of the pull: of a whole text, of the newest token, and of every token as it is fed."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from small_models import BLOCK, NEWTON, PUBLISHED, ids, lively, pull_weights
 
 @pytest.mark.parametrize("name", [*NEWTON, *PUBLISHED])
 def test_blocks_of_any_size_give_the_same_shares(name, monkeypatch):
-    """Several blocks give what one does, and a forward pass afterwards is listened to no more."""
+    """Several blocks of tokens give what one gives, and no hook is left on the model."""
     model, tokens = lively(name), ids(BLOCK)
     whole = pull_weights(model, tokens)
     monkeypatch.setattr(pulls, "PULL_PAIRS", 3 * 4 * BLOCK)
@@ -22,7 +22,7 @@ def test_blocks_of_any_size_give_the_same_shares(name, monkeypatch):
 
 @pytest.mark.parametrize("name", NEWTON)
 def test_pulls_on_the_newest_token(name):
-    """From the cache as it is they are the last row of the weights of a full pass."""
+    """Computed from the cache, they equal the last row of a full pass."""
     model = lively(name)
     stream = TokenStream(model)
     tokens = ids(3 * BLOCK)[0].tolist()

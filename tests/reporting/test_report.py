@@ -1,4 +1,4 @@
-"""report.py: what the files say, all of it, and nothing that they do not say."""
+"""Tests report.py: a report shows what the files of the runs hold, and no other number."""
 
 import csv
 import itertools
@@ -32,7 +32,7 @@ def make_report(*names, reference=()):
 
 
 def test_results(in_tmp, capsys):
-    """Equal steps, best and equal time, by hand from the files."""
+    """The tables of equal steps, best and equal time, computed by hand from the files."""
     write_run("vanilla", [5.0, 4.0, 3.5], model="vanilla")
     write_run("ngt", [4.8, 3.0, 3.25, 3.4], seconds_a_step=2.0)
     _, parts = make_report("vanilla", "ngt", "published")
@@ -90,7 +90,7 @@ def test_a_perplexity_that_overflows(in_tmp):
 
 
 def test_every_number_is_of_the_files(in_tmp):
-    """No loss is printed that is not in a metrics.jsonl, in the reference or made of them."""
+    """Every loss printed is in a metrics.jsonl or in the reference, or is computed from those."""
     write_run("vanilla", [5.1234, 4.4321], model="vanilla")
     write_run("ngt", [4.9876, 4.2109])
     text, _ = make_report("vanilla", "ngt")
@@ -109,7 +109,7 @@ def test_every_number_is_of_the_files(in_tmp):
 
 
 def test_a_torn_last_line(in_tmp, capsys):
-    """A crash while a row was written: the rest is used and one line says so."""
+    """A crash while a row was written: the other rows are used, with one line of warning."""
     write_run("a", [4.0, 3.0])
     path = Path("runs/a/metrics.jsonl")
     path.write_text(path.read_text() + '{"step": 30, "val_lo')
@@ -181,7 +181,7 @@ TRAPS = (
 
 @pytest.mark.parametrize("trap", TRAPS)
 def test_what_strangers_write_is_text(trap, in_tmp, capfd):
-    """On the screen, and as a Markdown program of others' makes HTML of the report."""
+    """On the terminal, and in the HTML that another program makes of the Markdown."""
     command = ["train_shakespeare.py", "--data-path", trap]
     settings = {"source": trap, "machine": trap, "command": command, "code_version": trap}
     settings |= {"torch_version": trap, "checkpoint_path": f"{trap}.pt"}
@@ -226,7 +226,7 @@ def test_bad_input_is_one_line(in_tmp):
 
 
 def test_real_runs(in_tmp, small_text):
-    """Two real trainings, one of them resumed: one curve each, and the geometry by head."""
+    """Two real trainings, one of them resumed: each has one curve, and NGT its geometry by head."""
     train = ("train_shakespeare.py", "--data-path", small_text, *SMALL)
     ngt = ("--checkpoint-path", "c/ngt.pt", "--run-name", "pair/ngt")
     run(*train, *ngt, "--max-steps", 10, cwd=in_tmp, check=0)
@@ -244,7 +244,7 @@ def test_real_runs(in_tmp, small_text):
     heads = re.findall(r"^\| (\d) \| (\d) \|", text, re.M)
     assert heads == [("0", "0"), ("0", "1"), ("1", "0"), ("1", "1")]
     assert "Heaviest tokens: `" in text
-    # vanilla comes first: the ratio is over it
+    # vanilla comes first: the ratio is to the first line
     first = text.index("| vanilla (learned) |"), text.index("| ngt (newton) |")
     assert first[0] < first[1]
     assert Path("reports/pair.png").read_bytes()[:4] == b"\x89PNG"
@@ -252,7 +252,7 @@ def test_real_runs(in_tmp, small_text):
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium here: install it to run browser tests")
 def test_a_real_browser_draws_the_curves(in_tmp):
-    """Chromium finds both curves in both panels, their values, and no way to upload them."""
+    """Chromium draws both curves in both panels, with their values."""
     write_run("<b>vanilla", [5.0, 4.0], model="vanilla")
     write_run("ngt", [4.5, 3.0])
     make_report("<b>vanilla", "ngt")

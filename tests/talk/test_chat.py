@@ -1,4 +1,4 @@
-"""The chat as it is used: one answer, a pipe, and a person at a terminal."""
+"""The chat in use: a single answer, a pipe, and a person at a terminal."""
 
 import fcntl
 import os
@@ -32,7 +32,7 @@ def answer(capsys, *flags):
     ids=["newton", "published", "vanilla"],
 )
 def test_greedy_answer_is_what_the_model_says_without_a_cache(config, in_tmp, capsys):
-    """The likeliest token, one full forward pass after another."""
+    """The likeliest token, each by a full forward pass."""
     model = make_checkpoint("x.pt", **config)
     tokens = LETTERS.encode("hello")
     for _ in range(10):
@@ -84,7 +84,7 @@ def test_odd_prompts_never_crash(in_tmp, capsys):
 
 
 def test_piped_conversation(in_tmp):
-    """No prompt sign, settings and commands work, an unknown command is no question."""
+    """No prompt is printed, settings and commands work, an unknown command is not answered."""
     make_checkpoint("x.pt")
     lines = (
         "/set temperature 0\n/set top-k nonsense\nhello\n/reset\nhello\n/nonsense\n/quit\nmore\n"
@@ -107,7 +107,7 @@ def piped(cwd, *lines, flags=()):
 
 
 def test_more_goes_on_and_retry_answers_again(in_tmp):
-    """10 tokens and 10 more are the 20 of one answer; a greedy answer again is the same again."""
+    """10 tokens and 10 more equal one answer of 20; a greedy answer is the same every time."""
     make_checkpoint("x.pt")
     drawn = ("--temperature", 1, "--seed", 3)
     piped(in_tmp, "hello", "/save whole", flags=(*drawn, "--max-new-tokens", 20))
@@ -123,7 +123,7 @@ def test_more_goes_on_and_retry_answers_again(in_tmp):
 
 
 def test_tokens_and_pull(in_tmp):
-    """Each token of the text with its mass; shares of the pull as the formula in float64 says."""
+    """Each token of the text with its mass; shares of the pull equal the formula in float64."""
     model = make_checkpoint("x.pt")
     lines = piped(in_tmp, "abcab", "/tokens", "/pull", flags=("--max-new-tokens", 1))
     ids = LETTERS.encode("abcab\n")
@@ -145,7 +145,7 @@ def test_tokens_and_pull(in_tmp):
 
 
 def test_pull_weights_are_what_attention_uses(in_tmp):
-    """Weights times values, through the output projection, is what the layer returns."""
+    """Weights times values, through the output projection, give the output of the layer."""
     model = make_checkpoint("x.pt").double()
     tokens = torch.tensor([LETTERS.encode("hello there you")])
     seen = {}
@@ -165,12 +165,15 @@ def test_save_overwrites_nothing(in_tmp):
 
 
 def terminal(cwd, *flags, interrupt=signal.SIG_DFL):
-    """chat.py on a pseudo-terminal, started with Ctrl-C as a shell leaves it, or ignored.
+    """Start chat.py on a pseudo-terminal.
 
-    Its history has nowhere to go: a file is where its folder would be.
+    Its history cannot be saved: a file is in the place of its folder.
+
+    Args:
+        interrupt: what SIGINT is set to at the start: the default, or ignored as in the background.
 
     Returns:
-        The process, the terminal's other end, a function that reads until a text shows up.
+        The process, the other end of the terminal, a function that reads until a text appears.
     """
     master, slave = pty.openpty()
 
@@ -193,7 +196,7 @@ def terminal(cwd, *flags, interrupt=signal.SIG_DFL):
     seen = ""
 
     def expect(text, press=b"", seconds=90):
-        """Read until `text` shows, pressing a key every few seconds: prompts show, then listen."""
+        """Read until `text` appears; press a key every few seconds, as it may be lost at first."""
         nonlocal seen
         deadline, next_press = time.monotonic() + seconds, time.monotonic() + 0.5
         while text not in seen:
@@ -203,14 +206,14 @@ def terminal(cwd, *flags, interrupt=signal.SIG_DFL):
                 next_press = time.monotonic() + 5
             if select.select([master], [], [], 0.2)[0]:
                 seen += os.read(master, 65536).decode(errors="replace")
-        seen = seen.split(text, 1)[1]  # what came after it is for the next call
+        seen = seen.split(text, 1)[1]  # the rest is for the next call
 
     return process, master, expect
 
 
 @pytest.mark.parametrize("interrupt", [signal.SIG_DFL, signal.SIG_IGN], ids=["default", "ignored"])
 def test_at_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(interrupt, in_tmp):
-    """Also where it is started as scripts start their background jobs: deaf to Ctrl-C."""
+    """Also if it is started as scripts start background jobs: with Ctrl-C ignored."""
     make_checkpoint("x.pt")
     process, master, expect = terminal(
         *(in_tmp, "--checkpoint-path", "x.pt", "--max-new-tokens", 1_000_000),
@@ -252,7 +255,7 @@ def test_what_is_no_checkpoint_is_one_line(make, words, in_tmp):
 
 
 class Malice:
-    """What a hostile pickle looks like: loading it would create a file."""
+    """A hostile pickle: loading it creates a folder."""
 
     def __reduce__(self):
         return (os.mkdir, ("pwned",))
@@ -262,7 +265,7 @@ def test_a_hostile_pickle_is_refused_and_not_run(in_tmp):
     torch.save({"model_state": {}, "vocab": Malice()}, "evil.pt")
     line = error_line(run("chat.py", "--checkpoint-path", "evil.pt", cwd=in_tmp, check=1))
     assert "refused" in line and not (in_tmp / "pwned").exists()
-    # the file is live: an unsafe load does run it
+    # the attack is real: an unsafe load runs it
     torch.load("evil.pt", weights_only=False)
     assert (in_tmp / "pwned").exists()
 

@@ -1,4 +1,4 @@
-"""What the chat shows and takes: safe text, cells, bars, and a person at a real terminal (tmux)."""
+"""The chat at a terminal: safe text, columns, bars, and a person at a real terminal (tmux)."""
 
 import os
 import re
@@ -43,7 +43,7 @@ TEXTS = (
 
 
 def test_no_character_steers_a_terminal_and_text_stays_text():
-    """Of all code points only letters, marks, signs, spaces, and the pictures to come pass."""
+    """Of all code points only letters, marks, signs, spaces and the planes of emoji pass."""
     for code in range(0x110000):
         shown = printable(chr(code))
         if shown == chr(code):
@@ -79,7 +79,7 @@ def test_errors_and_warnings_are_one_safe_line(capsys):
 
 
 class Tmux:
-    """A real terminal of its own server."""
+    """A real terminal, with a tmux server of its own."""
 
     def __init__(self, folder, command, width=80, height=24, **environment):
         self._server = ["tmux", "-f", "/dev/null", "-S", str(folder / f"tmux{id(self)}")]
@@ -119,7 +119,7 @@ needs_tmux = pytest.mark.skipif(not shutil.which("tmux"), reason="no tmux")
 
 @needs_tmux
 def test_cells_are_those_of_a_real_terminal(tmp_path):
-    """Where tmux's cursor stands after a text is how wide it is; so bars stand in one column."""
+    """The cursor of tmux shows how wide a text is; bars rely on it to line up."""
     pane = Tmux(tmp_path, ["true"])
     try:
         pane.expect("left with 0")
@@ -222,7 +222,7 @@ def test_a_person_at_a_terminal(tmp_path):
 
 
 def test_campaign_of_random_prompts_in_short(tmp_path):
-    """Real processes on a pipe and at a terminal: no crash, nothing raw; a model that says all."""
+    """Real processes, on a pipe and at a terminal: no crash, no raw control character."""
     only = [("vanilla-BPE", False), ("NGT-char", True)]
     result = campaign(tmp_path, 200, seed=1, long_prompts=2, longest=1 << 16, only=only)
     assert result["failures"] == [] and result["kinds"].total() == 200
@@ -247,7 +247,7 @@ def test_ctrl_c_ends_a_pipe(tmp_path):
 
 
 def test_ctrl_c_while_it_reads(tmp_path, capsys):
-    """What was read by then stays read, and is what /save would write."""
+    """The part that was read stays in the context and in the transcript."""
     model = make_checkpoint(tmp_path / "x.pt")
     settings = dict(temperature=0, top_k=None, top_p=None, max_new_tokens=4, seed=1)
     talk, stopped = Conversation(model, LETTERS, settings), threading.Event()
@@ -277,13 +277,13 @@ def test_the_path_that_training_was_given_will_do(in_tmp, capsys):
     [
         ("norm.weight", 3e38, "not finite"),
         ("layers.0.attn.probe_proj.weight", 3e38, "not finite"),
-        ("layers.1.attn.time_scale_raw", -3e38, None),  # a head that reaches for ever
-        ("layers.1.attn.time_offset", 3e38, None),  # one that reaches nothing
+        ("layers.1.attn.time_scale_raw", -3e38, None),  # a head with an endless window
+        ("layers.1.attn.time_offset", 3e38, None),  # a head that feels nothing
         ("mass_emb.weight", -3e38, None),  # masses of 0
     ],
 )
 def test_weights_that_are_finite_and_absurd(name, value, error, in_tmp):
-    """One line says so, or the chat and its figures go on."""
+    """Either one line reports it, or the chat goes on without NaN."""
     make_checkpoint("x.pt")
     checkpoint = torch.load("x.pt", weights_only=True)
     checkpoint["model_state"][name].fill_(value)

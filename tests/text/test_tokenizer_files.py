@@ -1,4 +1,4 @@
-"""Files of the `tokenizers` library: the ids are its own, and nothing of a text is left out."""
+"""Files of the `tokenizers` library give the library's own ids and lose no text."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What training shows, in a real terminal (tmux) and through a pipe."""
+"""The output of a training in a real terminal (tmux) and through a pipe."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def test_a_duration_as_people_read_it():
 
 
 def test_through_a_pipe_lines_are_plain(capsys, monkeypatch):
-    """Rows, and between two that are far apart a line of the same news."""
+    """Rows, and a line per minute between two that are far apart."""
     clock = [1000.0]
     monkeypatch.setattr(training_display.time, "monotonic", lambda: clock[0])
     with TrainingDisplay(15000, 5000, 768) as display:
@@ -70,7 +70,7 @@ def terminal(in_tmp, small_text):
 
 
 def until(tmux, condition, seconds=60):
-    """The lines of the screen, and what has scrolled off it, once they satisfy a condition."""
+    """The lines of the screen and its history as soon as they satisfy a condition."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         lines = tmux("capture-pane", "-p", "-S", "-").rstrip().splitlines()
@@ -86,12 +86,12 @@ def rows(lines):
 
 
 def below(lines, title):
-    """The lines below the newest header that ends so."""
+    """The lines below the newest header that ends with `title`."""
     headers = [n for n, line in enumerate(lines) if re.fullmatch(rf" +step +train .*{title}", line)]
     return lines[headers[-1] + 1 :] if headers else []
 
 
-def test_one_line_lives_below_the_table(terminal):
+def test_one_line_is_updated_below_the_table(terminal):
     """At 80 columns, at 40, at 80 again; then Ctrl-C leaves a clean screen."""
     lines = until(terminal, lambda lines: len(rows(lines)) >= 3 and LIVE.search(lines[-1]))
     assert len([line for line in lines if LIVE.search(line)]) == 1
@@ -111,7 +111,7 @@ def test_one_line_lives_below_the_table(terminal):
     terminal("send-keys", "C-c")
     lines = until(terminal, lambda lines: any("stopped at" in line for line in lines))
     assert rows(lines) == [300 * n for n in range(1, len(rows(lines)) + 1)]
-    # one that the narrower terminal had wrapped may be left of each resize
+    # a resize may leave one line that the narrower terminal had wrapped
     assert len([line for line in lines if LIVE.search(line)]) <= 1
     assert sum(bool(re.match(" +step +train", line)) for line in lines) == 3
     assert not any("Traceback" in line for line in lines)

@@ -1,4 +1,4 @@
-"""That no run loses its files to another, however it is started, stopped and started again."""
+"""No run overwrites the files of another, however runs are started, stopped and restarted."""
 
 import fcntl
 import json
@@ -50,7 +50,7 @@ def die(*_):
 
 
 def test_killed_before_its_first_checkpoint_it_starts_again(in_tmp, small_text, monkeypatch):
-    """Its own metrics are no reason to refuse; those of another run are."""
+    """Its own metrics do not stop it; those of another run do."""
     with monkeypatch.context() as patched:
         patched.setattr(loop, "save_checkpoint", die)
         with pytest.raises(RuntimeError):
@@ -65,7 +65,7 @@ def test_killed_before_its_first_checkpoint_it_starts_again(in_tmp, small_text, 
 
 
 def test_a_forgotten_run_name_is_noticed(finished):
-    """Resuming must not cut another run's metrics."""
+    """Resuming must not truncate another run's metrics."""
     train("--checkpoint-path", "d/a", "--run-name", "other", "--max-steps", 10)
     with pytest.raises(UserError, match=r"metrics of another run, c/a.*--run-name"):
         train("--checkpoint-path", "d/a", "--max-steps", 30, "--resume")
@@ -74,8 +74,8 @@ def test_a_forgotten_run_name_is_noticed(finished):
     assert steps("a") == [10, 20] and steps("other") == [10, 20, 30]
 
 
-def test_overwrite_gives_up_nothing_before_it_has_something(finished, monkeypatch):
-    """A new run that fails at its first step leaves the earlier one as it was."""
+def test_overwrite_keeps_the_earlier_run_until_it_has_saved(finished, monkeypatch):
+    """If the new run fails at its first step, the earlier run is unchanged."""
     before = (finished / "c" / "a_last.pt").read_bytes()
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "step", die)
@@ -89,7 +89,7 @@ def test_overwrite_gives_up_nothing_before_it_has_something(finished, monkeypatc
 
 
 def test_what_was_set_aside_outlives_a_kill(in_tmp):
-    """Attempts that end without a word do not lose what was there before the first of them."""
+    """Killed attempts do not lose the run that was there before the first of them."""
     files = RunFiles("c/a")
     metrics = files.directory / "metrics.jsonl"
     for path in (files.last, metrics):
@@ -104,7 +104,7 @@ def test_what_was_set_aside_outlives_a_kill(in_tmp):
 
 
 def test_the_best_of_another_run_is_not_called_its_own(finished, capsys):
-    """A fork has no best until it has one, and an overwritten one is the fork's."""
+    """A run that continues another's checkpoint has no best before its own first evaluation."""
     torch.manual_seed(0)
     train("--resume-from", "c/a_last.pt", "--checkpoint-path", "c/b", "--max-steps", 30)
     assert "in c/b_best.pt" in capsys.readouterr().out
@@ -115,7 +115,7 @@ def test_the_best_of_another_run_is_not_called_its_own(finished, capsys):
     assert read_checkpoint("c/a_best.pt")["iter"] == 40 and steps("a") == [40]
 
 
-def test_a_file_of_the_run_is_understood_as_its_path(finished):
+def test_the_name_of_a_file_of_the_run_is_accepted_as_its_path(finished):
     train("--resume", "--checkpoint-path", "c/a_last.pt", "--max-steps", 30)
     assert sorted(path.name for path in finished.glob("c/*.pt")) == ["a_best.pt", "a_last.pt"]
     assert read_checkpoint("c/a_last.pt")["iter"] == 30
@@ -129,7 +129,7 @@ def test_one_process_at_a_time(finished):
 
 
 def test_restarted_by_torchrun_it_goes_on_from_its_own_last(finished, monkeypatch):
-    """Not from the file that the first try was given, and not over the run that it replaced."""
+    """Neither --resume-from nor --overwrite of the first attempt is applied again."""
     train("--checkpoint-path", "c/old", "--max-steps", 10)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this launch")
     fork = ("--resume-from", "c/a_last.pt", "--checkpoint-path", "c/b", "--max-steps")
@@ -137,7 +137,7 @@ def test_restarted_by_torchrun_it_goes_on_from_its_own_last(finished, monkeypatc
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     train(*fork, 40)
     assert steps("b") == [30, 40]
-    # the first try of --overwrite died before it began: what is there is still the earlier run
+    # the first attempt of --overwrite died before it began: the files are still the earlier run's
     train("--checkpoint-path", "c/old", "--max-steps", 20, "--overwrite", "--seed", 7)
     assert read_checkpoint("c/old_last.pt")["config"]["seed"] == 7
 
@@ -150,13 +150,12 @@ def test_a_path_like_a_flag(in_tmp, monkeypatch):
 
 
 def test_a_closed_terminal_saves(finished):
-    """The hang-up of a real pseudo-terminal: exit 129 and a checkpoint."""
+    """When its pseudo-terminal closes, training saves a checkpoint and exits with 129."""
     master, slave = pty.openpty()
     command = [sys.executable, ROOT / "train_shakespeare.py", *SMALL, "--resume"]
     command += ["--checkpoint-path", "c/a", "--max-steps", 100_000]
     process = subprocess.Popen(
         [*map(str, command)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdin=slave,
         stdout=slave,
         stderr=slave,
@@ -174,11 +173,9 @@ def test_a_closed_terminal_saves(finished):
 
 
 def test_a_signal_before_there_is_anything_to_save(in_tmp, small_text):
-    """SIGUSR1 while it is starting does not end it."""
+    """SIGUSR1 during the start does not end the training."""
     command = [sys.executable, ROOT / "train_shakespeare.py", *SMALL, "--max-steps", 10]
-    process = subprocess.Popen(
-        [*map(str, command)], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE
-    )
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE)
     while b"text:" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGUSR1)

@@ -49,7 +49,7 @@ def train(*flags, cwd, check=0):
 
 
 def read(directory):
-    """All that an event file holds, nothing sampled away."""
+    """All events of a file, without TensorBoard's sampling."""
     everything = {"scalars": 0, "tensors": 0, "histograms": 0}
     return EventAccumulator(str(directory), size_guidance=everything).Reload()
 
@@ -88,7 +88,7 @@ def small(model_type="ngt", tokenizer=None, **config):
 
 
 def test_a_resumed_run_reads_as_one(in_tmp, small_text):
-    """Nothing twice, nothing of the future, one session; piped output is plain lines."""
+    """No event twice or later than the resumed step, one session; piped output is plain lines."""
     common = ("--data-path", small_text, "--eval-interval", 10, "--checkpoint-path", "c/x")
     piped = train(*common, "--max-steps", 20, cwd=in_tmp)
     assert not set("\r\x1b") & set(piped.stdout + piped.stderr)
@@ -163,7 +163,7 @@ def test_what_an_older_release_left_is_taken_in(in_tmp):
 
 
 def test_samples_change_nothing_of_the_training(in_tmp, small_text):
-    """Bit for bit, dropout's random numbers included."""
+    """Bit-identical, dropout's random numbers included."""
     common = ("--data-path", small_text, "--max-steps", 20, "--eval-interval", 5)
     train(*common, "--checkpoint-path", "c/with", cwd=in_tmp)
     train(*common, "--checkpoint-path", "c/without", "--sample-tokens", 0, cwd=in_tmp)
@@ -210,7 +210,7 @@ def test_code_blocks_stay_text():
 
 @pytest.fixture
 def most_bytes():
-    """What one evaluation of a large NGT writes at most: of scalars, histograms and text."""
+    """The most bytes that one evaluation of a large NGT writes: scalars, histograms and text."""
 
     def measure(directory, num_layers, num_heads):
         model, data = small(num_layers=num_layers, num_heads=num_heads, hidden_dim=num_heads * 2)
@@ -259,7 +259,7 @@ def test_event_files_stay_under_50_mb(eval_interval, in_tmp, most_bytes, monkeyp
 
 @pytest.mark.slow
 def test_a_run_of_15000_steps(in_tmp, small_text):
-    """For real, an evaluation every ten steps."""
+    """A real training with an evaluation every ten steps."""
     train("--data-path", small_text, "--max-steps", 15000, "--eval-interval", 10, cwd=in_tmp)
     directory = in_tmp / "runs" / "shakespeare"
     assert sum(path.stat().st_size for path in directory.glob("events*")) < 50e6
@@ -298,7 +298,7 @@ def test_a_directory_that_cannot_be_written_is_one_line(in_tmp):
 
 @pytest.mark.parametrize("what, max_steps", [("events", 600), ("metrics.jsonl", 20000)])
 def test_a_disk_that_fills_ends_with_one_line(what, max_steps, in_tmp, small_text):
-    """A limit on the size of files stands in for the disk; what was saved is good and goes on."""
+    """A limit on the size of files stands in for the disk; the saved checkpoint can be resumed."""
     limit = 60_000  # a checkpoint is smaller
     flags = [*TINY, "--data-path", small_text, "--max-steps", max_steps]
     flags += ["--checkpoint-interval", 10, "--eval-interval", 1, "--checkpoint-path", "c/x"]
@@ -367,7 +367,7 @@ def tensorboard(in_tmp):
 
 @pytest.mark.skipif(BROWSER is None, reason="no browser")
 def test_the_real_page(in_tmp, tensorboard):
-    """NGT and vanilla on one chart, their hyperparameters and texts; what is hostile is text."""
+    """NGT and vanilla on one chart, their hyperparameters and texts; hostile text stays text."""
     sync_api = pytest.importorskip("playwright.sync_api")
     hostile_name = "<img src=x onerror=alert(5)>"
     letters = map(chr, range(0x21, 0x7F))  # so many that masses are coloured as numbers

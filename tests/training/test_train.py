@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 
@@ -13,9 +10,10 @@ import pytest
 import torch
 
 import train_shakespeare
-from conftest import ROOT, error_line, run
+from conftest import error_line, run
 from data import eval_batches
 from engine.checkpoint import load_model, read_checkpoint
+from script_runner import StartedScript
 from small_runs import assert_same_run, same
 from system.errors import run_script
 from text.token_files import open_token_data
@@ -28,6 +26,7 @@ SMALL = (
     *("--num-heads", 2, "--mlp-dim", 48, "--block-size", 16, "--batch-size", 4),
     *("--eval-interval", 20, "--eval-iters", 2, "--checkpoint-interval", 15),
     *("--warmup-steps", 10, "--dropout", 0.1, "--gradient-accumulation-steps", 2),
+    *("--sample-tokens", 4),
 )
 NGT = ("--repulsion-interval", 7, "--use-soft-cutoff")
 
@@ -68,32 +67,27 @@ def curve(directory):
 )
 def test_resuming_is_bit_identical(kind, in_tmp, small_text):
     """60 steps in one go against 30 and, in a new process, 30 more: with accumulation, warm-up,
-    dropout and evaluations on the way, and where the hardware has it in bf16."""
+    dropout and evaluations between, and in bf16 if the hardware has it."""
     flags = (*kind, "--data-path", small_text, "--no-use-cosine-schedule")
     train(*flags, "--max-steps", 60, "--checkpoint-path", "c/one", cwd=in_tmp)
     train(*flags, "--max-steps", 30, "--checkpoint-path", "c/two", cwd=in_tmp)
     again = train("--resume", "--max-steps", 60, "--checkpoint-path", "c/two", cwd=in_tmp)
     assert "resuming at step 30" in again.stdout
     assert_same_run(read_checkpoint("c/one_last.pt"), read_checkpoint("c/two_last.pt"))
-    # the run of 30 evaluated at its end, too
+    # the run of 30 also evaluated at its own end
     rows = [row[:2] for row in curve(in_tmp / "runs" / "two") if row[0] != 30]
     assert rows == [row[:2] for row in curve(in_tmp / "runs" / "one")]
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_asked_to_stop_it_saves_and_goes_on_identically(number, code, in_tmp, small_text):
-    """A signal in the middle, under the cosine, against a run that was never interrupted."""
-    flags = [*SMALL, *NGT, "--data-path", small_text, "--max-steps", 240]
+def test_a_stopped_run_resumes_bit_identical(number, code, in_tmp, small_text):
+    """A run stopped by a signal and resumed, against one that was never interrupted."""
+    flags = [*SMALL, *NGT, "--data-path", small_text, "--max-steps", 160]
     flags = [str(flag) for flag in flags]
     train_whole = [*flags, "--checkpoint-path", "c/whole"]
     run("train_shakespeare.py", *train_whole, cwd=in_tmp, check=0)
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train_shakespeare.py", *flags, "--checkpoint-path", "c/cut"],
-        cwd=in_tmp,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    cut = (*flags, "--checkpoint-path", "c/cut")
+    process = StartedScript("train_shakespeare.py", cut, in_tmp)
     metrics = in_tmp / "runs" / "cut" / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
@@ -103,22 +97,16 @@ def test_asked_to_stop_it_saves_and_goes_on_identically(number, code, in_tmp, sm
     assert process.returncode == code, output
     assert "--resume" in output
     stopped_at = read_checkpoint("c/cut_last.pt")["iter"]
-    assert 20 <= stopped_at < 240
+    assert 20 <= stopped_at < 160
     run("train_shakespeare.py", "--resume", "--checkpoint-path", "c/cut", cwd=in_tmp, check=0)
     assert_same_run(read_checkpoint("c/whole_last.pt"), read_checkpoint("c/cut_last.pt"))
     assert curve(in_tmp / "runs" / "whole") == curve(in_tmp / "runs" / "cut")
 
 
-def test_sigusr1_writes_a_checkpoint_and_goes_on(in_tmp, small_text):
+def test_sigusr1_writes_a_checkpoint_and_training_continues(in_tmp, small_text):
     flags = (*SMALL, *NGT, "--data-path", small_text, "--max-steps", 3000)
     flags = [*flags, "--checkpoint-interval", 3000, "--checkpoint-path", "c/x"]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train_shakespeare.py", *map(str, flags)],
-        cwd=in_tmp,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    process = StartedScript("train_shakespeare.py", flags, in_tmp)
     metrics, last = in_tmp / "runs" / "x" / "metrics.jsonl", in_tmp / "c" / "x_last.pt"
     deadline = time.monotonic() + 60
     while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
@@ -131,7 +119,7 @@ def test_sigusr1_writes_a_checkpoint_and_goes_on(in_tmp, small_text):
     rows = len(curve(in_tmp / "runs" / "x"))
     while len(curve(in_tmp / "runs" / "x")) == rows and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert process.poll() is None  # it goes on
+    assert process.poll() is None  # it continues
     process.kill()
     output, _ = process.communicate(timeout=60)
     assert f"SIGUSR1 at step {saved_at}" in output and 20 <= saved_at < 3000
@@ -190,7 +178,7 @@ def test_tensorboard_gets_curves_geometry_and_labels(in_tmp, small_text):
 
 @pytest.fixture
 def trainer(in_tmp, small_text):
-    """A trainer in this process, and the config it has."""
+    """A trainer in this process."""
     from text.preparation import prepare_data
     from training.config import resolve
     from training.options import train_parser
@@ -258,7 +246,7 @@ def test_a_step_that_is_not_finite_changes_nothing(trainer):
 
 
 def test_too_many_steps_that_are_not_finite_stop_the_run(in_tmp, small_text):
-    """The checkpoint of before is kept, byte for byte."""
+    """The last good checkpoint stays, byte for byte."""
     common = ("--data-path", small_text, "--checkpoint-path", "c/x")
     train(*common, "--max-steps", 15, "--no-use-cosine-schedule", cwd=in_tmp)
     good = (in_tmp / "c" / "x_last.pt").read_bytes()
@@ -270,7 +258,7 @@ def test_too_many_steps_that_are_not_finite_stop_the_run(in_tmp, small_text):
 
 
 def test_nothing_of_another_run_is_written_over(in_tmp, small_text, capsys):
-    """Neither its checkpoints nor its metrics; --overwrite does both."""
+    """Neither checkpoints nor metrics; --overwrite replaces both."""
     flags = ("--data-path", small_text, "--max-steps", 3)
     train(*flags, "--checkpoint-path", "a/x", cwd=in_tmp)
     metrics = (in_tmp / "runs" / "x" / "metrics.jsonl").read_text()
@@ -280,7 +268,7 @@ def test_nothing_of_another_run_is_written_over(in_tmp, small_text, capsys):
     code, error = refuse(capsys, "--resume-from", "a/x_last.pt", "--checkpoint-path", "b/x")
     assert code == 2 and "b/x_last.pt exists" in error
     assert (in_tmp / "runs" / "x" / "metrics.jsonl").read_text() == metrics
-    # --resume-from goes on where that checkpoint belongs
+    # --resume-from continues the run that the checkpoint belongs to
     train("--resume-from", "a/x_best.pt", "--max-steps", 5, cwd=in_tmp)
     assert read_checkpoint("a/x_last.pt")["iter"] == 5
     assert read_checkpoint("b/x_last.pt")["iter"] == 3
@@ -338,12 +326,12 @@ def test_resume_refuses_what_contradicts_the_checkpoint(in_tmp, small_text, caps
     other.write_text("another text, of other words, long enough.\n" * 400)
     code, error = refuse(capsys, *resume, "--data-path", other)
     assert code == 1 and "trained on another text" in error
-    # a damaged _last is an error, not a reason to go back quietly
+    # a damaged _last is an error; _best is not used silently instead
     last = in_tmp / "c" / "x_last.pt"
     data = bytearray(last.read_bytes())
     with zipfile.ZipFile(last) as archive:
         largest = max(archive.infolist(), key=lambda entry: entry.file_size)
-    # past its header and the padding that no checksum covers
+    # behind the header and its padding
     data[largest.header_offset + 200 + largest.file_size // 2] ^= 1
     last.write_bytes(data)
     code, error = refuse(capsys, *resume)
@@ -408,7 +396,7 @@ def test_presets_fill_what_is_not_given_and_flags_win(in_tmp):
 
 
 def test_autocast_trains_in_bf16(trainer):
-    """The losses of a step in bf16 and in fp32 agree to bf16's digits."""
+    """The losses of a step in bf16 and in fp32 agree to the precision of bf16."""
     from data import get_batch
 
     inputs, targets = get_batch(trainer.data.train, 4, 16, 0, 0)
