@@ -15,18 +15,11 @@ from system.cli import choose_device, random_seed, script_parser, whole, whole_o
 from system.errors import UsageError, UserError, run_script
 from system.safe_text import one_line
 from system.terminal import say
-from talk.commands import (
-    OPTIONAL_SETTINGS,
-    SETTINGS,
-    Chat,
-    completions,
-    converse,
-    probability,
-    temperature,
-)
-from talk.events import LiveConversation
+from talk.commands import Chat, completions, converse
+from talk.conversation import Conversation
 from talk.line_input import LineInput
-from talk.server import serve
+from talk.server import KEPT_TOKENS, serve
+from talk.settings import SETTINGS
 
 EXAMPLES = """examples:
   python chat.py --checkpoint-path checkpoints/shakespeare.pt_best.pt
@@ -36,7 +29,7 @@ EXAMPLES = """examples:
 """
 
 
-def port(text):
+def port_number(text):
     """A port to listen at; 0: any."""
     value = whole_or_zero(text)
     if value > 65535:
@@ -60,14 +53,14 @@ def make_parser():
     add("--prompt", help="answer this text once, on standard output, and leave")
     add(
         "--temperature",
-        type=temperature,
+        type=SETTINGS["temperature"],
         default=0.8,
         help="how adventurous; 0 always takes the likeliest token (default: %(default)s)",
     )
     add("--top-k", type=whole, help="draw from the k likeliest tokens only (default: all)")
     add(
         "--top-p",
-        type=probability,
+        type=SETTINGS["top_p"],
         help="draw from the likeliest tokens that together have this probability (default: all)",
     )
     add("--max-new-tokens", type=whole, default=300, help="(default: %(default)s)")
@@ -85,7 +78,7 @@ def make_parser():
     )
     add(
         "--port",
-        type=port,
+        type=port_number,
         help=f"with --serve: the port; 0: any that is free (default: {DEFAULT_PORT})",
     )
     return parser
@@ -124,32 +117,6 @@ def check_flags(args):
             raise UsageError(f"--{name} is for --serve: add that")
 
 
-def serve_page(model, tokenizer, checkpoint, path, args):
-    """Chat on a web page until Ctrl-C."""
-    config = checkpoint["config"]
-    is_ngt = config["model_type"] == "ngt"
-    law = config.get("law", "newton") if is_ngt else None
-    about = {
-        "introduction": one_line(introduction(model, checkpoint, path)),
-        "law": law,
-        "numLayers": model.config.num_layers,
-        "numHeads": model.config.num_heads,
-    }
-    conversation = LiveConversation(
-        model, tokenizer, {name: getattr(args, name) for name in SETTINGS}
-    )
-    conversation.stream.feed([0])  # what has to be compiled is, before anyone waits for an answer
-    conversation.forget()
-    parsers = {name: (parse, name in OPTIONAL_SETTINGS) for name, parse in SETTINGS.items()}
-    serve(
-        conversation,
-        DEFAULT_HOST if args.host is None else args.host,
-        DEFAULT_PORT if args.port is None else args.port,
-        parsers,
-        about,
-    )
-
-
 def main(argv=None):
     """Chat; returns the exit code."""
     args = make_parser().parse_args(argv)
@@ -158,16 +125,22 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="backslashreplace")
     path = find_checkpoint(args.checkpoint_path)
     model, tokenizer, checkpoint = load_model(path, choose_device(args.device))
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    about = introduction(model, checkpoint, path)
     if args.serve:
-        serve_page(model, tokenizer, checkpoint, path, args)
-    chat = Chat(model, tokenizer, {name: getattr(args, name) for name in SETTINGS})
+        conversation = Conversation(model, tokenizer, settings, KEPT_TOKENS)
+        conversation.warm_up()
+        host = DEFAULT_HOST if args.host is None else args.host
+        port = DEFAULT_PORT if args.port is None else args.port
+        return serve(conversation, host, port, one_line(about))
+    conversation = Conversation(model, tokenizer, settings)
+    chat = Chat(conversation)
     if args.prompt is not None:
         return 130 if chat.reply(args.prompt) else 0
     lines = LineInput("you> ", completions)
     if lines.is_interactive:
-        say(introduction(model, checkpoint, path), "dim")
-        chat.stream.feed([0])  # what has to be compiled is, before anyone waits for an answer
-        chat.stream.reset()
+        say(about, "dim")
+        conversation.warm_up()
     return converse(chat, lines)
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from data import eval_windows
 from engine.checkpoint import load_model
-from system.cli import choose_device, script_parser, whole
+from system.cli import choose_device, script_parser, whole, whole_list
 from system.errors import UserError, run_script, warn
 from system.files import write_whole
 from system.machine import cpu_multiplies_bf16
@@ -39,7 +39,7 @@ def make_parser():
     add("--checkpoint-path", required=True, help="an NGT or a vanilla checkpoint")
     add(
         "--context-lengths",
-        type=lambda text: [whole(word) for word in text.split(",")],
+        type=whole_list,
         default=[64, 128, 256, 512, 1024, 2048, 4096],
         help="tokens, comma between them (default: 64,128,256,512,1024,2048,4096)",
     )

@@ -19,10 +19,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from engine.pulls import PULL_PAIRS
 from gravity.attention import gravity_attention
 from gravity.heads import merge_heads, softplus_inverse, split_heads
-from gravity.law import TINY, gravity_field, reach
+from gravity.law import reach
 from gravity.published import PublishedGravityAttention
 from system.cli import positive, share, whole
 from system.errors import UsageError
@@ -236,21 +235,13 @@ class GravityAttention(nn.Module):
             mass_in_value=self.config.mass_in_value,
         )
 
-    def pull_rows(self, z, mass, positions, rows):
-        """Shares of the pull on the tokens of a slice, (H, rows, rows.stop): columns are sources.
+    def learned(self):
+        """What the heads learned, by name: (H,), retardation (H * head_coord_dim,).
 
-        Rows sum to 1 where anything reaches.
+        A radius or retardation that the model does not have is None.
         """
-        q, k = self.points(z)
-        field = gravity_field(
-            q[:, :, rows].float(),
-            k[:, :, : rows.stop].float(),
-            mass[:, : rows.stop],
-            query_positions=positions[rows],
-            key_positions=positions[: rows.stop],
-            **self.law(),
-        )[0]
-        return field / (field.sum(-1, keepdim=True) + TINY)
+        names = ("time_scale", "time_offset", "retardation", "radius", "window")
+        return {name: getattr(self, name) for name in names}
 
     def forward(self, h, z, mass, positions, kv_cache=None):
         q, k = self.points(z, kv_cache)
@@ -258,7 +249,7 @@ class GravityAttention(nn.Module):
         tolerance = self.config.field_tolerance
         if tolerance is None:
             tolerance = 1e-4 if v.dtype in (torch.bfloat16, torch.float16) else 1e-6
-        key_positions, law = positions, self.law()
+        key_positions = positions
         if kv_cache is not None:
             key_positions, k, v, mass = kv_cache.append(self.layer, positions, k, v, mass)
         pull = gravity_attention(
@@ -269,14 +260,10 @@ class GravityAttention(nn.Module):
             field_tolerance=tolerance,
             query_positions=positions,
             key_positions=key_positions,
-            **law,
+            **self.law(),
         )
-        if kv_cache is not None and law["radius"] is not None:
-            window = float(
-                reach(law["time_scale"], law["time_offset"], law["radius"]).detach().max()
-            )
-            if math.isfinite(window):  # a time scale that is 0 in floating point reaches for ever
-                kv_cache.keep_newest(self.layer, max(1, math.ceil(window)))
+        if kv_cache is not None:
+            kv_cache.forget_beyond(self.layer, lambda: self.window)
         return self.dropout(self.out_proj(merge_heads(pull)))
 
 
@@ -382,53 +369,6 @@ class NGT(nn.Module):
             kv_cache.length += tokens.shape[1]
         logits = self.head(self.norm(h))  # (B, T, vocab_size)
         return (logits, Geometry(mass, z, tuple(path))) if return_geometry else logits
-
-    @torch.no_grad()
-    def visit_pulls(self, tokens, visit):
-        """A forward pass that shows the pulls of every layer, some rows at a time.
-
-        Args:
-            tokens: (1, T) ids.
-            visit: called with (layer, rows, weights): the slice of tokens that is pulled, and which
-                share of the pull on each comes from which source, (H, rows, rows.stop).
-
-        Returns:
-            `(logits, Geometry)`.
-        """
-        count = tokens.shape[1]
-        step = max(1, PULL_PAIRS // (count * self.config.num_heads))
-
-        def show(attn, inputs):
-            _, z, mass, positions, _ = inputs
-            for start in range(0, count, step):
-                rows = slice(start, min(start + step, count))
-                visit(attn.layer, rows, attn.pull_rows(z, mass, positions, rows))
-
-        hooks = [layer.attn.register_forward_pre_hook(show) for layer in self.layers]
-        try:
-            return self(tokens, return_geometry=True)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def pull_weights(self, tokens):
-        """Which share of the pull on each token comes from which other.
-
-        Args:
-            tokens: (1, T) ids.
-
-        Returns:
-            (num_layers, num_heads, T, T), each row summing to 1 where anything reaches.
-        """
-        count = tokens.shape[1]
-        shape = (self.config.num_layers, self.config.num_heads, count, count)
-        weights = self.token_emb.weight.new_zeros(shape)
-
-        def keep(layer, rows, shares):
-            weights[layer, :, rows, : rows.stop] = shares
-
-        self.visit_pulls(tokens, keep)
-        return weights
 
 
 def check_context(model, length):

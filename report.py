@@ -5,7 +5,6 @@ for the geometry the checkpoint that config.json names. Runs that differ only in
 row, mean and standard deviation.
 """
 
-import shlex
 from pathlib import Path
 
 from reporting.runs import find_runs, group
@@ -63,9 +62,8 @@ def main(argv=None):
     for source in dict.fromkeys(run.config["source"] for run in runs):
         print(one_line(f"text: {source}"))
     for run in runs:
-        command = shlex.join(["python", *run.config["command"]])
-        told = f"{run.name}: {run.config['machine']}, seed {run.config['seed']}, {command}"
-        print(one_line(told))
+        where = f"{run.config['machine']}, seed {run.config['seed']}"
+        print(one_line(f"{run.name}: {where}, {run.command()}"))
     if args.output is not None:
         write_report(Path(args.output), args.runs, variants, args.reference)
         print(f"wrote {args.output}")

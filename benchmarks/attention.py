@@ -1,4 +1,4 @@
-"""Speed of the operator beside PyTorch's scaled_dot_product_attention."""
+"""Times the operator beside PyTorch's scaled_dot_product_attention: `benchmark.py attention`."""
 
 import statistics
 
@@ -6,29 +6,122 @@ import torch
 import torch.nn.functional as F
 
 import model as ngt_model
-from benchmarks.models import DTYPES, VALUE_WIDTH, fresh_model, load_newton, some_tokens
+from benchmarks.models import DTYPES, VALUE_WIDTH, add_dtype_flag, newton_model, some_tokens
 from benchmarks.timing import interleaved, ratios, spread
+from gravity.attention import gravity_attention
+from system.cli import whole, whole_list
+
+DIFFERENTIABLE = ("q", "k", "v", "mass", "time_scale", "time_offset")
+
+
+def add_flags(parser):
+    """Add the flags of `benchmark.py attention`."""
+    add_dtype_flag(parser)
+    add = parser.add_argument
+    add("--batch-size", type=whole, default=1, help="(default: 1)")
+    add(
+        "--block-sizes",
+        type=whole_list,
+        default=[512, 1024, 2048, 4096, 8192],
+        help="tokens (default: 512,1024,2048,4096,8192)",
+    )
+    add(
+        "--checkpoint",
+        metavar="FILE",
+        help="an NGT whose own points, masses and scales are used, on the text it learned from; "
+        "what is skipped depends on them (default: a fresh 25m model on random tokens)",
+    )
+    add("--text", metavar="FILE", help="text for --checkpoint instead of its own")
+    add("--steps", type=whole, default=5, help="rounds (default: 5)")
+
+
+def benchmark_attention(args, device):
+    """Time every layer's gravity attention against scaled_dot_product_attention, print a table.
+
+    Returns:
+        A dict for JSON whose "rows" has one dict per block size.
+    """
+    if not args.checkpoint:
+        args.preset = "25m"  # the JSON's settings name the size of the fresh model
+    network, tokenizer, config = newton_model(args, device)
+    tolerance = network.config.field_tolerance
+    if tolerance is None:  # what the model takes for this precision
+        tolerance = 1e-4 if args.dtype == "bf16" else 1e-6
+    rows = []
+    print(f"{'block':>6} {'ngt ms':>9} {'sdpa ms':>9} {'forward':>24} {'forward+backward':>24}")
+    for block in args.block_sizes:
+        tokens = some_tokens(args, network, tokenizer, config, args.batch_size * block)
+        layers = operator_inputs(network, tokens.view(args.batch_size, block).to(device))
+        functions = functions_to_time(layers, DTYPES[args.dtype], tolerance)
+        seconds = interleaved(functions, args.steps, device, f"block {block}")
+        rows.append(row_of(args.batch_size, block, layers, seconds))
+    print("ratios: time of scaled_dot_product_attention over that of gravity, mean of the layers")
+    return {"rows": rows}
 
 
 def operator_inputs(network, tokens):
     """The arguments of every layer's gravity attention in one forward pass, a list of dicts."""
-    calls, operator = [], ngt_model.gravity_attention
+    calls = []
 
     def spy(q, k, v, mass, **settings):
         calls.append({"q": q, "k": k, "v": v, "mass": mass, **settings})
-        return operator(q, k, v, mass, **settings)
+        return gravity_attention(q, k, v, mass, **settings)
 
+    # the model computes these inputs within forward, so no hook of a module sees them
     ngt_model.gravity_attention = spy
     try:
         with torch.no_grad():
             network(tokens)
     finally:
-        ngt_model.gravity_attention = operator
+        ngt_model.gravity_attention = gravity_attention
     return calls
 
 
+def functions_to_time(layers, dtype, tolerance):
+    """The calls that are timed, by name: "sdpa" and "ngt0", "ngt1", ... for each layer.
+
+    A name that ends in "+" is of forward and backward, the others are of forward alone.
+    """
+    batch, heads, block, _ = layers[0]["q"].shape
+
+    def values():  # (B, H, T, D), with the strides that a projection's output has
+        x = torch.randn(batch, block, heads, VALUE_WIDTH, device=layers[0]["q"].device)
+        return x.to(dtype).transpose(1, 2)
+
+    upstream = values()
+    functions = {}
+    functions["sdpa"], functions["sdpa+"] = forward_and_backward(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        [values().requires_grad_() for _ in range(3)],
+        upstream,
+    )
+    for n, layer in enumerate(layers):
+        layer = layer | {name: layer[name].to(dtype) for name in "qkv"}
+        layer["field_tolerance"] = tolerance
+        if layer["v"].shape[-1] != VALUE_WIDTH:  # both are timed on values of one width
+            layer["v"] = values()
+        functions[f"ngt{n}"], functions[f"ngt{n}+"] = forward_and_backward(
+            *operator_and_inputs(layer), upstream
+        )
+    return functions
+
+
+def operator_and_inputs(layer):
+    """Gravity attention as a function of the inputs that get gradients, and these inputs."""
+    settings = {name: x for name, x in layer.items() if name not in DIFFERENTIABLE}
+
+    def operator(*inputs):
+        return gravity_attention(**dict(zip(DIFFERENTIABLE, inputs, strict=True)), **settings)
+
+    return operator, [layer[name].detach().clone().requires_grad_() for name in DIFFERENTIABLE]
+
+
 def forward_and_backward(function, inputs, upstream):
-    """Two callables that time an operator without and with its gradients."""
+    """Two callables: one runs `function` without gradients, one with those of `inputs`.
+
+    Args:
+        upstream: the gradient of the output.
+    """
 
     def forward():
         with torch.no_grad():
@@ -40,73 +133,31 @@ def forward_and_backward(function, inputs, upstream):
     return forward, both
 
 
-def benchmark_attention(args, device):
-    tokenizer = config = None
-    if args.checkpoint:
-        network, tokenizer, config = load_newton(args.checkpoint, device)
-    else:
-        args.preset = "25m"
-        network = fresh_model(args, "ngt", device)
-    dtype, batch, rows = DTYPES[args.dtype], args.batch_size, []
-    print(f"{'block':>6} {'ngt ms':>9} {'sdpa ms':>9} {'forward':>24} {'forward+backward':>24}")
-    for block in args.block_sizes:
-        tokens = some_tokens(args, network, tokenizer, config, batch * block)
-        layers = operator_inputs(network, tokens.view(batch, block).to(device))
-        heads = layers[0]["q"].shape[1]
+def row_of(batch, block, layers, seconds):
+    """Print and return the numbers of one block size.
 
-        def values(heads=heads, block=block):
-            x = torch.randn(batch, block, heads, VALUE_WIDTH, device=device)
-            return x.to(dtype).transpose(1, 2)
+    Args:
+        seconds: for each name of `functions_to_time` its rounds.
+    """
 
-        upstream = values()
-        q, k, v = (values().requires_grad_() for _ in range(3))
-        functions = {}
-        functions["sdpa"], functions["sdpa+"] = forward_and_backward(
-            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-            (q, k, v),
-            upstream,
-        )
-        for n, layer in enumerate(layers):
-            settings = {name: x for name, x in layer.items() if name not in "qkv"}
-            settings["field_tolerance"] = network.config.field_tolerance
-            if settings["field_tolerance"] is None:
-                settings["field_tolerance"] = 1e-4 if args.dtype == "bf16" else 1e-6
-            own = [layer[name].to(dtype) for name in "qkv"]
-            if own[2].shape[-1] != VALUE_WIDTH:
-                own[2] = values()
-            mass = settings.pop("mass")
-            scale, offset = settings.pop("time_scale"), settings.pop("time_offset")
-            inputs = [x.detach().clone().requires_grad_() for x in (*own, mass, scale, offset)]
+    def mean_of_layers(suffix):
+        per_layer = [seconds[f"ngt{n}{suffix}"] for n in range(len(layers))]
+        return [statistics.fmean(round) for round in zip(*per_layer, strict=True)]
 
-            def operator(q, k, v, mass, time_scale, time_offset, settings=settings):
-                law = {"time_scale": time_scale, "time_offset": time_offset, **settings}
-                return ngt_model.gravity_attention(q, k, v, mass, **law)
-
-            functions[f"ngt{n}"], functions[f"ngt{n}+"] = forward_and_backward(
-                operator, inputs, upstream
-            )
-        seconds = interleaved(functions, args.steps, device, f"block {block}")
-
-        def mean_of_layers(suffix, seconds=seconds, layers=layers):
-            per_layer = [seconds[f"ngt{n}{suffix}"] for n in range(len(layers))]
-            return [statistics.fmean(round) for round in zip(*per_layer, strict=True)]
-
-        both, forward = mean_of_layers("+"), mean_of_layers("")
-        row = {
-            "block_size": block,
-            "ngt_tokens_per_s": batch * block / statistics.median(both),
-            "vanilla_tokens_per_s": batch * block / statistics.median(seconds["sdpa+"]),
-            "ratio": statistics.median(ratios(seconds["sdpa+"], both)),
-            "ratio_rounds": ratios(seconds["sdpa+"], both),
-            "forward_ratio": statistics.median(ratios(seconds["sdpa"], forward)),
-            "forward_ratio_rounds": ratios(seconds["sdpa"], forward),
-            "heads": heads,
-        }
-        rows.append(row)
-        milliseconds = [1e3 * statistics.median(x) for x in (both, seconds["sdpa+"])]
-        print(
-            f"{block:>6} {milliseconds[0]:>9.1f} {milliseconds[1]:>9.1f} "
-            f"{spread(row['forward_ratio_rounds']):>24} {spread(row['ratio_rounds']):>24}"
-        )
-    print("ratios: time of scaled_dot_product_attention over that of gravity, mean of the layers")
-    return {"rows": rows}
+    forward, both = mean_of_layers(""), mean_of_layers("+")
+    row = {
+        "block_size": block,
+        "ngt_tokens_per_s": batch * block / statistics.median(both),
+        "vanilla_tokens_per_s": batch * block / statistics.median(seconds["sdpa+"]),
+        "ratio": statistics.median(ratios(seconds["sdpa+"], both)),
+        "ratio_rounds": ratios(seconds["sdpa+"], both),
+        "forward_ratio": statistics.median(ratios(seconds["sdpa"], forward)),
+        "forward_ratio_rounds": ratios(seconds["sdpa"], forward),
+        "heads": layers[0]["q"].shape[1],
+    }
+    milliseconds = [1e3 * statistics.median(x) for x in (both, seconds["sdpa+"])]
+    print(
+        f"{block:>6} {milliseconds[0]:>9.1f} {milliseconds[1]:>9.1f} "
+        f"{spread(row['forward_ratio_rounds']):>24} {spread(row['ratio_rounds']):>24}"
+    )
+    return row

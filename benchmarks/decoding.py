@@ -1,21 +1,125 @@
-"""Speed of single tokens after contexts of several lengths, and memory of a long chat."""
+"""Measures generation token by token: `benchmark.py decode`.
+
+Speed and cache size after contexts of several lengths, and the memory of a long generation.
+"""
 
 import os
 import statistics
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.models import fresh_model, load_newton, some_tokens
+from benchmarks.models import (
+    add_dtype_flag,
+    add_preset_flag,
+    fresh_model,
+    newton_model,
+    some_tokens,
+)
 from benchmarks.timing import interleaved, ratios, spread
 from engine.generation import TokenStream, sample
+from system.cli import whole, whole_list, whole_or_zero
+
+
+def add_flags(parser):
+    """Add the flags of `benchmark.py decode`."""
+    add_preset_flag(parser)
+    add_dtype_flag(parser)
+    add = parser.add_argument
+    add(
+        "--contexts",
+        type=whole_list,
+        default=[256, 1024, 4096, 16384],
+        help="tokens in the cache (default: 256,1024,4096,16384)",
+    )
+    add("--checkpoint", metavar="FILE", help="an NGT to use instead of a fresh one")
+    add("--steps", type=whole, default=32, help="rounds (default: 32)")
+    add(
+        "--chat-tokens",
+        type=whole_or_zero,
+        default=0,
+        help="then let NGT alone write so many tokens and watch its memory (default: 0)",
+    )
+
+
+def benchmark_decode(args, device):
+    """Time single tokens after every context, NGT and vanilla in turn, and print a table.
+
+    Returns:
+        A dict for JSON: "rows" has one dict per context, "chat" ten points of --chat-tokens.
+    """
+    ngt, tokenizer, config = newton_model(args, device)
+    longest = max(args.contexts)
+    vanilla = fresh_model(args.preset, "vanilla", device, block_size=longest + args.steps + 2)
+    is_bf16 = args.dtype == "bf16"
+    autocast = (
+        partial(torch.autocast, device.type, dtype=torch.bfloat16) if is_bf16 else nullcontext
+    )
+    tokens = some_tokens(args, ngt, tokenizer, config, longest).tolist()
+    decoders = fill_caches({"ngt": ngt, "vanilla": vanilla}, args.contexts, tokens, autocast)
+    steps = {key: decoder.step for key, decoder in decoders.items()}
+    seconds = interleaved(steps, args.steps, device, "single tokens", warm_up=2)
+    caches = {key: decoder.stream.cache.num_bytes() for key, decoder in decoders.items()}
+    print(
+        f"{'context':>8} {'ngt tokens/s':>22} {'vanilla tokens/s':>22} {'ratio':>6} "
+        f"{'of shortest':>11} {'ngt cache':>10} {'vanilla cache':>13}"
+    )
+    shortest = min(args.contexts)
+    numbers = {"rows": [row_of(n, shortest, seconds, caches) for n in args.contexts]}
+    if args.chat_tokens:
+        decoders.clear()
+        steps.clear()  # they hold the caches, whose memory would be counted
+        numbers["chat"] = chat(ngt, args.chat_tokens, autocast)
+    return numbers
+
+
+def fill_caches(models, contexts, tokens, autocast):
+    """A `Decoder` for each `(name of the model, context)`, its cache filled."""
+    decoders = {}
+    for context in tqdm(contexts, "filling caches", leave=False, delay=2, disable=None):
+        for name, model in models.items():
+            # a checkpoint's vocabulary may be larger than that of the fresh vanilla model
+            ids = [token % model.config.vocab_size for token in tokens[:context]]
+            decoders[name, context] = Decoder(model, ids, autocast)
+    return decoders
+
+
+def row_of(context, shortest, seconds, caches):
+    """Print and return the numbers of one context.
+
+    Args:
+        shortest: the context that NGT's speed is compared with.
+        seconds, caches: seconds of each round and bytes, for each `(name, context)`.
+    """
+    ngt, vanilla = ("ngt", context), ("vanilla", context)
+    speeds = {key: [1 / s for s in seconds[key]] for key in (ngt, vanilla)}
+    row = {
+        "context": context,
+        "ngt_tokens_per_s": statistics.median(speeds[ngt]),
+        "vanilla_tokens_per_s": statistics.median(speeds[vanilla]),
+        "ratio": statistics.median(ratios(seconds[vanilla], seconds[ngt])),
+        "ngt_speed_of_shortest_context": statistics.median(
+            ratios(seconds["ngt", shortest], seconds[ngt])
+        ),
+        "ngt_cache_bytes": caches[ngt],
+        "vanilla_cache_bytes": caches[vanilla],
+        "ngt_cache_bytes_per_token": caches[ngt] / context,
+        "vanilla_cache_bytes_per_token": caches[vanilla] / context,
+    }
+    print(
+        f"{context:>8} {spread(speeds[ngt], 0):>22} {spread(speeds[vanilla], 0):>22} "
+        f"{row['ratio']:>6.2f} {row['ngt_speed_of_shortest_context']:>11.2f} "
+        f"{caches[ngt] / 2**20:>6.1f} MiB {caches[vanilla] / 2**20:>9.1f} MiB"
+    )
+    return row
 
 
 class Decoder:
-    """A model with a cache full of context, that writes one token after the other."""
+    """Generates token by token after a context that its cache holds."""
 
     def __init__(self, network, context, autocast):
         self.stream, self.autocast = TokenStream(network), autocast
@@ -24,76 +128,13 @@ class Decoder:
             self.stream.feed(context)
 
     def step(self):
+        """Sample one token and feed it to the model."""
         with self.autocast():
             self.stream.feed([sample(self.stream.logits, generator=self.generator)])
 
 
-def benchmark_decode(args, device):
-    tokenizer = config = None
-    longest = max(args.contexts)
-    if args.checkpoint:
-        ngt, tokenizer, config = load_newton(args.checkpoint, device)
-    else:
-        ngt = fresh_model(args, "ngt", device)
-    vanilla = fresh_model(args, "vanilla", device, block_size=longest + args.steps + 2)
-    autocast = nullcontext
-    if args.dtype == "bf16":
-        autocast = lambda: torch.autocast(device.type, dtype=torch.bfloat16)  # noqa: E731
-    tokens = some_tokens(args, ngt, tokenizer, config, longest).tolist()
-    decoders = {}
-    for context in tqdm(args.contexts, "filling caches", leave=False, delay=2, disable=None):
-        decoders["ngt", context] = Decoder(ngt, tokens[:context], autocast)
-        other = [token % vanilla.config.vocab_size for token in tokens[:context]]
-        decoders["vanilla", context] = Decoder(vanilla, other, autocast)
-    steps = {key: decoder.step for key, decoder in decoders.items()}
-    seconds = interleaved(steps, args.steps, device, "single tokens", warm_up=2)
-    print(
-        f"{'context':>8} {'ngt tokens/s':>22} {'vanilla tokens/s':>22} {'ratio':>6} "
-        f"{'of shortest':>11} {'ngt cache':>10} {'vanilla cache':>13}"
-    )
-    rows, first = [], min(args.contexts)
-    for context in args.contexts:
-        speeds = {name: [1 / s for s in seconds[name, context]] for name in ("ngt", "vanilla")}
-        kept = statistics.median(ratios(seconds["ngt", first], seconds["ngt", context]))
-        caches = {n: decoders[n, context].stream.cache.num_bytes() for n in ("ngt", "vanilla")}
-        rows.append(
-            {
-                "context": context,
-                "ngt_tokens_per_s": statistics.median(speeds["ngt"]),
-                "vanilla_tokens_per_s": statistics.median(speeds["vanilla"]),
-                "ratio": statistics.median(
-                    ratios(seconds["vanilla", context], seconds["ngt", context])
-                ),
-                "ngt_speed_of_shortest_context": kept,
-                "ngt_cache_bytes": caches["ngt"],
-                "vanilla_cache_bytes": caches["vanilla"],
-                "ngt_cache_bytes_per_token": caches["ngt"] / context,
-                "vanilla_cache_bytes_per_token": caches["vanilla"] / context,
-            }
-        )
-        print(
-            f"{context:>8} {spread(speeds['ngt'], 0):>22} {spread(speeds['vanilla'], 0):>22} "
-            f"{rows[-1]['ratio']:>6.2f} {kept:>11.2f} {caches['ngt'] / 2**20:>6.1f} MiB "
-            f"{caches['vanilla'] / 2**20:>9.1f} MiB"
-        )
-    numbers = {"rows": rows}
-    if args.chat_tokens:
-        decoders.clear()
-        numbers["chat"] = chat(ngt, args.chat_tokens, autocast)
-    return numbers
-
-
-def resident_bytes():
-    """Memory of this process now, or None where the system does not tell."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
 def chat(network, count, autocast):
-    """Let a model write `count` tokens; its memory at ten points on the way."""
+    """Let a model generate `count` tokens, print and return its memory and speed at ten points."""
     decoder, rows = Decoder(network, [0], autocast), []
     print(f"{'written':>8} {'cache':>10} {'process':>10} {'tokens/s':>9}")
     bar = tqdm(total=count, desc="writing", leave=False, delay=2, disable=None)
@@ -104,15 +145,13 @@ def chat(network, count, autocast):
             decoder.step()
             bar.update()
         elapsed = time.perf_counter() - start
-        rows.append(
-            {
-                "tokens": decoder.stream.cache.length,
-                "cache_bytes": decoder.stream.cache.num_bytes(),
-                "process_bytes": resident_bytes(),
-                "tokens_per_s": size / elapsed,
-            }
-        )
-        row = rows[-1]
+        row = {
+            "tokens": decoder.stream.cache.length,
+            "cache_bytes": decoder.stream.cache.num_bytes(),
+            "process_bytes": resident_bytes(),
+            "tokens_per_s": size / elapsed,
+        }
+        rows.append(row)
         process = "?" if row["process_bytes"] is None else f"{row['process_bytes'] / 2**20:,.0f}"
         print(
             f"{row['tokens']:>8} {row['cache_bytes'] / 2**20:>6.1f} MiB {process:>6} MiB "
@@ -120,3 +159,12 @@ def chat(network, count, autocast):
         )
     bar.close()
     return rows
+
+
+def resident_bytes():
+    """Memory of this process now, or None if the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")

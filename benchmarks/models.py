@@ -1,4 +1,4 @@
-"""Models and tokens that are timed: trained ones, or fresh ones of a preset's size."""
+"""Makes the models and tokens that are timed: a checkpoint's, or fresh ones of a preset's size."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from system.errors import UserError
 from text.token_files import open_token_data
 from training.config import DEFAULTS, PRESETS
 
-SHAPES = {
+SHAPES = {  # for each --preset: the preset of training, and a vocabulary as its text has
     "shakespeare": ("shakespeare", 66),
     "25m": ("wikitext103", 8192),
 }
@@ -20,18 +20,55 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 VALUE_WIDTH = 64
 
 
+def add_preset_flag(parser):
+    parser.add_argument(
+        "--preset", choices=list(SHAPES), default="25m", help="model sizes (default: 25m)"
+    )
+
+
+def add_dtype_flag(parser):
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), default="fp32", help="of products (default: fp32)"
+    )
+
+
+def newton_model(args, device):
+    """The NGT of --checkpoint, or a fresh one of the size of --preset.
+
+    Returns:
+        `(model, tokenizer, config)`; the last two are None for a fresh model.
+    """
+    if args.checkpoint:
+        return load_newton(args.checkpoint, device)
+    return fresh_model(args.preset, "ngt", device), None, None
+
+
 def load_newton(path, device):
-    """Model, tokenizer and config of a checkpoint of NGT under newton's law."""
+    """Load an NGT under Newton's law.
+
+    Returns:
+        `(model, tokenizer, config)` of the checkpoint.
+
+    Raises:
+        UserError: if the checkpoint cannot be used or holds another model.
+    """
     network, tokenizer, checkpoint = load_model(path, device)
     if not isinstance(network, NGT) or network.config.law != "newton":
         raise UserError(f"--checkpoint {path} is no NGT under --law newton: name one that is")
     return network, tokenizer, checkpoint["config"]
 
 
-def fresh_model(args, name, device, block_size=None):
-    preset, vocab_size = SHAPES[args.preset]
-    sizes = dict(PRESETS[preset]) | {"vocab_size": vocab_size, "model_type": name}
-    sizes["mlp_dim"] = sizes["mlp_dim"]["vanilla" if name == "vanilla" else "newton"]
+def fresh_model(preset, kind, device, block_size=None):
+    """A model with random weights, in eval mode.
+
+    Args:
+        preset: one of `SHAPES`.
+        kind: ngt or vanilla.
+        block_size: another one than the preset's.
+    """
+    name, vocab_size = SHAPES[preset]
+    sizes = dict(PRESETS[name]) | {"vocab_size": vocab_size, "model_type": kind}
+    sizes["mlp_dim"] = sizes["mlp_dim"]["vanilla" if kind == "vanilla" else "newton"]
     if block_size is not None:
         sizes["block_size"] = block_size
     torch.manual_seed(0)

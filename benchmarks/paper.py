@@ -1,22 +1,24 @@
-"""What a step of training costs on more GPUs than are here: formulas, nothing measured.
+"""Computes what a training step costs on more GPUs than are here: formulas, nothing measured.
 
 Sources: ring all-reduce (Patarasuk & Yuan 2009), ZeRO stage 1 (Rajbhandari et al. 2020,
-arXiv:1910.02054), 6 flops a parameter and token (Kaplan et al. 2020, arXiv:2001.08361).
+arXiv:1910.02054), 6 flops per parameter and token (Kaplan et al. 2020, arXiv:2001.08361).
 """
 
 import statistics
 
 import torch
 
+from engine.flops import attention_flops
 from engine.models import build_model
+from system.markdown import markdown_table
 from training.config import DEFAULTS
 
-GPUS_A_HOST = 8
+GPUS_PER_HOST = 8
 GPU = {
     "peak_flops": 989e12,  # H100 SXM, bf16, its data sheet
     "mfu": 0.35,
     "nvlink_bytes_per_s": 370e9,  # what all-reduce reaches of 450 GB/s each way
-    "network_bytes_per_s": 45e9,  # of a 400 Gbit/s card a GPU
+    "network_bytes_per_s": 45e9,  # of one 400 Gbit/s card per GPU
 }
 _SHAPE = {"vocab_size": 50_257, "block_size": 2048, "head_coord_dim": 16, "coord_dim": 64}
 SIZES = {
@@ -26,6 +28,60 @@ SIZES = {
     "350M": _SHAPE | {"hidden_dim": 1024, "num_layers": 24, "num_heads": 16, "mlp_dim": 4096},
     "1B": _SHAPE | {"hidden_dim": 2048, "num_layers": 22, "num_heads": 32, "mlp_dim": 8192},
 }
+RANKS_ON_PAPER = (1, 8, 64)
+TOKENS_PER_RANK = (2048, 4096, 16_384)
+
+
+def paper_section():
+    """Markdown: memory, bytes sent and efficiency for more GPUs and more parameters."""
+    lines = []
+    for name, shape in SIZES.items():
+        parameters = parameters_of(shape)
+        activations = saved_bytes(shape) * TOKENS_PER_RANK[-1]
+        for n in RANKS_ON_PAPER:
+            whole, sharded = (memory_of_a_rank(parameters, n, s) for s in (False, True))
+            lines.append(
+                [
+                    f"{name}: {parameters / 1e6:,.0f}M",
+                    str(n),
+                    f"{whole / 1e9:.1f} GB",
+                    f"{sharded / 1e9:.1f} GB" if n > 1 else "-",
+                    f"{activations / 1e9:.1f} GB",
+                    f"{bytes_on_the_wire(parameters, n, False) / 1e9:.2f} GB" if n > 1 else "-",
+                    f"{bytes_on_the_wire(parameters, n, True) / 1e9:.2f} GB" if n > 1 else "-",
+                    *(f"{efficiency(shape, parameters, n, t):.0%}" for t in TOKENS_PER_RANK),
+                ]
+            )
+    head = ["model", "GPUs", "weights, gradients, AdamW", "sharded", "activations"]
+    head += ["sent per step", "sharded"]
+    head += [f"efficiency at {tokens:,} tokens per rank" for tokens in TOKENS_PER_RANK]
+    return f"""## On paper: 8 and 64 GPUs, up to 1B parameters
+
+Nothing in this section was measured. P parameters, N ranks, fp32 weights, gradients and averages:
+
+```
+memory per rank  16 P              weights 4, gradients 4 (in DDP's buckets), averages 8
+                 8 P + 8 P / N     --shard-optimizer
+sent by a rank   2 (N-1)/N * 4 P   ring all-reduce of the gradients, once per step
+                 3 (N-1)/N * 4 P   --shard-optimizer: the new weights are sent, too
+compute          (6 P + attention) * tokens / (MFU * peak)
+efficiency       compute / (compute + sending beyond the backward pass, 2/3 of computing)
+```
+
+Activations are the bytes that autograd keeps for the backward pass, counted for one layer of each
+shape in bf16, times layers and {TOKENS_PER_RANK[-1]:,} tokens. Logits are not included (6 bytes x
+vocabulary x tokens per micro-step: use --gradient-accumulation-steps). Assumed of the machine:
+{GPU["peak_flops"] / 1e12:.0f} TFLOP/s at the peak in bf16, MFU {GPU["mfu"]:.0%},
+{GPU["nvlink_bytes_per_s"] / 1e9:.0f} GB/s to the {GPUS_PER_HOST} GPUs of the same host,
+{GPU["network_bytes_per_s"] / 1e9:.0f} GB/s per GPU beyond it.
+Efficiency is an upper limit: slow ranks, evaluations and waiting kernels are not included.
+
+{markdown_table(head, lines)}
+
+A step sends the same number of bytes for few tokens as for many, so a large batch or accumulation
+scales better. Weights and gradients are not sharded: 8 P is the minimum, so above about 5B
+parameters on 80 GB it would take FSDP, which is not built.
+"""
 
 
 def _network(shape, device="meta"):
@@ -35,30 +91,31 @@ def _network(shape, device="meta"):
 
 
 def parameters_of(shape):
-    """How many an NGT of this shape has."""
+    """Number of parameters of an NGT of this shape."""
     return sum(p.numel() for p in _network(shape).parameters())
 
 
 def saved_bytes(shape):
-    """Bytes a token that autograd keeps for the backward pass, embeddings and logits aside.
+    """Bytes per token that autograd keeps for the backward pass, without embeddings and logits.
 
-    Counted on real graphs: two blocks against one, 256 tokens against 128, in bf16.
+    Counted on real graphs: two layers against one, 256 tokens against 128, in bf16.
     """
     short, long = 128, 256
-    # a block's part of it that grows with the tokens: what is kept once for all of them goes
+    # the differences leave what one layer keeps for each token: constant parts cancel
     growth = [_kept(shape, n, long) - _kept(shape, n, short) for n in (1, 2)]
     return (growth[1] - growth[0]) * shape["num_layers"] / (long - short)
 
 
 def _kept(shape, num_layers, tokens):
-    """Bytes that autograd keeps of one forward pass in bf16, parameters aside."""
+    """Bytes that autograd keeps of one forward pass in bf16, without the parameters."""
     network = _network(shape | {"num_layers": num_layers, "vocab_size": 16}, "cpu")
     weights = {p.data_ptr() for p in network.parameters()}
-    seen = {}
+    seen = {}  # by address, as two saved tensors may share memory
 
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
+            # holding the tensor keeps its address from being used again
             seen[storage.data_ptr()] = storage.nbytes(), tensor
         return tensor
 
@@ -71,22 +128,22 @@ def _kept(shape, num_layers, tokens):
 
 
 def memory_of_a_rank(parameters, ranks, sharded):
-    """Bytes of weights, gradients and AdamW's averages, all fp32."""
+    """Bytes per rank of weights, gradients and AdamW's averages, all fp32."""
     return 8 * parameters + 8 * parameters / (ranks if sharded else 1)
 
 
 def bytes_on_the_wire(parameters, ranks, sharded):
-    """What a rank sends in a step: a ring's all-reduce, and the new weights where it shares."""
+    """Bytes that a rank sends per step: a ring all-reduce, and if sharded the new weights."""
     return (3 if sharded else 2) * (ranks - 1) / ranks * 4 * parameters
 
 
-def attention_flops(pairs, distance, width):
-    """Of the two products of a head's pairs, forward and backward."""
-    return 3 * 2 * (distance + width) * pairs
-
-
 def mean_pairs(windows, tokens):
-    """Pairs a token and head on average over heads, where none looks beyond its window."""
+    """Mean number of pairs per token and head.
+
+    Args:
+        windows: for each layer the windows of its heads, in tokens; no head looks further back.
+        tokens: of the context.
+    """
     pairs = []
     for window in (w for layer in windows for w in layer):
         w = min(window, tokens)
@@ -94,12 +151,15 @@ def mean_pairs(windows, tokens):
     return statistics.mean(pairs)
 
 
-def efficiency(shape, parameters, ranks, tokens_a_rank):
-    """Speed of `ranks` GPUs over that of as many alone: what is sent hides under the backward."""
+def efficiency(shape, parameters, ranks, tokens_per_rank):
+    """Speed of `ranks` GPUs over the same number of independent ones, from 0 to 1.
+
+    Sending overlaps with the backward pass, which is 2/3 of computing.
+    """
     width = shape["hidden_dim"] // shape["num_heads"]
     pairs = (shape["block_size"] + 1) / 2 * shape["num_heads"] * shape["num_layers"]
     flops = 6 * parameters + attention_flops(pairs, shape["head_coord_dim"], width)
-    compute = flops * tokens_a_rank / (GPU["mfu"] * GPU["peak_flops"])
-    link = "nvlink_bytes_per_s" if ranks <= GPUS_A_HOST else "network_bytes_per_s"
+    compute = flops * tokens_per_rank / (GPU["mfu"] * GPU["peak_flops"])
+    link = "nvlink_bytes_per_s" if ranks <= GPUS_PER_HOST else "network_bytes_per_s"
     sending = bytes_on_the_wire(parameters, ranks, False) / GPU[link]
     return compute / (compute + max(0.0, sending - compute * 2 / 3))

@@ -1,8 +1,8 @@
-"""How training scales out: measured on this machine, and on paper from there.
+"""Measures how training scales over processes, and computes more GPUs: `benchmark.py scaling`.
 
-Trains for real under torchrun with each number of processes in turn, reads what the runs logged,
-and writes a page: speed, memory a process and bytes over the wire as measured, then formulas for
-more GPUs, more parameters and longer contexts, with the numbers they give.
+Trains under torchrun with each number of processes in turn, reads what the runs logged, and writes
+a page: speed, memory per process and bytes sent as measured, then formulas for more GPUs, more
+parameters and longer contexts, with the numbers they give.
 """
 
 import json
@@ -13,31 +13,28 @@ import subprocess
 import sys
 import tempfile
 import time
-from argparse import ArgumentTypeError
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from benchmarks.models import SHAPES as PRESET_OF
 from benchmarks.paper import (
-    GPU,
-    SIZES,
-    attention_flops,
     bytes_on_the_wire,
-    efficiency,
     mean_pairs,
-    memory_of_a_rank,
+    paper_section,
     parameters_of,
-    saved_bytes,
 )
+from benchmarks.timing import describe_machine, spread
 from engine.checkpoint import load_model
+from engine.flops import attention_flops
 from engine.models import build_model
 from gravity.attention import gravity_attention
 from model import NGT
-from system.cli import whole
+from system.cli import whole, whole_list
 from system.errors import UsageError, UserError
 from system.files import write_whole
-from system.machine import code_version, machine
+from system.machine import code_version
 from system.markdown import markdown_table
 from training.config import DEFAULTS, PRESETS
 
@@ -46,55 +43,96 @@ TEXT = "The mass of a word is what draws the next one near. "
 VOCAB_SIZE = len({*TEXT, *"0123456789", "�"})
 WIDTHS = ("hidden_dim", "num_layers", "num_heads", "block_size")
 SHAPES = {
-    name: {width: (DEFAULTS | preset)[width] for width in WIDTHS}
-    | {"mlp_dim": preset["mlp_dim"]["newton"]}
-    for name, preset in (("25m", PRESETS["wikitext103"]), ("shakespeare", PRESETS["shakespeare"]))
+    name: {width: (DEFAULTS | PRESETS[preset])[width] for width in WIDTHS}
+    | {"mlp_dim": PRESETS[preset]["mlp_dim"]["newton"]}
+    for name, (preset, _) in sorted(PRESET_OF.items())
 }
-RANKS_ON_PAPER = (1, 8, 64)
 CONTEXTS_ON_PAPER = (512, 4096, 32_768, 262_144, 1_048_576)
 CONTEXTS_TIMED = (1024, 4096, 16_384, 65_536, 262_144)
-TOKENS_A_RANK = (2048, 4096, 16_384)
 
 
-def launch(ranks, flags, folder):
-    """Train under torchrun in `folder`, a thread a process.
+def add_flags(parser):
+    """Add the flags of `benchmark.py scaling`."""
+    add = parser.add_argument
+    add(
+        "--ranks",
+        type=whole_list,
+        default=[1, 2],
+        help="numbers of processes to measure (default: 1,2)",
+    )
+    add("--rounds", type=whole, default=3, help="runs of each, in turn (default: %(default)s)")
+    add("--steps", type=whole, default=12, help="steps of a run (default: %(default)s)")
+    add("--batch-size", type=whole, default=4, help="windows a step (default: %(default)s)")
+    add(
+        "--preset",
+        choices=list(SHAPES),
+        default="25m",
+        help="model sizes to measure (default: %(default)s)",
+    )
+    add(
+        "--checkpoint",
+        metavar="FILE",
+        help="an NGT of the law newton whose windows say what far contexts cost (default: one "
+        "that has learned nothing)",
+    )
+    add("--output", metavar="FILE", help="write the page here (default: print it)")
+
+
+def benchmark_scaling(args, device):
+    """Measure trainings and the operator, and print or write the page.
 
     Returns:
-        A dict: `tokens_per_s` and `peak_bytes` of the first process, `wire_bytes` a step.
+        A dict for JSON: the numbers of every training, and the operator's time by context.
+
+    Raises:
+        UsageError: if --steps is too small or --checkpoint has no windows.
+        UserError: if a training fails.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", ranks, ROOT / "train_shakespeare.py", *flags]
-    before = bytes_on_loopback()
-    result = subprocess.run(
-        [str(word) for word in command],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
+    if args.steps < 6:
+        raise UsageError(
+            f"--steps {args.steps}: give at least 6, because the first third is warm-up"
+        )
+    model, whose = trained_or_fresh(args.checkpoint)
+    numbers = measure(args, sorted(set(args.ranks)))
+    parameters = parameters_of(SHAPES[args.preset] | {"vocab_size": VOCAB_SIZE})
+    timed = time_of_contexts(model.layers[0].attn)
+    page = "\n\n".join(
+        [
+            "# How training scales out",
+            f"Written by `python benchmark.py {' '.join(args.words)}` at "
+            f"{code_version() or 'an unknown version'} on {describe_machine(device)}. No GPU was "
+            "measured.",
+            measured_section(args, numbers, parameters),
+            paper_section(),
+            context_section(model, timed, whose),
+        ]
     )
-    if result.returncode:
-        errors = [line for line in result.stderr.splitlines() if "error:" in line]
-        raise UserError(f"a training of {ranks} processes failed: {(errors or ['?'])[0]}")
-    rows = (Path(folder) / "runs" / "scaling" / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(row) for row in rows][1:]  # the first has what is compiled and warmed up
-    return {
-        "tokens_per_s": statistics.median(row["tokens_per_s"] for row in rows),
-        "peak_bytes": rows[-1]["peak_memory_bytes"],
-        "wire_bytes": (bytes_on_loopback() - before) / rows[-1]["step"],
-    }
+    if args.output:
+        write_whole(Path(args.output), page.encode())
+        print(f"wrote {args.output}")
+    else:
+        print(page)
+    runs = {f"{n}{' sharded' if s else ''}": rounds for (n, s), rounds in numbers.items()}
+    return {"runs": runs, "microseconds_a_token": timed}
 
 
-def bytes_on_loopback():
-    """What this machine has sent to itself; 0 where that is not told."""
-    path = Path("/proc/net/dev")
-    if not path.exists():
-        return 0
-    (line,) = (line for line in path.read_text().splitlines() if line.split(":")[0].strip() == "lo")
-    return int(line.split(":")[1].split()[8])
+def trained_or_fresh(path):
+    """The NGT whose windows are counted, and words for it: `(model, words)`."""
+    if path is None:
+        shape = DEFAULTS | {"mlp_dim": 512, "model_type": "ngt", "vocab_size": 66}
+        return build_model(shape), "a model that has learned nothing"
+    model, *_ = load_model(path)
+    if not isinstance(model, NGT) or model.config.law != "newton":
+        raise UsageError(f"--checkpoint {path} has no windows: name an NGT of the law newton")
+    return model, f"`{Path(path).name}`"
 
 
 def measure(args, ranks):
-    """`{(ranks, sharded): [numbers of each round]}`; the kinds take turns."""
+    """Train with each number of processes, with and without --shard-optimizer, in turn.
+
+    Returns:
+        For each `(ranks, sharded)` what `launch` returned in every round.
+    """
     kinds = [(n, sharded) for n in ranks for sharded in (False, True) if n > 1 or not sharded]
     numbers = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as folder:
@@ -115,97 +153,87 @@ def measure(args, ranks):
     return numbers
 
 
-def median(rounds, key):
-    return statistics.median(one[key] for one in rounds)
+def launch(ranks, flags, folder):
+    """Train under torchrun in `folder`, with one thread per process.
+
+    Returns:
+        A dict: `tokens_per_s` and `peak_bytes` of the first process, `wire_bytes` per step.
+
+    Raises:
+        UserError: if the training fails.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", ranks, ROOT / "train_shakespeare.py", *flags]
+    before = bytes_on_loopback()
+    result = subprocess.run(
+        [str(word) for word in command],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if result.returncode:
+        errors = [line for line in result.stderr.splitlines() if "error:" in line]
+        raise UserError(f"a training of {ranks} processes failed: {(errors or ['?'])[0]}")
+    rows = (Path(folder) / "runs" / "scaling" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(row) for row in rows][1:]  # the first evaluation includes the warm-up
+    return {
+        "tokens_per_s": statistics.median(row["tokens_per_s"] for row in rows),
+        "peak_bytes": rows[-1]["peak_memory_bytes"],
+        "wire_bytes": (bytes_on_loopback() - before) / rows[-1]["step"],
+    }
+
+
+def bytes_on_loopback():
+    """Bytes that this machine has sent to itself so far; 0 if the system does not tell."""
+    path = Path("/proc/net/dev")
+    if not path.exists():
+        return 0
+    (line,) = (line for line in path.read_text().splitlines() if line.split(":")[0].strip() == "lo")
+    return int(line.split(":")[1].split()[8])
 
 
 def measured_section(args, numbers, parameters):
-    """What the runs logged."""
+    """Markdown: a table of what the runs logged, beside the formula for the bytes sent."""
     head = ["processes", "optimizer", "tokens/s", "of one process", "peak memory of the first"]
-    head += ["bytes over the wire a step", "formula"]
+    head += ["bytes sent per step", "formula"]
     alone = numbers[min(numbers)]
     lines = []
     for (n, sharded), rounds in numbers.items():
         speeds = [one["tokens_per_s"] for one in rounds]
         shares = [a / b["tokens_per_s"] for a, b in zip(speeds, alone, strict=True)]
-        wire = n * bytes_on_the_wire(parameters, n, sharded)
+        peak = statistics.median(one["peak_bytes"] for one in rounds)
+        sent = statistics.median(one["wire_bytes"] for one in rounds)
+        formula = n * bytes_on_the_wire(parameters, n, sharded)
         lines.append(
             [
                 str(n),
-                "shared out" if sharded else "whole",
-                f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f})",
+                "sharded" if sharded else "whole",
+                spread(speeds, 0),
                 f"{statistics.median(shares):.2f}",
-                f"{median(rounds, 'peak_bytes') / 2**20:,.0f} MiB",
-                f"{median(rounds, 'wire_bytes') / 1e6:,.1f} MB" if n > 1 else "-",
-                f"{wire / 1e6:,.1f} MB" if n > 1 else "-",
+                f"{peak / 2**20:,.0f} MiB",
+                f"{sent / 1e6:,.1f} MB" if n > 1 else "-",
+                f"{formula / 1e6:,.1f} MB" if n > 1 else "-",
             ]
         )
     return (
         f"## Measured\n\nThe shape {args.preset} with a vocabulary of characters "
         f"({parameters / 1e6:.1f}M parameters), {args.batch_size} windows of "
-        f"{SHAPES[args.preset]['block_size']} tokens a step whatever the number of processes, "
-        f"fp32, one thread a process, gloo over loopback; {args.rounds} rounds in turn, medians "
-        "(smallest to largest). Bytes are those of the loopback device over the whole run: "
-        "evaluations, rendezvous and, where AdamW's state is shared out, gathering it for the two "
-        "checkpoints, which is also where the first process has its peak.\n\n"
+        f"{SHAPES[args.preset]['block_size']} tokens per step for any number of processes, "
+        f"fp32, one thread per process, gloo over loopback; {args.rounds} rounds in turn, medians "
+        "(smallest to largest). Bytes are those of the loopback device over the whole run. They "
+        "include evaluations, rendezvous and, if AdamW's state is sharded, gathering it for the "
+        "two checkpoints, which is also when the first process needs most memory.\n\n"
         + markdown_table(head, lines)
     )
 
 
-def paper_section():
-    """Memory, bytes and efficiency for more GPUs and more parameters."""
-    lines = []
-    for name, shape in SIZES.items():
-        parameters = parameters_of(shape)
-        activations = saved_bytes(shape) * TOKENS_A_RANK[-1]
-        for n in RANKS_ON_PAPER:
-            whole_, sharded = (memory_of_a_rank(parameters, n, s) for s in (False, True))
-            lines.append(
-                [
-                    f"{name}: {parameters / 1e6:,.0f}M",
-                    str(n),
-                    f"{whole_ / 1e9:.1f} GB",
-                    f"{sharded / 1e9:.1f} GB" if n > 1 else "-",
-                    f"{activations / 1e9:.1f} GB",
-                    f"{bytes_on_the_wire(parameters, n, False) / 1e9:.2f} GB" if n > 1 else "-",
-                    f"{bytes_on_the_wire(parameters, n, True) / 1e9:.2f} GB" if n > 1 else "-",
-                    *(f"{efficiency(shape, parameters, n, t):.0%}" for t in TOKENS_A_RANK),
-                ]
-            )
-    head = ["model", "GPUs", "weights, gradients, AdamW", "shared out", "activations"]
-    head += ["sent a step", "shared out"]
-    head += [f"efficiency at {tokens:,} tokens a rank" for tokens in TOKENS_A_RANK]
-    return f"""## On paper: 8 and 64 GPUs, up to 1B parameters
-
-Nothing of this section was measured. P parameters, N ranks, fp32 weights, gradients and averages:
-
-```
-memory a rank   16 P              weights 4, gradients 4 (they lie in DDP's buckets), averages 8
-                8 P + 8 P / N     --shard-optimizer
-sent by a rank  2 (N-1)/N * 4 P   ring all-reduce of the gradients, once a step of any micro-steps
-                3 (N-1)/N * 4 P   --shard-optimizer: the new weights go round besides
-compute         (6 P + attention) * tokens / (MFU * peak)
-efficiency      compute / (compute + sending beyond the backward pass, 2/3 of computing)
-```
-
-Activations are the bytes that autograd keeps for the backward pass, counted for one block of each
-shape in bf16, times blocks and {TOKENS_A_RANK[-1]:,} tokens; logits come on top (6 bytes x
-vocabulary x tokens of a micro-step: use --gradient-accumulation-steps). Assumed of the machine:
-{GPU["peak_flops"] / 1e12:.0f} TFLOP/s at the peak in bf16, MFU {GPU["mfu"]:.0%},
-{GPU["nvlink_bytes_per_s"] / 1e9:.0f} GB/s to the GPUs of the same host (8 of them),
-{GPU["network_bytes_per_s"] / 1e9:.0f} GB/s a GPU beyond it.
-Efficiency is a ceiling: stragglers, evaluations and kernels that wait are not in it.
-
-{markdown_table(head, lines)}
-
-A step sends the same however few its tokens, so what scales is a large batch or accumulation, which
-sends once a step. Weights and gradients themselves are not shared out: 8 P is the floor, so above
-about 5B parameters on 80 GB it would take FSDP, which is not built.
-"""
-
-
 def time_of_contexts(attn):
-    """Microseconds a token of one layer's operator, forward and backward, by context."""
+    """Time one layer's operator on random points, forward and backward.
+
+    Returns:
+        For each of `CONTEXTS_TIMED` the microseconds per token.
+    """
     law = {k: v.detach() if torch.is_tensor(v) else v for k, v in attn.law().items()}
     heads, width = attn.config.num_heads, attn.config.hidden_dim // attn.config.num_heads
     numbers = {}
@@ -225,7 +253,12 @@ def time_of_contexts(attn):
 
 
 def context_section(model, timed, whose):
-    """Where gravity's cost goes as the context grows."""
+    """Markdown: pairs, flops and cache of NGT and vanilla by context, and the times measured.
+
+    Args:
+        timed: microseconds per token, from `time_of_contexts`.
+        whose: words for the model.
+    """
     c = model.config
     windows = [layer.attn.window.tolist() for layer in model.layers]
     flat = sorted(w for layer in windows for w in layer)
@@ -247,17 +280,18 @@ def context_section(model, timed, whose):
                 f"{tokens * c.num_layers * c.hidden_dim * 2 * 4 / 2**20:,.1f} MiB",
             ]
         )
-    head = ["context", "pairs a token and head, NGT", "vanilla", "fewer", "MFLOP a token and head"]
+    head = ["context", "pairs per token and head, NGT", "vanilla", "ratio"]
+    head += ["MFLOP per token and head"]
     head += ["vanilla", "cache, NGT, fp32", "vanilla"]
     clock = markdown_table(
-        ["context", "microseconds a token"],
+        ["context", "microseconds per token"],
         [[f"{tokens:,}", f"{value:.1f}"] for tokens, value in timed.items()],
     )
-    return f"""## Where gravity's cost goes as the context grows
+    return f"""## Cost of gravity as the context grows
 
-With a radius a head feels exactly nothing beyond `window = time_offset + radius / time_scale`
-tokens, so a token costs `min(context / 2, window)` pairs instead of `context / 2`, and O(T W) in
-all. Windows of {whose}: {len(flat)} heads, {flat[0]:,.0f} to {flat[-1]:,.0f} tokens, median
+If a head has a radius, nothing beyond `window = time_offset + radius / time_scale` tokens reaches
+it. So a token costs `min(context / 2, window)` pairs instead of `context / 2`, and a text O(T W).
+Windows of {whose}: {len(flat)} heads, {flat[0]:,.0f} to {flat[-1]:,.0f} tokens, median
 {statistics.median(flat):,.0f}. FLOPs are those of the two products of a pair, forward and backward
 (3 x 2 x (coordinates + values)). What --field-tolerance skips inside the window is not counted.
 
@@ -268,52 +302,9 @@ Measured: forward and backward of the operator with the first layer's law, rando
 
 {clock}
 
-From the point where the context is longer than the window the cost a token stays what it is, up to
-1M tokens and beyond: what grows is what everything else of a model costs, a constant a token.
-Activations of a training window of 1M tokens do not fit one GPU whatever attention costs: that
-takes sequence parallelism, of which gravity would need to send only the newest `window` tokens'
-points, values and masses to the next rank. It is not built.
+Once the context is longer than the window, the cost per token stays the same up to 1M tokens and
+beyond; the rest of the model costs a constant per token. Activations of a training window of 1M
+tokens do not fit on one GPU with any attention: that needs sequence parallelism, in which gravity
+would send only the points, values and masses of the newest `window` tokens to the next rank. It is
+not built.
 """
-
-
-def benchmark_scaling(args, device):
-    """Measure trainings and the operator, print or write the page; returns the numbers."""
-    try:
-        ranks = sorted({whole(part) for part in args.ranks.split(",")})
-    except ArgumentTypeError:
-        raise UsageError(f"--ranks {args.ranks}: give whole numbers, separated by commas") from None
-    if args.steps < 6:
-        raise UsageError(f"--steps {args.steps}: give at least 6, the first of which are warm-up")
-    model, whose = trained_or_fresh(args.checkpoint)
-    numbers = measure(args, ranks)
-    parameters = parameters_of(SHAPES[args.preset] | {"vocab_size": VOCAB_SIZE})
-    timed = time_of_contexts(model.layers[0].attn)
-    page = "\n\n".join(
-        [
-            "# How training scales out",
-            f"Written by `python benchmark.py {' '.join(args.words)}` at "
-            f"{code_version() or 'an unknown version'} on {machine(device)}, PyTorch "
-            f"{torch.__version__}. No GPU was measured.",
-            measured_section(args, numbers, parameters),
-            paper_section(),
-            context_section(model, timed, whose),
-        ]
-    )
-    if args.output:
-        write_whole(Path(args.output), page.encode())
-        print(f"wrote {args.output}")
-    else:
-        print(page)
-    runs = {f"{n}{' sharded' if s else ''}": rounds for (n, s), rounds in numbers.items()}
-    return {"runs": runs, "microseconds_a_token": timed}
-
-
-def trained_or_fresh(path):
-    """The NGT whose windows count, and in words whose they are."""
-    if path is None:
-        shape = DEFAULTS | {"vocab_size": 66}
-        return build_model(shape), "a model that has learned nothing"
-    model, *_ = load_model(path)
-    if not isinstance(model, NGT) or model.config.law != "newton":
-        raise UsageError(f"--checkpoint {path} has no windows: name an NGT of the law newton")
-    return model, f"`{Path(path).name}`"

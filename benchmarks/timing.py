@@ -1,4 +1,4 @@
-"""Interleaved timing, and how its spread is printed."""
+"""Times functions in turn and formats the spread of the times."""
 
 import statistics
 import time
@@ -10,6 +10,7 @@ from system.machine import machine
 
 
 def synchronize(device):
+    """Wait for the GPU's work, which runs after the call that started it has returned."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -24,10 +25,18 @@ def timed(function, device):
 
 
 def interleaved(functions, rounds, device, label, warm_up=1):
-    """Time functions in turn, every second round in reverse order.
+    """Time functions in turn, so that a machine that slows down slows all of them.
+
+    Every second round runs in reverse order, so that no function always follows the same one.
+
+    Args:
+        functions: callables without arguments, by name.
+        rounds: how often each is timed.
+        label: text of the progress bar.
+        warm_up: rounds before these that are not counted.
 
     Returns:
-        For each name a list of seconds, one a round.
+        For each name a list of seconds, one per round.
     """
     seconds = {name: [] for name in functions}
     for n in tqdm(range(-warm_up, rounds), label, leave=False, delay=2, disable=None):
@@ -39,12 +48,12 @@ def interleaved(functions, rounds, device, label, warm_up=1):
 
 
 def ratios(slow, fast):
-    """Of two lists of seconds, round by round: how much faster the second is."""
+    """Ratios of two lists of seconds, round by round; above 1 the second is faster."""
     return [a / b for a, b in zip(slow, fast, strict=True)]
 
 
 def spread(values, digits=2):
-    """`median (smallest to largest)` as text."""
+    """Text: `median (smallest to largest)`."""
     low, middle, high = (
         f"{x:,.{digits}f}" for x in (min(values), statistics.median(values), max(values))
     )
@@ -52,12 +61,12 @@ def spread(values, digits=2):
 
 
 def describe_machine(device):
-    """One line: what this was measured on."""
+    """One line of text: the machine and the version of PyTorch."""
     return f"{machine(device)}, PyTorch {torch.__version__}"
 
 
 def peak_flops(device, dtype):
-    """Flops a second of a large matrix product, the best of several."""
+    """Flops per second of a large matrix product, the best of five."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     a @ b

@@ -1,21 +1,25 @@
-"""Speed and memory of training steps."""
+"""Measures the speed and the peak memory of training steps: `benchmark.py train`."""
 
+import argparse
 import json
 import math
 import statistics
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn as nn
 
-from benchmarks.models import DTYPES, SHAPES
+from benchmarks.models import DTYPES, SHAPES, add_dtype_flag, add_preset_flag
 from benchmarks.timing import interleaved, peak_flops, ratios, spread
+from engine.flops import training_flops
 from gravity import published
+from model import LAWS
+from system.cli import whole
 from system.errors import UsageError, warn
 from system.machine import cpu_multiplies_bf16, peak_memory_bytes
 from training.config import DEFAULTS, PRESETS
@@ -24,12 +28,175 @@ from training.trainer import Trainer
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmark.py"
 
 
+def add_flags(parser):
+    """Add the flags of `benchmark.py train`."""
+    add_preset_flag(parser)
+    add_dtype_flag(parser)
+    add = parser.add_argument
+    add("--batch-size", type=whole, help="windows a step (default: the preset's)")
+    add("--block-size", type=whole, help="tokens of one (default: the preset's)")
+    add("--compile", action="store_true", help="torch.compile both models")
+    add("--model", choices=("both", "ngt", "vanilla"), default="both", help="(default: both)")
+    add("--law", choices=LAWS, default="newton", help="NGT's (default: newton)")
+    add(
+        "--against",
+        choices=("vanilla", "first-release"),
+        default="vanilla",
+        help="what NGT is compared with; first-release: the published law computed as NGT's first "
+        "release did, over a tensor of all coordinate differences (default: vanilla)",
+    )
+    add("--steps", type=whole, default=10, help="timed steps each (default: 10)")
+    add("--peak-only", action="store_true", help=argparse.SUPPRESS)  # for child_peak
+
+
+def benchmark_train(args, device):
+    """Time training steps of the compared models in turn and print a table.
+
+    Returns:
+        A dict of numbers for JSON; None with --peak-only, which prints its one number.
+
+    Raises:
+        UsageError: if --against and --law do not fit together.
+    """
+    if args.against == "first-release" and args.law != "published":
+        raise UsageError("--against first-release computes --law published: add that flag")
+    if args.peak_only:
+        return print_peak(args, device)
+    if args.dtype == "bf16" and device.type == "cpu" and not cpu_multiplies_bf16():
+        warn("this CPU does not multiply bf16 in hardware: expect fp32 to be faster")
+    names = ["ngt", args.against] if args.model == "both" else [args.model]
+    trainers = {name: make_trainer(args, name, device) for name in names}
+    steps = {name: partial(train_step, trainer, name) for name, trainer in trainers.items()}
+    # the first steps compile the model and make the optimizer's state, which is not to be timed
+    seconds = interleaved(steps, args.steps, device, "training steps", warm_up=2)
+    peak = peak_flops(device, DTYPES[args.dtype])
+    numbers = {"peak_flops": peak}
+    print(f"{'model':<14} {'tokens/s':>30} {'peak memory':>12} {'floor':>21} {'mfu':>6}")
+    for name, trainer in trainers.items():
+        found = numbers_of(args, name, trainer, seconds[name], peak)
+        print_row(name, found)
+        numbers |= {f"{name.replace('-', '_')}_{key}": value for key, value in found.items()}
+    if len(names) == 2:
+        rounds = ratios(seconds[names[1]], seconds["ngt"])
+        numbers |= {"ratio": statistics.median(rounds), "ratio_rounds": rounds}
+        print(f"ratio {spread(rounds, 3)}: tokens/s of ngt over those of {names[1]}")
+    print(f"peak of a matrix product {peak / 1e9:,.0f} GF/s")
+    return numbers
+
+
+def numbers_of(args, name, trainer, seconds, peak):
+    """The numbers of one model.
+
+    Args:
+        seconds: of its timed steps.
+        peak: flops per second of a large matrix product, the denominator of the model's share.
+    """
+    speeds = [trainer.tokens_per_step / s for s in seconds]
+    flops = training_flops(trainer.raw_model, trainer.tokens_per_step)
+    return {
+        "tokens_per_s": statistics.median(speeds),
+        "tokens_per_s_rounds": speeds,
+        "peak_bytes": child_peak(args, name),
+        "floor_flops": flops,
+        "floor_bytes": step_bytes(trainer.raw_model),
+        "mfu": flops / statistics.median(seconds) / peak,
+    }
+
+
+def print_row(name, numbers):
+    """Print a model's line of the table."""
+    memory = numbers["peak_bytes"]
+    floor = f"{numbers['floor_flops'] / 1e9:,.0f} GF, {numbers['floor_bytes'] / 2**30:.2f} GiB"
+    print(
+        f"{name:<14} {spread(numbers['tokens_per_s_rounds'], 0):>30} "
+        f"{'?' if memory is None else f'{memory / 2**20:,.0f} MiB':>12} "
+        f"{floor:>21} {numbers['mfu']:>6.1%}"
+    )
+
+
+def make_trainer(args, name, device):
+    """The real Trainer on random tokens; `name` is ngt, vanilla or first-release."""
+    preset, vocab_size = SHAPES[args.preset]
+    sizes = dict(PRESETS[preset])
+    kind = "vanilla" if name == "vanilla" else "ngt"
+    law = "published" if name == "first-release" else args.law
+    sizes["mlp_dim"] = sizes["mlp_dim"]["vanilla" if kind == "vanilla" else law]
+    config = DEFAULTS | sizes
+    config |= {"model_type": kind, "law": law, "compile": args.compile}
+    config["gradient_accumulation_steps"] = 1
+    for flag in ("batch_size", "block_size"):
+        if getattr(args, flag) is not None:
+            config[flag] = getattr(args, flag)
+    tokens = np.random.default_rng(0).integers(0, vocab_size, config["block_size"] * 64 + 1)
+    tokenizer = SimpleNamespace(vocab_size=vocab_size)
+    data = SimpleNamespace(train=tokens.astype(np.uint16), tokenizer=tokenizer)
+    torch.manual_seed(config["seed"])
+    trainer = Trainer(config, data, device)
+    if args.dtype == "bf16":
+        trainer.autocast = partial(torch.autocast, device.type, dtype=torch.bfloat16)
+    return trainer
+
+
+def train_step(trainer, name):
+    """One training step; of first-release with the first release's attention."""
+    with computed_as_first_release() if name == "first-release" else nullcontext():
+        trainer.step()
+
+
+def step_bytes(model):
+    """Bytes that a training step moves at least: fp32 weights and what AdamW keeps of them.
+
+    Weights are read twice, gradients written, and the optimizer reads and writes.
+    """
+    return 4 * 10 * sum(p.numel() for p in model.parameters())
+
+
+def child_peak(args, name):
+    """Peak memory in bytes of a new process that trains this model alone for two steps.
+
+    This process holds both models, so its own peak says nothing about one. Returns None, with a
+    warning, if the new process fails.
+    """
+    command = [sys.executable, str(SCRIPT), "train", "--peak-only", "--model", "ngt"]
+    if name == "vanilla":
+        command[-1] = "vanilla"
+    command += ["--against", "first-release" if name == "first-release" else "vanilla"]
+    for flag in ("preset", "dtype", "batch_size", "block_size", "law", "threads", "device"):
+        if getattr(args, flag) is not None:
+            command += ["--" + flag.replace("_", "-"), str(getattr(args, flag))]
+    if args.compile:
+        command.append("--compile")
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        warn(f"no peak memory of {name}: {(result.stderr.strip().splitlines() or ['?'])[-1]}")
+        return None
+    return json.loads(result.stdout.splitlines()[-1])["peak_bytes"]
+
+
+def print_peak(args, device):
+    """Train two steps and print the peak memory as JSON, for `child_peak` to read."""
+    name = "first-release" if args.against == "first-release" else args.model
+    trainer = make_trainer(args, name, device)
+    for _ in range(2):
+        train_step(trainer, name)
+    print(json.dumps({"peak_bytes": peak_memory_bytes(device)}))
+
+
 def first_release_attention(
     q, k, v, query_mass, key_mass, *, gamma, bias, radius, cutoff, mass_in_value, **_
 ):
-    """The published law as the first release computed it: (B, H, T, T, C) differences, autograd.
+    """The published law as the first release computed it, through (B, H, T, T, C) differences.
 
-    Written anew from the formula, for comparison only; without positions, dropout or a cache.
+    Written from the formula for comparison only; without positions, dropout or a cache.
+
+    Args:
+        q, k: points of the tokens, (B, H, T, C).
+        v: values, (B, H, T, D).
+        query_mass, key_mass: (B, T).
+        gamma, bias: one number per head, (H,).
+
+    Returns:
+        (B, H, T, D) in the dtype of `v`.
     """
     r2 = (q[:, :, :, None] - k[:, :, None]).pow(2).sum(-1)  # (B, H, T, T)
     score = bias[:, None, None] - gamma[:, None, None] / (r2 + 1e-6)
@@ -48,127 +215,14 @@ def first_release_attention(
 
 @contextmanager
 def computed_as_first_release():
-    """Within it NGT's published law runs as `first_release_attention`."""
+    """Within it, NGT's published law runs as `first_release_attention`.
+
+    The function is replaced in its module because NGT has no option for this old computation, and
+    should have none for a benchmark alone.
+    """
     ours = published.published_gravity_attention
     published.published_gravity_attention = first_release_attention
     try:
         yield
     finally:
         published.published_gravity_attention = ours
-
-
-def make_trainer(args, name, device):
-    """The product's own Trainer over random tokens; `name` is ngt, vanilla or first-release."""
-    preset, vocab_size = SHAPES[args.preset]
-    sizes = dict(PRESETS[preset])
-    kind = "vanilla" if name == "vanilla" else "ngt"
-    law = "published" if name == "first-release" else args.law
-    sizes["mlp_dim"] = sizes["mlp_dim"]["vanilla" if kind == "vanilla" else law]
-    config = DEFAULTS | sizes
-    config |= {"model_type": kind, "law": law, "compile": args.compile}
-    config["gradient_accumulation_steps"] = 1
-    for flag in ("batch_size", "block_size"):
-        if getattr(args, flag) is not None:
-            config[flag] = getattr(args, flag)
-    tokens = np.random.default_rng(0).integers(0, vocab_size, config["block_size"] * 64 + 1)
-    tokenizer = SimpleNamespace(vocab_size=vocab_size)
-    data = SimpleNamespace(train=tokens.astype(np.uint16), tokenizer=tokenizer)
-    torch.manual_seed(config["seed"])
-    trainer = Trainer(config, data, device)
-    if args.dtype == "bf16":
-        trainer.autocast = lambda: torch.autocast(device.type, dtype=torch.bfloat16)
-    return trainer
-
-
-def train_step(trainer, name):
-    with computed_as_first_release() if name == "first-release" else nullcontext():
-        trainer.step()
-
-
-def step_floor(trainer):
-    """What a training step cannot do without.
-
-    Returns:
-        `(flops, bytes)`: matrix products of forward and backward over causal pairs, nothing
-        recomputed; weights read twice, gradients written, and AdamW's reads and writes.
-    """
-    network, c = trainer.raw_model, trainer.raw_model.config
-    weights = sum(m.weight.numel() for m in network.modules() if isinstance(m, nn.Linear))
-    tokens = trainer.tokens_per_step
-    width = c.hidden_dim // c.num_heads
-    distance = getattr(c, "head_coord_dim", width)
-    pairs = tokens * (trainer.config["block_size"] + 1) / 2 * c.num_heads * c.num_layers
-    parameters = sum(p.numel() for p in network.parameters())
-    return 3 * (2 * weights * tokens + 2 * (distance + width) * pairs), 4 * 10 * parameters
-
-
-def child_peak(args, name):
-    """Peak memory in bytes of a process that trains this model alone for two steps."""
-    command = [sys.executable, str(SCRIPT), "train", "--peak-only", "--model", "ngt"]
-    if name == "vanilla":
-        command[-1] = "vanilla"
-    command += ["--against", "first-release" if name == "first-release" else "vanilla"]
-    for flag in ("preset", "dtype", "batch_size", "block_size", "law", "threads", "device"):
-        if getattr(args, flag) is not None:
-            command += ["--" + flag.replace("_", "-"), str(getattr(args, flag))]
-    if args.compile:
-        command.append("--compile")
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        warn(f"no peak memory of {name}: {(result.stderr.strip().splitlines() or ['?'])[-1]}")
-        return None
-    return json.loads(result.stdout.splitlines()[-1])["peak_bytes"]
-
-
-def print_peak(args, device):
-    """What `child_peak` reads."""
-    name = "first-release" if args.against == "first-release" else args.model
-    trainer = make_trainer(args, name, device)
-    for _ in range(2):
-        train_step(trainer, name)
-    print(json.dumps({"peak_bytes": peak_memory_bytes(device)}))
-
-
-def benchmark_train(args, device):
-    if args.against == "first-release" and args.law != "published":
-        raise UsageError("--against first-release computes --law published: add that flag")
-    if args.peak_only:
-        return print_peak(args, device)
-    if args.dtype == "bf16" and device.type == "cpu" and not cpu_multiplies_bf16():
-        warn("this CPU does not multiply bf16 in hardware: expect fp32 to be faster")
-    names = ["ngt", args.against] if args.model == "both" else [args.model]
-    trainers = {name: make_trainer(args, name, device) for name in names}
-    steps = {
-        name: lambda name=name, trainer=trainer: train_step(trainer, name)
-        for name, trainer in trainers.items()
-    }
-    # each second one of a pair must run warm, compiled and with its optimizer's state
-    seconds = interleaved(steps, args.steps, device, "training steps", warm_up=2)
-    peak = peak_flops(device, DTYPES[args.dtype])
-    numbers = {"peak_flops": peak}
-    print(f"{'model':<14} {'tokens/s':>30} {'peak memory':>12} {'floor':>21} {'mfu':>6}")
-    for name, trainer in trainers.items():
-        key = name.replace("-", "_")
-        speeds = [trainer.tokens_per_step / s for s in seconds[name]]
-        flops, floor_bytes = step_floor(trainer)
-        numbers |= {
-            f"{key}_tokens_per_s": statistics.median(speeds),
-            f"{key}_tokens_per_s_rounds": speeds,
-            f"{key}_peak_bytes": child_peak(args, name),
-            f"{key}_floor_flops": flops,
-            f"{key}_floor_bytes": floor_bytes,
-            f"{key}_mfu": flops / statistics.median(seconds[name]) / peak,
-        }
-        memory = numbers[f"{key}_peak_bytes"]
-        print(
-            f"{name:<14} {spread(speeds, 0):>30} "
-            f"{'?' if memory is None else f'{memory / 2**20:,.0f} MiB':>12} "
-            f"{f'{flops / 1e9:,.0f} GF, {floor_bytes / 2**30:.2f} GiB':>21} "
-            f"{numbers[f'{key}_mfu']:>6.1%}"
-        )
-    if len(names) == 2:
-        rounds = ratios(seconds[names[1]], seconds["ngt"])
-        numbers |= {"ratio": statistics.median(rounds), "ratio_rounds": rounds}
-        print(f"ratio {spread(rounds, 3)}: tokens/s of ngt over those of {names[1]}")
-    print(f"peak of a matrix product {peak / 1e9:,.0f} GF/s")
-    return numbers

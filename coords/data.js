@@ -1,6 +1,6 @@
-// What the page was given, unpacked; colours; and numbers as people read them.
+// The data of the page, unpacked, and the colours.
 
-const GIVEN = JSON.parse(document.getElementById("data").textContent);
+const GIVEN = JSON.parse($("data").textContent);
 
 const unpacked = (base64, ArrayType) => {
   const text = atob(base64);
@@ -9,7 +9,7 @@ const unpacked = (base64, ArrayType) => {
   return new ArrayType(bytes.buffer);
 };
 
-// The lowest and highest of points, by axis.
+// The lowest and highest coordinates of points, per axis.
 const boxAround = (points) =>
   [Math.min, Math.max].map((extreme) =>
     [0, 1, 2].map((axis) =>
@@ -28,7 +28,7 @@ class Run {
     const [low, high] = boxAround(this.boxes.flat());
     this.box = [low, high];
     this.half = low.map((x, axis) => (1.06 * (high[axis] - x)) / 2 || 0.5);
-    // Of the whole picture's size, how much each layer fills.
+    // How much of the whole picture each layer fills.
     this.fills = this.boxes.map(
       ([from, to]) =>
         Math.max(...from.map((x, axis) => (1.06 * (to[axis] - x)) / 2 / this.half[axis])) || 1,
@@ -36,7 +36,8 @@ class Run {
     this.isUneven = Math.min(...this.fills) < 0.4;
   }
 
-  // Middle and half width of what is drawn, by axis: of all layers, or of one (or between two).
+  // Middle and half width of the picture per axis: of all layers, or fitted to the layer `at`,
+  // which lies between two layers during play.
   frame(at, isFit) {
     const middleOf = ([low, high]) => low.map((x, axis) => (x + high[axis]) / 2);
     if (!isFit) return { middle: middleOf(this.box), half: this.half, size: 1 };
@@ -55,7 +56,7 @@ class Run {
     return Math.min(layer, this.numLayers);
   }
 
-  // Where a token is, also between two layers.
+  // Where a token is; between two layers on the straight line.
   place(layer, token) {
     const at = this.layerOf(layer);
     const before = Math.floor(at);
@@ -63,20 +64,20 @@ class Run {
     return from.map((x, axis) => x + (to[axis] - x) * (at - before));
   }
 
-  // [{token, weight}] of the strongest sources under a head, or under "mean".
+  // [source, weight] of the strongest sources of a head, or of "mean".
   pulls(layer, head, token) {
-    const block = this.layerOf(layer) - 1;
-    if (block < 0) return [];
+    const index = this.layerOf(layer) - 1;
+    if (index < 0) return [];
     const which = head === "mean" || head >= this.numHeads ? this.numHeads : head;
-    const row = (block * (this.numHeads + 1) + which) * this.count + token;
+    const row = (index * (this.numHeads + 1) + which) * this.count + token;
     const found = [];
     for (let n = row * this.numStored; n < (row + 1) * this.numStored; n++) {
-      if (this.weights[n]) found.push({ token: this.sources[n], weight: this.weights[n] / 65535 });
+      if (this.weights[n]) found.push([this.sources[n], this.weights[n] / 65535]);
     }
     return found;
   }
 
-  // Between two tokens' coordinates z, not between their pictures.
+  // Distance of two tokens in their coordinates z, which have more axes than the picture.
   distance(layer, one, other) {
     const start = this.layerOf(layer) * this.count;
     let sum = 0;
@@ -108,7 +109,7 @@ const dark = matchMedia("(prefers-color-scheme: dark)");
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-// Cividis (Nuñez, Anderton and Renslow 2018), made for readers with any colour vision.
+// Cividis (Nuñez, Anderton and Renslow 2018) is readable with any colour vision.
 const CIVIDIS = [
   "#00224e",
   "#123570",
@@ -121,7 +122,7 @@ const CIVIDIS = [
   "#e1cc55",
   "#fee838",
 ];
-// Okabe and Ito 2008; the black one is the ink of the page.
+// Okabe and Ito 2008; in place of black (null) the page's own text colour.
 const OKABE_ITO = [
   "#0072b2",
   "#e69f00",
@@ -140,7 +141,7 @@ const headLine = (head) => ({
 });
 
 const channels = (hex) => [1, 3, 5].map((n) => parseInt(hex.slice(n, n + 2), 16));
-// The dark end is hard to see on black, the light end on white: each theme leaves one out.
+// The dark end cannot be seen on a dark page, nor the light end on a light one: each is left out.
 const shade = (share) => {
   const [low, high] = dark.matches ? [0.22, 1] : [0, 0.94];
   const at = (low + (high - low) * share) * (CIVIDIS.length - 1);
@@ -148,17 +149,9 @@ const shade = (share) => {
   return `rgb(${one.map((c, n) => Math.round(c + (two[n] - c) * (at % 1))).join(",")})`;
 };
 
-const plain = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
-const number = (x, digits = 3) => {
-  if (x === null || x === undefined) return "none";
-  if (x === 0) return "0";
-  if (Math.abs(x) < 0.0001) return x.toExponential(1);
-  return Math.abs(x) >= 100 ? plain.format(x) : x.toPrecision(digits);
-};
-const percent = (x) => (x >= 0.0995 ? `${Math.round(100 * x)} %` : `${(100 * x).toFixed(1)} %`);
 const plural = (count, word) => `${plain.format(count)} ${word}${count === 1 ? "" : "s"}`;
 
-// What colour can mean: values (null: none), the range as text, what it is called.
+// What a colour can stand for: the title, the values (null: none), and how one is written.
 const COLOURS = {
   mass: { title: "mass", of: (run) => run.mass, tick: (x) => number(x) },
   position: {
@@ -188,29 +181,7 @@ const colouring = (run, name) => {
   };
 };
 
-// Text goes into the page as text, whatever it says.
-const element = (name, properties = {}, ...children) => {
-  const made = document.createElement(name);
-  const { dataset, style, ...others } = properties;
-  Object.assign(made, others);
-  Object.assign(made.dataset, dataset);
-  for (const [key, value] of Object.entries(style ?? {})) made.style.setProperty(key, value);
-  made.append(...children);
-  return made;
-};
-
-// A label with its marks for spaces and line ends paler than its letters.
-const tokenText = (label) =>
-  label
-    .split(/([␣⏎⇥])/)
-    .filter(Boolean)
-    .map((part) =>
-      /[␣⏎⇥]/.test(part) ? element("i", { className: "mark", textContent: part }) : part,
-    );
-const chip = (label) => element("code", { className: "chip" }, ...tokenText(label));
-
-const cut = (label) => (label.length > 24 ? `${label.slice(0, 23)}…` : label);
-// Plotly's 3-D text reads a few tags, and no entities: a space of no width after "<" breaks a tag.
+// Plotly's 3-D text reads tags but no entities: a space of no width after "<" breaks a tag.
 const tagless = (label) => cut(label).replaceAll("<", "<\u200b");
-// Plotly's charts read a little HTML, and entities.
+// Plotly's charts read tags and entities.
 const escaped = (text) => text.replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);

@@ -15,6 +15,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from tqdm import tqdm
 
+from engine.pulls import visit_pulls
 from system.errors import UserError
 
 STORED_SOURCES = 8  # of a token, a head: the strongest
@@ -84,7 +85,7 @@ def measure(model, tokens):
 
     with bar:
         ids = torch.tensor([tokens], device=model.token_emb.weight.device)
-        logits, geometry = model.visit_pulls(ids, keep)
+        logits, geometry = visit_pulls(model, ids, keep)
     pulls.profile /= count
     z = torch.cat(geometry.layers).cpu().double().numpy()
     mass = geometry.mass[0].cpu().double().numpy()

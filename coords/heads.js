@@ -1,81 +1,80 @@
 // The second tab: what each head looks at.
 
-const COLUMNS = [
-  {
-    key: "name",
-    title: "head",
-    of: (row) => `block ${row.layer} · head ${row.head + 1}`,
-    order: (row) => row.layer * 1000 + row.head,
-  },
-  {
-    key: "most_distance",
-    title: "looks mostly",
-    of: (row) => back(row.most_distance, row.most_share),
-    hint: "the distance that most of its pull comes from in this text, and how much; far and wide: none gives a tenth",
-  },
-  {
-    key: "one_back",
-    title: "from 1 back",
-    of: (row) => (row.one_back === null ? "none" : percent(row.one_back)),
-    hint: "share of its pull in this text that comes from one token back",
-  },
-  {
-    key: "mean_distance",
-    title: "mean distance",
-    of: (row) => number(row.mean_distance),
-    hint: "tokens back, mean over its pull in this text",
-  },
-  {
-    key: "within",
-    title: "90 % within",
-    of: (row) => (row.within === null ? "none" : plain.format(row.within)),
-    hint: "tokens back from within which 90 % of its pull comes in this text",
-  },
-  {
-    key: "window",
-    title: "window",
-    of: (row) => number(row.window),
-    hint: "tokens back beyond which it feels exactly nothing",
-  },
-  {
-    key: "time_scale",
-    title: "time scale",
-    of: (row) => number(row.time_scale),
-    hint: "softening lengths a token of time: the smaller, the farther it sees",
-  },
-  {
-    key: "time_offset",
-    title: "offset",
-    of: (row) => number(row.time_offset),
-    hint: "tokens back at which its field is strongest",
-  },
-  {
-    key: "radius",
-    title: "radius",
-    of: (row) => number(row.radius),
-    hint: "distance beyond which it feels nothing, under the law newton in softening lengths",
-  },
-  {
-    key: "retardation",
-    title: "retardation",
-    of: (row) => number(row.retardation),
-    hint: "how far a source is felt where its predecessor is (1: wholly), mean over the head's coordinates",
-  },
-  {
-    key: "gamma",
-    title: "gamma",
-    of: (row) => number(row.gamma),
-    hint: "scales the score -gamma / r²",
-  },
-  { key: "bias", title: "bias", of: (row) => number(row.bias), hint: "added to the score" },
-];
-const back = (distance, share) => {
+const headName = (row) => `layer ${row.layer} · head ${row.head + 1}`;
+const farBack = (distance, share) => {
   if (distance === null) return "nothing";
-  if (share < 0.1) return "far and wide";
+  if (share < 0.1) return "spread out";
   return `${distance ? `${plain.format(distance)} back` : "itself"} (${percent(share)})`;
 };
+const orNone = (write) => (x) => (x === null ? "none" : write(x));
+
+// A column of the table: the key of a row, the title, what it means, and how its value is written.
+const column = (key, title, hint, write = (x) => number(x)) => ({
+  key,
+  title,
+  hint,
+  of: (row) => write(row[key], row),
+  order: (row) => row[key] ?? -Infinity,
+});
+const NAME = {
+  key: "name",
+  title: "head",
+  of: headName,
+  order: (row) => row.layer * 1000 + row.head,
+};
+const COLUMNS = [
+  column(
+    "most_distance",
+    "looks mostly",
+    "the distance that most of its pull comes from in this text, and the share; spread out: no distance gives a tenth",
+    (distance, row) => farBack(distance, row.most_share),
+  ),
+  column(
+    "one_back",
+    "from 1 back",
+    "share of its pull in this text that comes from one token back",
+    orNone(percent),
+  ),
+  column("mean_distance", "mean distance", "tokens back, mean over its pull in this text"),
+  column(
+    "within",
+    "90 % within",
+    "90 % of its pull in this text comes from at most this many tokens back",
+    orNone(plain.format),
+  ),
+  column("window", "window", "tokens back beyond which its pull is exactly 0"),
+  column(
+    "time_scale",
+    "time scale",
+    "softening lengths per token of time: the smaller, the farther back it sees",
+  ),
+  column("time_offset", "offset", "tokens back at which its field is strongest"),
+  column(
+    "radius",
+    "radius",
+    "distance beyond which its pull is 0; with the law newton in softening lengths",
+  ),
+  column(
+    "retardation",
+    "retardation",
+    "how much a source is felt at the place of the token before it (1: only there), mean over the head's coordinates",
+  ),
+  column("gamma", "gamma", "scales the score -gamma / r²"),
+  column("bias", "bias", "added to the score"),
+];
 const log1p = (distance) => Math.log10(1 + distance);
 const TICKS = [0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000];
+
+const figure = (caption, chart) =>
+  element("figure", {}, element("figcaption", { textContent: caption }), chart);
+const table = (caption, headings, body) =>
+  element(
+    "table",
+    {},
+    element("caption", { textContent: caption }),
+    element("thead", {}, element("tr", {}, ...headings)),
+    body,
+  );
 
 const chartLayout = (x, y, more = {}) => ({
   font: { family: css("--font"), size: 12, color: css("--ink") },
@@ -90,24 +89,24 @@ const chartLayout = (x, y, more = {}) => ({
 });
 const QUIET = { displayModeBar: false, responsive: true };
 
-// A heading that reads the answer off the table.
+// The table in sentences: which head looks one token back, and which looks farthest.
 const answers = (run) => {
   const best = (value) => run.heads.reduce((a, b) => (value(b) > value(a) ? b : a));
-  const called = (row) => `block ${row.layer} head ${row.head + 1}`;
+  const called = (row) => `layer ${row.layer} head ${row.head + 1}`;
   const one = best((row) => row.one_back ?? -1);
   const far = best((row) => row.within ?? -1);
   const reach = best((row) => row.window ?? -1);
   const found = [
     one.one_back >= 0.1
-      ? `Looks one token back: ${called(one)}, ${percent(one.one_back)} of whose pull comes from there.`
-      : `No head looks one token back: at most ${percent(Math.max(0, one.one_back))} of a pull comes from there (${called(one)}).`,
-    `Looks farthest here: ${called(far)}, 90 % of whose pull comes from within ${plural(far.within ?? 0, "token")}, mean distance ${number(far.mean_distance)}.`,
+      ? `Looks one token back: ${called(one)}; ${percent(one.one_back)} of its pull comes from there.`
+      : `No head looks one token back: at most ${percent(Math.max(0, one.one_back))} of the pull comes from there (${called(one)}).`,
+    `Looks farthest in this text: ${called(far)}; 90 % of its pull comes from within ${plural(far.within ?? 0, "token")}, mean distance ${number(far.mean_distance)}.`,
   ];
   if (run.law !== "published") {
     found.push(
       run.heads.some((row) => row.window === null)
-        ? "Without a cutoff every head feels all that came before."
-        : `Could see farthest: ${called(reach)}, whose window ends ${plural(reach.window, "token")} back.`,
+        ? "Without a cutoff every head feels all earlier tokens."
+        : `Could see farthest: ${called(reach)}; its window ends ${plural(reach.window, "token")} back.`,
     );
   }
   return found;
@@ -127,16 +126,17 @@ class Heads {
         },
       },
       ...Array.from({ length: run.numLayers }, (_, n) =>
-        element("option", { value: n + 1, textContent: `block ${n + 1}` }),
+        element("option", { value: n + 1, textContent: `layer ${n + 1}` }),
       ),
     );
     this.body = element("tbody");
-    this.columns = COLUMNS.filter(
-      ({ key, order }) =>
-        order || run.heads.some((row) => row[key] !== null && row[key] !== undefined),
-    );
-    this.heads = this.columns.map((column) => {
-      const th = element(
+    // a column that no head of this run has a value for is left out
+    this.columns = [
+      NAME,
+      ...COLUMNS.filter(({ key }) => run.heads.some((row) => (row[key] ?? null) !== null)),
+    ];
+    this.heads = this.columns.map((column) =>
+      element(
         "th",
         { scope: "col" },
         element("button", {
@@ -145,10 +145,8 @@ class Heads {
           title: column.hint ?? "",
           onclick: () => this.#sort(column),
         }),
-      );
-      return th;
-    });
-    const isNewton = run.field !== null;
+      ),
+    );
     this.node = element(
       "section",
       { className: "heads" },
@@ -162,39 +160,25 @@ class Heads {
       element(
         "div",
         { className: "charts" },
-        ...(isNewton
-          ? [
-              element(
-                "figure",
-                {},
-                element("figcaption", {
-                  textContent:
-                    "The field it could feel: a mass of 1, no farther away than time makes it",
-                }),
+        ...(run.field === null
+          ? []
+          : [
+              figure(
+                "Possible field by distance in time (mass 1, same place in space)",
                 this.field,
               ),
-            ]
-          : []),
-        element(
-          "figure",
-          {},
-          element("figcaption", {
-            textContent:
-              "The pull it did feel: share from so many tokens back, mean over this text",
-          }),
+            ]),
+        figure(
+          "Measured pull by distance in time (share of all its pull, mean over this text)",
           this.pull,
         ),
       ),
       element(
         "div",
         { className: "scroller", tabIndex: 0 },
-        element(
-          "table",
-          {},
-          element("caption", {
-            textContent: "Every head. Press a heading to sort, a head to see its pull on the map.",
-          }),
-          element("thead", {}, element("tr", {}, ...this.heads)),
+        table(
+          "Every head. Press a heading to sort, a head to see its pull on the map.",
+          this.heads,
           this.body,
         ),
       ),
@@ -208,32 +192,32 @@ class Heads {
             element("dd", { textContent: hint }),
           ]),
       ),
-      element("p", { className: "note", textContent: this.#note() }),
+      note(this.#note()),
     );
     this.#fill();
   }
 
   #note() {
     if (this.run.field === null)
-      return "This is the first release's law: a softmax over scores that knows no time. Its positions are learned coordinates, so there is no field by distance; the pull is measured.";
+      return "The law of the first release is a softmax over scores that do not depend on time. Its positions are learned coordinates, so there is no field by distance; the pull is measured.";
     const retarded = this.run.heads.some((row) => row.retardation !== null);
     return (
-      "Blocks and heads are counted from 1." +
+      "Layers and heads are counted from 1." +
       (retarded
-        ? " A head with retardation near 1 is drawn to a token where that token's predecessor is: it looks for what once followed a token like this one, and not for the token itself. Its field is the same; the distance in space is measured to another place."
+        ? " A head with retardation near 1 feels each token at the place of the token before it, so it finds what followed a token like this one. Its field stays the same; the distance in space is measured to another place."
         : "")
     );
   }
 
   #sort(column) {
-    this.falling = this.order === column ? !this.falling : column.key !== "name";
+    this.falling = this.order === column ? !this.falling : column !== NAME;
     this.order = column;
     this.#fill();
   }
 
   #fill() {
-    const value = this.order?.order ?? ((row) => row[this.order?.key] ?? -Infinity);
-    const rows = this.order
+    const value = this.order?.order;
+    const rows = value
       ? this.run.heads.toSorted((a, b) => (this.falling ? -1 : 1) * (value(a) - value(b)))
       : this.run.heads;
     this.heads.forEach((th, n) => {
@@ -241,6 +225,7 @@ class Heads {
         th.setAttribute("aria-sort", this.falling ? "descending" : "ascending");
       else th.removeAttribute("aria-sort");
     });
+    const showOnMap = (row) => () => this.actions.showHead(row.layer, row.head);
     this.body.replaceChildren(
       ...rows.map((row) =>
         element(
@@ -252,12 +237,7 @@ class Heads {
               : element(
                   "th",
                   { scope: "row" },
-                  element("button", {
-                    className: "go",
-                    type: "button",
-                    textContent: column.of(row),
-                    onclick: () => this.actions.showHead(row.layer, row.head),
-                  }),
+                  goButton("show its pull on the map", showOnMap(row), column.of(row)),
                 ),
           ),
         ),

@@ -2,8 +2,8 @@
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
+from engine.learned import heads_learned
 from gravity.law import gravity_field
 
 LONGEST_FIELD = 100_000  # tokens
@@ -20,50 +20,22 @@ def distances(limit):
     return np.unique(np.concatenate([near, far]))
 
 
-@torch.no_grad()
 def heads_table(model, profile):
-    """A dict a head: what it learned, and what it looks at in the text.
+    """A dict per head: what it learned, and what it looks at in the text.
 
     Args:
         profile: (L, H, T), see `data.Pulls`.
 
     Returns:
-        L * H dicts of numbers; None where the law or the head has no such thing.
+        L * H dicts of numbers, `layer` from 1 and `head` from 0; None if the law or the head has
+        no such number.
     """
-    table = []
-    for layer, block in enumerate(model.layers):
-        settings = _settings(block.attn, model.config)
-        for head in range(model.config.num_heads):
-            learned = {name: _number(values, head) for name, values in settings.items()}
-            looks = _looks(profile[layer, head])
-            table.append({"layer": layer + 1, "head": head, **learned, **looks})
-    return table
-
-
-def _settings(attn, config):
-    if config.law == "published":
-        return {
-            "gamma": F.softplus(attn.gamma_raw),
-            "bias": attn.gravity_bias,
-            "radius": attn.radius,
-        }
-    retardation = attn.retardation
-    if retardation is not None:
-        retardation = retardation.view(config.num_heads, -1).mean(1)
-    return {
-        "time_scale": attn.time_scale,
-        "time_offset": attn.time_offset,
-        "radius": attn.radius,
-        "window": attn.window,
-        "retardation": retardation,
-    }
-
-
-def _number(values, head):
-    if values is None:
-        return None
-    value = float(values.flatten()[head % values.numel()])
-    return value if np.isfinite(value) else None
+    return [
+        {"layer": layer + 1, "head": head, **learned, **_looks(profile[layer, head])}
+        for (layer, head), learned in zip(
+            np.ndindex(profile.shape[:2]), heads_learned(model), strict=True
+        )
+    ]
 
 
 def _looks(profile):

@@ -1,4 +1,4 @@
-// What is shown now, the controls that change it, and the tabs.
+// The state of the page, the controls that change it, and the tabs.
 
 const SECONDS_A_LAYER = 1.1;
 const state = {
@@ -10,7 +10,6 @@ const state = {
   selected: null,
   isFit: RUNS.some((run) => run.isUneven),
 };
-const $ = (id) => document.getElementById(id);
 const views = [];
 let [playing, drawn] = [false, { map: true, heads: false, vocabulary: false }];
 
@@ -27,15 +26,15 @@ const moved = () => {
 function describe() {
   const layer = state.shown;
   $("layer").value = layer;
-  const name = layer ? `Layer ${layer} of ${DEEPEST}` : `Layer 0 of ${DEEPEST}`;
+  const name = `Layer ${layer} of ${DEEPEST}`;
   $("layer-name").textContent = name;
   $("layer").setAttribute("aria-valuetext", name);
   $("explained").textContent = layer
-    ? `After block ${layer}: its pull moved the tokens here. Lines of a selected token go to what pulled it in this block; the thicker, the more of the pull. Blue rings: the same token elsewhere.`
-    : "Before the first block: each token is where its embedding puts it, so the same token is always at the same place.";
+    ? `After layer ${layer}, whose pull moved the tokens here. Select a token: lines go to the tokens that pulled it in this layer, thicker for a larger share; blue rings mark the same token elsewhere.`
+    : "Before the first layer: each token is where its embedding puts it, so equal tokens are at the same place.";
   if (RUNS[0].law === "published" && !layer)
     $("explained").textContent =
-      "Before the first block: each token is where its position's embedding puts it.";
+      "Before the first layer: each token is where the embedding of its position puts it.";
 }
 
 function setLayer(layer) {
@@ -78,7 +77,7 @@ function play() {
 }
 
 const actions = {
-  // A token of one run, and of the others the one at the same place in the text; null clears.
+  // Select a token of one run, and in the others the token at the same place in the text; null clears.
   select(run, token) {
     state.selected =
       token === null
@@ -222,7 +221,7 @@ function start() {
   $("panel-vocabulary").append(...others.vocabulary.map((part) => part.node));
   describe();
   listen();
-  // Plotly comes last in the page, so that the text is there while it loads.
+  // Plotly is the last script of the page, so that the text can be read while it loads.
   document.addEventListener("DOMContentLoaded", async () => {
     await Promise.all(views.map(({ scene }) => scene.draw(state)));
     document.body.dataset.ready = "yes";

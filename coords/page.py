@@ -12,10 +12,11 @@ from plotly.offline import get_plotlyjs
 from coords.data import Measured
 from system.markdown import json_for_script
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
+STYLES = ("web/style.css", "coords/page.css")
 SCRIPTS = (
-    *("data.js", "scene.js", "side.js", "heads.js", "vocabulary.js"),
-    "page.js",
+    *("web/shared.js", "coords/data.js", "coords/scene.js", "coords/side.js", "coords/heads.js"),
+    *("coords/vocabulary.js", "coords/page.js"),
 )
 LARGEST_SHARE = 65535  # a share of 1 as the page keeps it
 LARGEST_COORDINATE = 32767
@@ -107,10 +108,13 @@ def map_page(runs, title, layer):
     """
     parts = {
         "title": html.escape(title),
-        "style": (HERE / "page.css").read_text(encoding="utf-8"),
+        "style": _texts(STYLES),
         "data": json_for_script({"layer": layer, "runs": runs}),
         "plotly": get_plotlyjs(),
-        "script": "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS),
+        "script": _texts(SCRIPTS),
     }
-    skeleton = (HERE / "page.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], skeleton)
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _texts(["coords/page.html"]))
+
+
+def _texts(names):
+    return "\n".join((ROOT / name).read_text(encoding="utf-8") for name in names)

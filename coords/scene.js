@@ -1,4 +1,4 @@
-// The map of one run in 3-D: tokens, trails, pull lines, and what the pointer is on.
+// The map of one run in 3-D: tokens, trails, pull lines, and the tooltip.
 
 const PICK_PIXELS = 14;
 const TRACES = { trails: 0, tokens: 1, trail: 2, twins: 3, sources: 4, selected: 5, pull: 6 };
@@ -101,7 +101,7 @@ class Scene {
   }
 
   #axisTitle(axis) {
-    // words that turn with the axes would leave the picture: the legend says what they are
+    // a long title would leave the picture when the axes turn: the legend explains them
     return escaped(this.run.axes[axis].replace("component ", "PC ").replace(" of variance", ""));
   }
 
@@ -110,7 +110,7 @@ class Scene {
     return { eye: { x: 1.2 * far, y: 1.2 * far, z: 0.75 * far }, center: { x: 0, y: 0, z: -0.1 } };
   }
 
-  // What depends on the layer alone, by trace.
+  // The traces that depend on the layer but not on the selection.
   #moving({ at, trails }) {
     const { run } = this;
     const tokens = { x: [], y: [], z: [] };
@@ -123,7 +123,7 @@ class Scene {
     return { [TRACES.trails]: lines, [TRACES.tokens]: tokens };
   }
 
-  // On its way a token draws its last step alone, which every computer can keep up with.
+  // A moving token draws only its last step: whole trails would be too slow on many computers.
   #addTrail(lines, token, at, here, steps = Infinity) {
     const layer = Math.ceil(this.run.layerOf(at));
     const passed = this.run.points.slice(Math.max(0, layer - steps), layer);
@@ -132,7 +132,7 @@ class Scene {
     );
   }
 
-  // What belongs to the selected token, by trace.
+  // The traces of the selected token.
   #marked({ at, shown, head, selected }) {
     const { run } = this;
     const nothing = { x: [], y: [], z: [], text: [] };
@@ -147,7 +147,7 @@ class Scene {
     for (let n = 0; n < run.numStored; n++) marked[TRACES.pull + n] = { x: [], y: [], z: [] };
     if (token === undefined) return marked;
     const pulls = run.pulls(shown, head, token);
-    const sources = pulls.map((pull) => pull.token).filter((source) => source !== token);
+    const sources = pulls.map(([source]) => source).filter((source) => source !== token);
     const trail = { x: [], y: [], z: [] };
     this.#addTrail(trail, token, at, run.place(at, token));
     marked[TRACES.trail] = trail;
@@ -160,9 +160,9 @@ class Scene {
       ...places([token]),
       text: [`<b>${tagless(run.labels[token])}</b><br> `],
     };
-    pulls.forEach((pull, n) => {
-      const ends = pull.token === token ? nothing : places([token, pull.token]);
-      marked[TRACES.pull + n] = { ...ends, width: Math.max(1.5, 26 * Math.sqrt(pull.weight)) };
+    pulls.forEach(([source, weight], n) => {
+      const ends = source === token ? nothing : places([token, source]);
+      marked[TRACES.pull + n] = { ...ends, width: Math.max(1.5, 26 * Math.sqrt(weight)) };
     });
     return marked;
   }
@@ -192,7 +192,7 @@ class Scene {
     for (let n = 0; n < this.run.numStored; n++) traces[TRACES.pull + n].line.color = accent;
   }
 
-  // Everything anew: the theme, the colours, the selection.
+  // Draw everything again; the camera stays.
   update(state) {
     this.state = state;
     this.#drawLegend(state);
@@ -210,7 +210,7 @@ class Scene {
     );
   }
 
-  // None where the browser has no WebGL, which Plotly says in the map's place: the rest works.
+  // None if the browser has no WebGL: Plotly says so in place of the map, and the rest works.
   #glplot() {
     return this.node._fullLayout?.scene?._scene?.glplot;
   }
@@ -235,7 +235,7 @@ class Scene {
       `colour: ${title} · size: mass, ${masses.join(" to ")}${larger}${last}${axes}`;
   }
 
-  // Where every token is on the screen, in pixels of the scene: [x, y, depth].
+  // Where every token is on the screen: [x, y, depth], x and y in pixels of the scene.
   screen() {
     if (!this.#glplot()) return [];
     const scene = this.node._fullLayout.scene._scene;
@@ -251,7 +251,7 @@ class Scene {
     });
   }
 
-  // The token under a pointer: of those that are near enough the nearest, then the foremost.
+  // The token under the pointer, or null; near tokens win over far ones, the front over the back.
   tokenUnder(event) {
     const box = this.node.getBoundingClientRect();
     const [left, top] = [event.clientX - box.left, event.clientY - box.top];
@@ -321,10 +321,10 @@ class Scene {
         "div",
         {},
         ...(pulls.length ? ["pulled by "] : ["nothing has pulled yet"]),
-        ...pulls.flatMap((pull, n) => [
+        ...pulls.flatMap(([source, weight], n) => [
           n ? ", " : "",
-          chip(run.labels[pull.token]),
-          ` ${percent(pull.weight)}`,
+          chip(run.labels[source]),
+          ` ${percent(weight)}`,
         ]),
       ),
     );
@@ -340,7 +340,7 @@ class Scene {
     this.tooltip.hidden = true;
   }
 
-  // Turn (radians) and zoom by keys.
+  // Move the camera by angles in radians and a factor of its distance.
   move(turn, tilt, zoom) {
     if (!this.#glplot()) return;
     const camera = this.node._fullLayout.scene._scene.getCamera();

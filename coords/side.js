@@ -1,7 +1,7 @@
-// Beside the map: the text, token by token, and what is known of the selected one.
+// Beside the map: the text, token by token, and the details of the selected token.
 
 const LISTED = 6;
-const CONTEXT = 26; // characters, of which the last are the token's own
+const CONTEXT = 26; // characters, the token's own included
 
 class Side {
   constructor(run, root, actions) {
@@ -40,7 +40,7 @@ class Side {
     const selected = state.selected?.get(run);
     const { colours } = colouring(run, state.colour);
     const pulls = selected === undefined ? [] : run.pulls(state.shown, state.head, selected);
-    const weights = new Map(pulls.map((pull) => [pull.token, pull.weight]));
+    const weights = new Map(pulls);
     const twins = new Set(selected === undefined ? [] : run.twins(selected));
     for (const [token, span] of this.spans.entries()) {
       span.style.setProperty("--own", colours[token]);
@@ -55,47 +55,29 @@ class Side {
     if (selected === undefined) this.text.removeAttribute("aria-activedescendant");
     else {
       this.text.setAttribute("aria-activedescendant", this.prefix + selected);
-      this.#scrollTo(this.spans[selected]);
+      scrollWithin(this.text, this.spans[selected]);
     }
     this.spoken.textContent =
       selected === undefined
         ? ""
-        : [
-            `${run.labels[selected]}, position ${selected}, mass ${number(run.mass[selected])}`,
-            ...pulls
-              .slice(0, 3)
-              .map((pull) => `pulled ${percent(pull.weight)} by ${run.labels[pull.token]}`),
-          ].join(", ");
+        : spokenToken(selected, run.mass[selected], pulls, this.#labelOf);
     this.details.replaceChildren(
       ...(selected === undefined ? this.#overview() : this.#selected(state, selected)),
     );
   }
 
-  // The text alone scrolls: scrollIntoView would move the page too.
-  #scrollTo(span) {
-    const top = span.offsetTop - this.text.offsetTop;
-    const { scrollTop, clientHeight } = this.text;
-    if (top < scrollTop || top > scrollTop + clientHeight - 30)
-      this.text.scrollTop = top - clientHeight / 2;
-  }
+  #labelOf = (token) => this.run.labels[token];
 
-  // The button that was pressed goes away with what it stood in: the keyboard goes on in the text.
+  // Redrawing the details removes the button that was pressed: the focus moves to the text.
   #choose(token) {
     this.actions.select(this.run, token);
     this.text.focus({ preventScroll: true });
   }
 
-  #go(token, ...children) {
-    const button = element(
-      "button",
-      { className: "go", type: "button", onclick: () => this.#choose(token) },
-      ...children,
-    );
-    button.title = `select position ${token}`;
-    return button;
-  }
+  #go = (token, ...children) =>
+    goButton(`select position ${token}`, () => this.#choose(token), ...children);
 
-  // What came before a token, for those who look for it in the text.
+  // A token after the text before it, to find it there.
   #context(token, room = CONTEXT) {
     const { labels } = this.run;
     let first = token;
@@ -131,68 +113,46 @@ class Side {
           element(
             "li",
             {},
-            this.#go(
-              token,
-              chip(run.labels[token]),
-              element("b", { textContent: value(token) }),
-              ...more(token),
-            ),
+            this.#go(token, chip(run.labels[token]), bold(value(token)), more(token)),
           ),
         ),
       );
     const losses = run.loss.filter((x) => x !== null);
     return [
-      element("h3", { textContent: "Heaviest in this text" }),
+      heading("Heaviest in this text"),
       list(
         heaviest,
         (token) => number(run.mass[token]),
-        (token) => [
-          element("span", {
-            className: "context",
-            textContent: plural(run.twins(token).length + 1, "place"),
-          }),
-        ],
+        (token) => context(plural(run.twins(token).length + 1, "place")),
       ),
-      element("h3", { textContent: "Highest loss" }),
+      heading("Highest loss"),
       list(
         hardest,
         (token) => number(run.loss[token]),
-        (token) => [this.#context(token, CONTEXT - run.labels[token].length)],
+        (token) => this.#context(token, CONTEXT - run.labels[token].length),
       ),
-      element("p", {
-        className: "note",
-        textContent:
-          `Loss in nats, of a token given those before it; mean ${number(losses.reduce((a, b) => a + b, 0) / losses.length)}. ` +
+      note(
+        `Loss in nats, of a token given those before it; mean ${number(losses.reduce((a, b) => a + b, 0) / losses.length)}. ` +
           "Select a token here, in the text or on the map to see what pulled it.",
-      }),
+      ),
     ];
   }
 
   #selected(state, token) {
     const { run } = this;
-    const close = element("button", {
-      className: "close",
-      type: "button",
-      textContent: "Clear",
-      onclick: () => this.#choose(null),
-    });
-    const fact = (name, value) =>
+    return [
       element(
         "div",
-        {},
-        element("dt", { textContent: name }),
-        element("dd", { textContent: value }),
-      );
-    return [
-      element("div", { className: "title" }, chip(run.labels[token]), close),
-      element(
-        "dl",
-        { className: "facts" },
-        fact("position", String(token)),
-        fact("mass", number(run.mass[token])),
-        fact("loss", run.loss[token] === null ? "none" : `${number(run.loss[token])} nats`),
-        fact(run.isCorpus ? "in training" : "in this text", `${plain.format(run.counts[token])} ×`),
+        { className: "title" },
+        chip(run.labels[token]),
+        clearButton(() => this.#choose(null)),
       ),
+      facts([
+        ["position", String(token)],
+        ["mass", number(run.mass[token])],
+        ["loss", run.loss[token] === null ? "none" : `${number(run.loss[token])} nats`],
+        [run.isCorpus ? "in training" : "in this text", `${plain.format(run.counts[token])} ×`],
+      ]),
       ...this.#pulledBy(state, token),
       ...this.#guessed(token),
       ...this.#elsewhere(state, token),
@@ -201,53 +161,20 @@ class Side {
 
   #pulledBy(state, token) {
     const { run } = this;
-    const block = run.layerOf(state.shown);
+    const layer = run.layerOf(state.shown);
+    if (!layer)
+      return [
+        heading("Nothing has pulled yet"),
+        note("At layer 0 a token is where its embedding puts it. Move to layer 1 to see what pulls."),
+      ];
     const isMean = state.head === "mean" || state.head >= run.numHeads;
     const who = isMean ? `mean of ${plural(run.numHeads, "head")}` : `head ${state.head + 1}`;
-    const heading = element("h3", {
-      textContent: block ? `Pulled in block ${block} by (${who})` : "Nothing has pulled yet",
-    });
-    if (!block)
-      return [
-        heading,
-        element("p", {
-          className: "note",
-          textContent:
-            "At layer 0 a token is where its embedding puts it. Move to layer 1 to see what pulls.",
-        }),
-      ];
     const pulls = run.pulls(state.shown, state.head, token);
-    if (!pulls.length)
-      return [heading, element("p", { className: "note", textContent: "Nothing reaches it." })];
-    const strongest = pulls[0].weight;
-    const rest = 1 - pulls.reduce((sum, pull) => sum + pull.weight, 0);
     return [
-      heading,
-      element(
-        "ol",
-        { className: "pulls" },
-        ...pulls.map((pull) =>
-          element(
-            "li",
-            { style: { "--share": `${(100 * pull.weight) / strongest}%` } },
-            this.#go(
-              pull.token,
-              chip(run.labels[pull.token]),
-              element("b", { textContent: percent(pull.weight) }),
-              element("span", {
-                className: "context",
-                textContent:
-                  pull.token === token ? "itself" : `${plain.format(token - pull.token)} back`,
-              }),
-            ),
-          ),
-        ),
-      ),
-      element("p", {
-        className: "note",
-        textContent:
-          rest > 0.0005 ? `All others together ${percent(rest)}.` : "There are no others.",
-      }),
+      heading(`Pulled in layer ${layer} by (${who})`),
+      ...(pulls.length
+        ? [pullList(token, pulls, this.#labelOf, this.#go), note(otherPulls(pulls))]
+        : [note("Nothing reaches it.")]),
     ];
   }
 
@@ -260,7 +187,7 @@ class Side {
       ` ${percent(run.chances[token][n])}`,
     ]);
     return [
-      element("h3", { textContent: "In its place the model expected" }),
+      heading("The model's top guesses here"),
       element(
         "p",
         {},
@@ -269,7 +196,7 @@ class Side {
         element(
           "span",
           { className: "note" },
-          "as foreseen from the token before: ",
+          "predicted from the token before: ",
           this.#go(token - 1, chip(run.labels[token - 1]), "what pulled that"),
         ),
       ),
@@ -282,12 +209,8 @@ class Side {
       .twins(token)
       .map((twin) => [twin, run.distance(state.shown, token, twin)])
       .sort((a, b) => a[1] - b[1]);
-    const heading = element("h3", { textContent: "The same token elsewhere" });
-    if (!twins.length)
-      return [
-        heading,
-        element("p", { className: "note", textContent: "Nowhere else in this text." }),
-      ];
+    const title = heading("The same token elsewhere");
+    if (!twins.length) return [title, note("Nowhere else in this text.")];
     const all = run.labels
       .map((_, other) => run.distance(state.shown, token, other))
       .filter((_, other) => other !== token)
@@ -301,10 +224,8 @@ class Side {
     const shown =
       twins.length > 2 * LISTED ? [...twins.slice(0, LISTED), ...twins.slice(-LISTED)] : twins;
     return [
-      heading,
-      element(
-        "p",
-        { className: "note" },
+      title,
+      note(
         `${plural(twins.length, "other place")}. Distance in z space after layer ${run.layerOf(state.shown)}: mean ${number(layers[run.layerOf(state.shown)])}, ` +
           `to any other token typically ${number(typical)}. Mean by layer: ${layers.map((far) => number(far)).join(" → ")}.`,
       ),
@@ -315,22 +236,12 @@ class Side {
           element(
             "li",
             {},
-            this.#go(
-              twin,
-              element("b", { textContent: number(far) }),
-              this.#context(twin),
-              element("span", { className: "context", textContent: ` ${twin}` }),
-            ),
+            this.#go(twin, bold(number(far)), this.#context(twin), context(` ${twin}`)),
           ),
         ),
       ),
       ...(shown.length < twins.length
-        ? [
-            element("p", {
-              className: "note",
-              textContent: `The ${LISTED} nearest and the ${LISTED} farthest.`,
-            }),
-          ]
+        ? [note(`The ${LISTED} nearest and the ${LISTED} farthest.`)]
         : []),
     ];
   }

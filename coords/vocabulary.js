@@ -1,4 +1,4 @@
-// The third tab: what each token weighs, and how often it occurs.
+// The third tab: the mass of every token, and how often it occurs.
 
 const NAMED = 90;
 
@@ -8,21 +8,11 @@ class Vocabulary {
     const { labels, masses, counts, size, median } = run.vocabulary;
     const listed = Math.min(20, Math.floor(labels.length / 2));
     const order = [...labels.keys()];
-    const table = (caption, rows) =>
-      element(
-        "table",
-        {},
-        element("caption", { textContent: caption }),
-        element(
-          "thead",
-          {},
-          element(
-            "tr",
-            {},
-            ...["token", "mass", "times"].map((title) =>
-              element("th", { scope: "col", textContent: title }),
-            ),
-          ),
+    const ranked = (caption, rows) =>
+      table(
+        caption,
+        ["token", "mass", "times"].map((textContent) =>
+          element("th", { scope: "col", textContent }),
         ),
         element(
           "tbody",
@@ -41,32 +31,26 @@ class Vocabulary {
     this.chart = element("div", { className: "chart tall" });
     const sampled =
       labels.length < size
-        ? ` Of ${plain.format(size)} tokens ${plain.format(labels.length)} are drawn, evenly over the order of mass.`
+        ? ` ${plain.format(labels.length)} of them are drawn, evenly spaced in the order of mass.`
         : "";
     this.node = element(
       "section",
       { className: "vocabulary" },
-      element("h2", { textContent: `${run.name}: what its tokens weigh` }),
-      element("p", {
-        className: "note",
-        textContent: `${plain.format(size)} tokens, masses from ${number(masses.at(-1))} to ${number(masses[0])}, median ${number(median)}. Times counted in ${run.counted}.${sampled}`,
-      }),
+      element("h2", { textContent: `${run.name}: the masses of its tokens` }),
+      note(
+        `${plain.format(size)} tokens, masses from ${number(masses.at(-1))} to ${number(masses[0])}, median ${number(median)}. Times counted in ${run.counted}.${sampled}`,
+      ),
       element(
         "div",
         { className: "weights" },
-        element(
-          "figure",
-          {},
-          element("figcaption", { textContent: "Mass against frequency, a point a token" }),
-          this.chart,
-        ),
-        table("Heaviest", order.slice(0, listed)),
-        table("Lightest", order.slice(-listed).reverse()),
+        figure("Mass against frequency, one point per token", this.chart),
+        ranked("Heaviest", order.slice(0, listed)),
+        ranked("Lightest", order.slice(-listed).reverse()),
       ),
     );
   }
 
-  // Points whose names fit without touching another: from the edges of the cloud inwards.
+  // The points whose names fit without overlap, taken from the edges of the cloud inwards.
   #named() {
     const { labels, masses, counts } = this.run.vocabulary;
     const [width, height] = [this.chart.clientWidth - 70, this.chart.clientHeight - 54];
@@ -101,7 +85,7 @@ class Vocabulary {
   draw() {
     const { labels, masses, counts } = this.run.vocabulary;
     const named = this.#named();
-    const never = 0.5; // where a log axis can show what does not occur
+    const never = 0.5; // a log axis has no 0: tokens that do not occur are drawn here
     const trace = {
       type: "scatter",
       mode: "markers+text",

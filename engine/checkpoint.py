@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without running anything that is in them.
+"""Writes checkpoints atomically, and reads them without running anything that they contain.
 
 A checkpoint is a dict of tensors and plain types with the keys `model_state`, `optimizer_state`,
 `iter`, `best_val`, `config`, `vocab` (as in the first release) and `format_version`,
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from engine.checks import contradiction, is_plain, shown, unsound_tensors
+from engine.checks import contradiction, unsound_tensors
 from engine.first_release import from_first_release
 from engine.models import build_model
 from engine.sealed_file import (
@@ -22,6 +22,7 @@ from engine.sealed_file import (
     write_archive,
 )
 from system.errors import UserError
+from system.safe_text import short_reason, shown_short
 from text.tokenizer import tokenizer_from_vocab
 
 FORMAT_VERSION = 2
@@ -41,7 +42,10 @@ def last_path(path):
 
 
 def check_writable(path):
-    """Raise `UserError` where checkpoints of this path could not be written later."""
+    """Raise `UserError` if checkpoints could not be written at this path later.
+
+    It also removes partial files, which a run that was killed while writing leaves behind.
+    """
     folder = last_path(path).parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +53,7 @@ def check_writable(path):
             pass
         for file in (best_path(path), last_path(path)):
             check_may_be_replaced(file)
-            partial_path(file).unlink(missing_ok=True)  # of a run that was killed while writing
+            partial_path(file).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"--checkpoint-path {path} cannot be written ({error.strerror or error}): give another"
@@ -57,10 +61,10 @@ def check_writable(path):
 
 
 def save_checkpoint(path, checkpoint):
-    """Write a checkpoint whole or not at all.
+    """Write a checkpoint atomically: the file is complete, or what it was before.
 
     Raises:
-        UserError: where it cannot be written; the file that was there before is untouched.
+        UserError: if it cannot be written.
     """
     try:
         write_archive(path, checkpoint)
@@ -74,56 +78,69 @@ def save_checkpoint(path, checkpoint):
 
 
 def read_checkpoint(path):
-    """Read a checkpoint of this or the first release; nothing in it is ever executed.
+    """A checkpoint of this or the first release, as a dict with this release's names.
 
-    Every byte is checked against the file's own checksums first, only tensors and plain types are
-    accepted (`weights_only=True`), and what they say is checked before anything is built from it.
-    A first-release checkpoint comes back with this release's names.
+    The file's own checksums are verified first, then only tensors and plain types are loaded
+    (`weights_only=True`), and what they contain is checked before anything is built from it.
 
     Raises:
-        UserError: where the file is missing, damaged or not a checkpoint, or contradicts itself.
+        UserError: if the file is missing, damaged, not a checkpoint, or contradicts itself.
     """
     path = Path(path)
     checkpoint = _read_plain(path)
+    _check_format(checkpoint, path)
+    reason = unsound_tensors(checkpoint["model_state"], path.stat().st_size)
+    if reason is None:
+        checkpoint = _with_current_names(checkpoint, path)
+        reason = contradiction(checkpoint)
+    if reason is not None:
+        raise UserError(f"checkpoint {path} contradicts itself ({reason}): use another")
+    return checkpoint
+
+
+def _check_format(checkpoint, path):
+    """Raise `UserError` unless this has the keys and the version of a known format."""
     if not isinstance(checkpoint, dict) or not {"model_state", "vocab"} <= checkpoint.keys():
         raise UserError(f"checkpoint {path} lacks model_state or vocab: it is of another program")
-    is_old = "format_version" not in checkpoint
-    unknown = checkpoint.keys() - (FIRST_RELEASE_KEYS if is_old else KEYS)
+    is_first_release = "format_version" not in checkpoint
+    unknown = checkpoint.keys() - (FIRST_RELEASE_KEYS if is_first_release else KEYS)
     if unknown:
-        raise UserError(f"checkpoint {path} holds {shown(unknown.pop())}, as none does: refused")
-    if not is_old and not is_plain(checkpoint["format_version"], FORMAT_VERSION):
         raise UserError(
-            f"checkpoint {path} is of format {shown(checkpoint['format_version'])}, this program "
-            f"reads {FORMAT_VERSION}: use the release that wrote it"
-        )
-    try:
-        why = unsound_tensors(checkpoint["model_state"], path.stat().st_size)
-        if why is None and is_old:
-            checkpoint = from_first_release(checkpoint)
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError) as error:
-        raise UserError(
-            f"checkpoint {path} is no complete first-release one ({_first_words(error)}): "
+            f"checkpoint {path} has a key {shown_short(unknown.pop())}, as no checkpoint does: "
             "use another"
-        ) from None
+        )
+    version = checkpoint.get("format_version")
+    # the type too: True and 2.0 are no versions, and a tensor cannot be compared
+    if not is_first_release and (type(version) is not int or version != FORMAT_VERSION):
+        raise UserError(
+            f"checkpoint {path} has format {shown_short(version)}, this program reads "
+            f"{FORMAT_VERSION}: use the release that wrote it"
+        )
+
+
+def _with_current_names(checkpoint, path):
+    """The checkpoint with the names and config fields that this release expects."""
+    if "format_version" not in checkpoint:
+        try:
+            return from_first_release(checkpoint)
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+            raise UserError(
+                f"checkpoint {path} lacks parts of a first-release checkpoint "
+                f"({short_reason(error)}): use another"
+            ) from None
     config = checkpoint.get("config")
-    if why is None and not is_old and isinstance(config, dict):  # older ones do not say
+    if isinstance(config, dict):  # checkpoints written before there was retardation do not say
         config.setdefault("retardation", "layers.0.attn.retardation" in checkpoint["model_state"])
-    try:
-        why = why or contradiction(checkpoint)
-    except (KeyError, TypeError, RuntimeError, AttributeError, OverflowError, UserError) as error:
-        why = _first_words(error)
-    if why:
-        raise UserError(f"checkpoint {path} contradicts itself ({why}): use another")
     return checkpoint
 
 
 def _read_plain(path):
-    """What a file holds, if its bytes are right and it holds tensors and plain types alone."""
+    """What the file contains, if its bytes are intact and it has only tensors and plain types."""
     if path.is_dir():
         raise UserError(f"checkpoint {path} is a directory: name the .pt file in it")
     if not path.exists():
         raise UserError(f"checkpoint {path} does not exist: train one with train_shakespeare.py")
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # reading from a pipe would wait for a writer
         raise UserError(f"checkpoint {path} is no ordinary file: name a .pt file")
     try:
         check_archive(path)
@@ -137,24 +154,24 @@ def _read_plain(path):
             f"checkpoint {path} holds more than tensors and plain types: refused, since loading "
             "it could run code"
         ) from None
-    except Exception:  # what a damaged pickle raises is anybody's guess
+    except Exception:  # malformed pickles raise many exception types
         raise UserError(f"checkpoint {path} is truncated, or no checkpoint: use another") from None
 
 
 def load_model(path, device="cpu"):
-    """Read a checkpoint and build what it describes.
+    """Read a checkpoint and build its model.
 
     Returns:
         `(model, tokenizer, checkpoint)`; the model in evaluation mode on `device`.
 
     Raises:
-        UserError: as `read_checkpoint`, and where weights and config contradict each other.
+        UserError: as `read_checkpoint`, and if the vocabulary is unusable or of another size.
     """
     checkpoint = read_checkpoint(path)
     try:
         tokenizer = tokenizer_from_vocab(checkpoint["vocab"])
     except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
-        reason = _first_words(error)
+        reason = short_reason(error)
         raise UserError(f"checkpoint {path} has no usable vocabulary ({reason})") from None
     model = build_model(checkpoint["config"])
     model.load_state_dict(checkpoint["model_state"])
@@ -164,12 +181,3 @@ def load_model(path, device="cpu"):
             f"{model.config.vocab_size} embeddings): use another"
         )
     return model.to(device).eval(), tokenizer, checkpoint
-
-
-def _first_words(error):
-    return " ".join(str(error).split())[:200]
-
-
-def is_first_release(checkpoint):
-    """Whether a checkpoint that was read came from the first release."""
-    return checkpoint["format_version"] == 1

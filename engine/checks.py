@@ -1,4 +1,7 @@
-"""What a checkpoint may say: checked before anything is built from it."""
+"""Checks on what a checkpoint contains, made before a model is built from it.
+
+Checkpoints come from strangers: a size in one must not allocate memory that its file does not have.
+"""
 
 import math
 from dataclasses import MISSING, fields
@@ -6,12 +9,19 @@ from dataclasses import MISSING, fields
 import torch
 
 from engine.models import MODELS, build_model
+from system.errors import UserError
+from system.safe_text import short_reason, shown_short
 
-LARGEST_SIZE = 1 << 31
+LARGEST_SIZE = 1 << 31  # of any integer in a config
 
 
 def unsound_tensors(state, file_size):
-    """Why these are no weights that a file of this size can hold; None where they are."""
+    """Why these cannot be the weights of a checkpoint file of this size; None if they can.
+
+    Args:
+        state: what the file has under `model_state`, of any type.
+        file_size: bytes.
+    """
     if not isinstance(state, dict):
         return "model_state is no dictionary"
     total = 0
@@ -19,17 +29,31 @@ def unsound_tensors(state, file_size):
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             return "model_state holds more than named tensors"
         if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
-            return f"{shown(name)} is no tensor of weights"
+            return f"{shown_short(name)} is no tensor of weights"
+        # an expanded tensor has any shape and takes the file one number
         if not tensor.is_contiguous():
-            return f"{shown(name)} repeats its numbers"
+            return f"{shown_short(name)} repeats its numbers"
         total += tensor.numel() * tensor.element_size()
-    # a tied head is named twice
+    # twice, because the weights of a tied head appear under two names
     return "its tensors hold more than the file does" if total > 2 * file_size else None
 
 
 def contradiction(checkpoint):
-    """Why this cannot be a checkpoint, in a few words; None where it can."""
-    config, state = checkpoint["config"], checkpoint["model_state"]
+    """Why a checkpoint's config, progress and weights do not fit together; None if they do.
+
+    Call it after `unsound_tensors`.
+    """
+    try:
+        return (
+            _wrong_config(checkpoint["config"])
+            or _wrong_progress(checkpoint)
+            or _wrong_weights(checkpoint["config"], checkpoint["model_state"])
+        )
+    except (KeyError, TypeError, RuntimeError, AttributeError, OverflowError, UserError) as error:
+        return short_reason(error)
+
+
+def _wrong_config(config):
     if not isinstance(config, dict):
         return "config is no dictionary"
     if not isinstance(config.get("model_type"), str) or config["model_type"] not in MODELS:
@@ -39,30 +63,40 @@ def contradiction(checkpoint):
         if value is MISSING:
             return f"it has no {field.name}"
         if not _is_of_type(value, getattr(field.type, "__name__", str(field.type))):
-            return f"{field.name} is {shown(value)}"
-    step, best_val = checkpoint.get("iter", 0), checkpoint.get("best_val", 0)
-    if type(step) is not int or not 0 <= step < 1 << 62:
-        return f"iter is {shown(step)}"
-    if type(best_val) not in (int, float) or not -1e300 < best_val <= math.inf:
-        return f"best_val is {shown(best_val)}"
+            return f"{field.name} is {shown_short(value)}"
     directory = config.get("token_directory")
     if not isinstance(directory, str | None):
-        return f"token_directory is {shown(directory)}"
+        return f"token_directory is {shown_short(directory)}"
+    return None
+
+
+def _wrong_progress(checkpoint):
+    step, best_val = checkpoint.get("iter", 0), checkpoint.get("best_val", 0)
+    if type(step) is not int or not 0 <= step < 1 << 62:
+        return f"iter is {shown_short(step)}"
+    if type(best_val) not in (int, float) or not -1e300 < best_val <= math.inf:
+        return f"best_val is {shown_short(best_val)}"
+    return None
+
+
+def _wrong_weights(config, state):
+    # these two first: even on "meta", a model of 10^9 layers takes memory and time to build
     layers = {name.split(".")[1] for name in state if name.startswith("layers.")}
     if len(layers) != config["num_layers"]:
         return f"{len(layers)} layers of weights for num_layers {config['num_layers']}"
     if tuple(state["token_emb.weight"].shape) != (config["vocab_size"], config["hidden_dim"]):
         return "token_emb.weight is not vocab_size by hidden_dim"
-    with torch.device("meta"):  # shapes alone
+    with torch.device("meta"):  # shapes only, no memory
         model = build_model(config)
     expected = model.state_dict()
     if expected.keys() != state.keys():
         name = sorted(expected.keys() ^ state.keys())[0]
-        return f"{shown(name)} is {'missing' if name in expected else 'of no such model'}"
+        return f"{shown_short(name)} is {'missing' if name in expected else 'of no such model'}"
     for name, tensor in expected.items():
         if tensor.shape != state[name].shape:
             return f"{name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
-        if not bool(torch.isfinite(state[name].float()).all()):  # as the model will have it
+        # as fp32, which is what the model will store: a float64 weight can be beyond its range
+        if not bool(torch.isfinite(state[name].float()).all()):
             return f"{name} holds NaN or infinity"
     if getattr(model.config, "tie_head", False) and not torch.equal(
         state["head.weight"], state["token_emb.weight"]
@@ -71,23 +105,11 @@ def contradiction(checkpoint):
     return None
 
 
-def is_plain(value, expected):
-    return type(value) is type(expected) and value == expected
-
-
-def shown(value):
-    """A stranger's value in an error: short, and never written out where it is deep."""
-    if isinstance(value, str):
-        return repr(value[:40])
-    if value is None or isinstance(value, bool | float):
-        return repr(value)
-    if isinstance(value, int):
-        return repr(value) if abs(value) < 10**40 else "a very large number"
-    return f"a {type(value).__name__}"
-
-
 def _is_of_type(value, name):
-    """Whether a config's value is of a dataclass field's annotated type."""
+    """Whether a config's value has the type that a dataclass field is annotated with.
+
+    `isinstance` is not enough: True is an int to Python.
+    """
     if value is None:
         return "None" in name
     if name.startswith("int"):

@@ -4,10 +4,8 @@ import copy
 import math
 
 import torch
-import torch.nn.functional as F
 
 from engine.kv_cache import KVCache
-from gravity.law import TINY, gravity_field
 from system.errors import UserError
 
 PREFILL_CHUNK = 512
@@ -62,7 +60,7 @@ class TokenStream:
 
     def reset(self):
         """Forget everything."""
-        self.cache, self._before_newest = KVCache(), None
+        self.cache, self.before_newest = KVCache(), None
         self.context = []
         self.logits = None
         self.slides = 0
@@ -75,7 +73,7 @@ class TokenStream:
         """Go back to where `copy_of_state` was called; it may be gone back to again."""
         cache, context, self.logits, self.slides = state
         self.cache, self.context = copy.deepcopy(cache), list(context)
-        self._before_newest = None
+        self.before_newest = None
 
     @torch.inference_mode()
     def feed(self, tokens):
@@ -84,11 +82,11 @@ class TokenStream:
         if self.model.max_context is not None:
             tokens = self._slide(tokens, self.model.max_context)
         while tokens:
-            # the newest token alone, so that what it met can be kept for `pulls`
+            # the newest token alone, so that `newest_pulls` can read it once more
             count = min(PREFILL_CHUNK, max(len(tokens) - 1, 1))
             chunk, tokens = tokens[:count], tokens[count:]
             if not tokens:
-                self._before_newest = self.cache.snapshot()
+                self.before_newest = self.cache.snapshot()
             batch = torch.tensor([chunk], device=self.device)
             self.logits = self.model(batch, kv_cache=self.cache)[0, -1]
             self.context += chunk
@@ -111,48 +109,6 @@ class TokenStream:
         self.slides += slides
         self.cache, self.context = KVCache(), []
         return tokens
-
-    @torch.inference_mode()
-    def pulls(self):
-        """Which share of the pull on the newest token comes from which that are remembered.
-
-        Returns:
-            `(weights, tokens)`: (num_layers, num_heads, N) on the CPU, each row summing to 1 where
-            anything reaches, and the N token ids, the newest last.
-
-        Raises:
-            ValueError: under another law than newton, and where nothing was fed yet.
-        """
-        if getattr(self.model.config, "law", None) != "newton":
-            raise ValueError("only the law newton has pulls")
-        if self._before_newest is None:
-            raise ValueError("feed at least one token first")
-        rows = []
-
-        def record(attn, inputs, _):
-            _, z, _, positions, cache = inputs
-            key_positions, k, _, mass = cache.remembered(attn.layer)
-            q = attn.probe_proj(z).view(1, 1, attn.config.num_heads, -1).transpose(1, 2)
-            field = gravity_field(
-                q.float(),
-                k.float(),
-                mass,
-                query_positions=positions,
-                key_positions=key_positions,
-                **attn.law(),
-            )[0, :, 0]
-            rows.append(field / (field.sum(-1, keepdim=True) + TINY))
-
-        hooks = [layer.attn.register_forward_hook(record) for layer in self.model.layers]
-        try:
-            newest = torch.tensor([self.context[-1:]], device=self.device)
-            self.model(newest, kv_cache=copy.deepcopy(self._before_newest))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        count = max(row.shape[-1] for row in rows)
-        weights = torch.stack([F.pad(row, (count - row.shape[-1], 0)) for row in rows])
-        return weights.nan_to_num().cpu(), self.context[-count:]
 
     def generate(self, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
         """Yield new token ids one by one, each already part of the context.

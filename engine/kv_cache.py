@@ -1,6 +1,7 @@
 """What attention still needs of the tokens seen so far."""
 
 import copy
+import math
 
 MIN_CAPACITY = 256  # tokens
 
@@ -15,8 +16,9 @@ class KVCache:
 
     def __init__(self):
         self.length = 0
-        self._layers = {}
-        self._newest = {}
+        self._layers = {}  # layer: _Memory
+        self._newest = {}  # layer: (B, 1, C), see `exchange`
+        self._windows = {}  # layer: see `forget_beyond`
 
     def append(self, layer, positions, *entries):
         """Add new tokens to a layer and return all that it remembers.
@@ -44,6 +46,19 @@ class KVCache:
         self._newest[layer] = entries[:, -1:].clone()
         return before
 
+    def forget_beyond(self, layer, window):
+        """Forget the tokens that are too old for a layer's heads to feel.
+
+        Args:
+            window: a function that returns how many tokens back each head feels anything, (H,);
+                inf keeps everything. It is called once per layer and cache: the law does not
+                change during decoding, and reading a number from a GPU waits for it.
+        """
+        if layer not in self._windows:
+            self._windows[layer] = float(window().detach().max())
+        if math.isfinite(self._windows[layer]):
+            self.keep_newest(layer, math.ceil(self._windows[layer]))
+
     def keep_newest(self, layer, count):
         """Forget all but the newest `count` tokens of a layer."""
         memory = self._layers[layer]
@@ -68,6 +83,7 @@ class KVCache:
         """
         cache = KVCache()
         cache.length, cache._newest = self.length, dict(self._newest)
+        cache._windows = dict(self._windows)
         cache._layers = {layer: copy.copy(memory) for layer, memory in self._layers.items()}
         return cache
 

@@ -1,4 +1,4 @@
-"""From a config, a plain dict, to the model that it describes."""
+"""Builds the model that a config describes; a config is a plain dict."""
 
 from dataclasses import fields
 
@@ -9,15 +9,18 @@ MODELS = {"ngt": (NGT, NGTConfig), "vanilla": (Vanilla, VanillaConfig)}
 
 
 def model_fields(model_type):
-    """The config fields that shape this kind of model, in order."""
+    """The names of the config fields that shape this kind of model, in order."""
     return [field.name for field in fields(MODELS[model_type][1])]
 
 
 def model_config(config):
-    """The dataclass of a config (a plain dict with `model_type`); what is no field is left out.
+    """The config as the model's dataclass; keys that are not fields of it are left out.
+
+    Args:
+        config: a dict with `model_type`, "ngt" or "vanilla".
 
     Raises:
-        UsageError: where a size cannot be.
+        UsageError: if a size or setting is out of range.
     """
     _, config_class = MODELS[config["model_type"]]
     names = model_fields(config["model_type"])
@@ -25,6 +28,6 @@ def model_config(config):
 
 
 def build_model(config):
-    """The model that a config describes, freshly initialised. Raises as `model_config`."""
+    """A freshly initialised model of this config. Raises what `model_config` raises."""
     model_class, _ = MODELS[config["model_type"]]
     return model_class(model_config(config))

@@ -1,5 +1,7 @@
-"""What pulls each token, kept as the tokens are fed: no second forward pass is made for it."""
+"""Which token pulls which: each source's share of the pull, measured as an NGT reads tokens."""
 
+import contextlib
+import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -7,19 +9,142 @@ import torch
 import torch.nn.functional as F
 
 from gravity.law import TINY, gravity_field
+from gravity.published import published_gravity_attention
 
-PULL_PAIRS = 1 << 18  # pairs whose pull is shown at once
+PULL_PAIRS = 1 << 18  # heads times pairs of tokens whose shares are computed at once
+NUM_STRONGEST = 8  # sources kept per row of shares
 
 
-NUM_STRONGEST = 8  # sources kept of one row of weights
+def share_of_pull(field):
+    """Each source's share of the pull, field / sum, along the last dimension; all 0 if all are."""
+    return field / (field.sum(-1, keepdim=True) + TINY)
+
+
+def listen(model, heard):
+    """Call `heard(attn, z, mass, positions, kv_cache)` before each attention layer of an NGT runs.
+
+    Returns:
+        A context manager; leaving it stops the calls.
+    """
+    hooks = contextlib.ExitStack()
+    for layer in model.layers:
+        hook = layer.attn.register_forward_pre_hook(lambda attn, inputs: heard(attn, *inputs[1:]))
+        hooks.callback(hook.remove)
+    return hooks
+
+
+def layer_pulls(attn, z, mass, positions, kv_cache=None):
+    """Yield the shares of the pull on each new token of one layer, a block of tokens at a time.
+
+    Args:
+        attn, z, mass, positions, kv_cache: as `listen` passes them, before the layer has run;
+            batch size 1. With a cache only under the law newton.
+
+    Yields:
+        `(rows, shares)`: a slice of the new tokens, and (num_heads, rows, N), where the N sources
+        are all that the layer remembers, up to the last token of the slice. Rows sum to 1, or are
+        0 if no source reaches the token.
+    """
+    key_mass, key_positions = mass, positions
+    if kv_cache is None:
+        q, k = attn.points(z)  # (1, H, T, head_coord_dim) each
+    else:
+        before = kv_cache.snapshot()  # `points` writes to its cache, and the layer will do so too
+        q, k = attn.points(z, before)
+        if kv_cache.length:
+            old_positions, old_k, _, old_mass = before.remembered(attn.layer)
+            k, key_mass = torch.cat([old_k, k], 2), torch.cat([old_mass, mass], 1)
+            key_positions = torch.cat([old_positions, positions])
+    num_old = len(key_positions) - len(positions)
+    step = max(1, PULL_PAIRS // (len(key_positions) * q.shape[1]))
+    for start in range(0, len(positions), step):
+        rows = slice(start, min(start + step, len(positions)))
+        keys = slice(num_old + rows.stop)  # no later token pulls these
+        shares = _published_weights if attn.config.law == "published" else _newton_shares
+        yield (
+            rows,
+            shares(
+                attn,
+                q[:, :, rows].float(),
+                k[:, :, keys].float(),
+                mass[:, rows].float(),
+                key_mass[:, keys].float(),
+                query_positions=positions[rows],
+                key_positions=key_positions[keys],
+            )[0],
+        )
+
+
+def _newton_shares(attn, q, k, query_mass, key_mass, **positions):
+    return share_of_pull(gravity_field(q, k, key_mass, **positions, **attn.law()))
+
+
+def _published_weights(attn, q, k, query_mass, key_mass, **positions):
+    if attn.config.mass_in_value:  # the mass then scales what a source hands on, not its weight
+        query_mass, key_mass = torch.ones_like(query_mass), torch.ones_like(key_mass)
+    # attention over the identity matrix gives back the softmax weights
+    identity = torch.eye(k.shape[2], device=k.device).expand(*k.shape[:2], -1, -1)
+    return published_gravity_attention(
+        q, k, identity, query_mass, key_mass, **positions, **attn.law()
+    )
+
+
+@torch.no_grad()
+def visit_pulls(model, tokens, visit):
+    """Run an NGT on a text and show the shares of the pull of every layer, in bounded memory.
+
+    Args:
+        tokens: (1, T) ids.
+        visit: called with `(layer, rows, shares)`; `layer` from 0, the others as in `layer_pulls`:
+            shares (num_heads, rows, rows.stop).
+
+    Returns:
+        `(logits, Geometry)` of the forward pass.
+    """
+
+    def heard(attn, *inputs):
+        for rows, shares in layer_pulls(attn, *inputs):
+            visit(attn.layer, rows, shares)
+
+    with listen(model, heard):
+        return model(tokens, return_geometry=True)
+
+
+@torch.inference_mode()
+def newest_pulls(stream):
+    """The shares of the pull on the newest token of a `TokenStream`, which is read once more.
+
+    Returns:
+        `(shares, tokens)`: (num_layers, num_heads, N) on the CPU, each row summing to 1 or 0, and
+        the ids of the N tokens that the model remembers, the newest last.
+
+    Raises:
+        ValueError: if the law is not newton, or nothing was fed yet.
+    """
+    if getattr(stream.model.config, "law", None) != "newton":
+        raise ValueError("only the law newton has pulls")
+    if stream.before_newest is None:
+        raise ValueError("feed at least one token first")
+    cache, layers = copy.deepcopy(stream.before_newest), []
+
+    def heard(attn, *inputs):
+        layers.extend(shares[:, 0] for _, shares in layer_pulls(attn, *inputs))
+
+    with listen(stream.model, heard):
+        newest = torch.tensor([stream.context[-1:]], device=stream.device)
+        stream.model(newest, kv_cache=cache)
+    count = cache.most_remembered()
+    # a layer may remember fewer tokens than another, or have forgotten its oldest just now
+    shares = torch.stack([F.pad(x, (count - x.shape[-1], 0)) for x in layers])
+    return shares.nan_to_num().cpu(), stream.context[-count:]
 
 
 class Pulls(NamedTuple):
-    """What pulled one token: the strongest sources of every row and their shares of the pull.
+    """What pulled one token: the strongest sources per row of shares.
 
-    Rows are, a layer after the other, its heads and the mean of them; the last row is the mean
-    over all. `sources` (rows, N) are positions in the stream, `weights` (rows, N) go with them,
-    strongest first; 0 where there is none.
+    The rows are, layer by layer, its heads and their mean; the last row is the mean over all.
+    `sources` (rows, NUM_STRONGEST) are positions in the stream and `weights` of the same shape
+    their shares of the pull, strongest first; 0 if there are fewer sources.
     """
 
     sources: np.ndarray
@@ -27,75 +152,59 @@ class Pulls(NamedTuple):
 
 
 class PullRecord:
-    """Listens to the attention of an NGT under the law newton while a KV cache is fed.
+    """Records the pulls on every token that is fed to an NGT (law newton) with a KV cache.
+
+    It needs no second forward pass.
 
     Attributes:
-        is_on: whether it listens; it costs about as much as the forward pass of one token.
+        is_on: whether it records; that costs about as much as the forward pass of one token.
     """
 
     def __init__(self, model):
         self.num_layers = model.config.num_layers
         self.is_on = True
-        self._rows, self._sum, self._taken = [], None, []
-        for layer in model.layers:
-            layer.attn.register_forward_pre_hook(self._record)
+        self._rows, self._sum, self._finished = [], None, []
+        listen(model, self._record)
 
     def take(self):
         """`Pulls` of each token that was fed since the last call, oldest first."""
-        taken, self._taken = self._taken, []
-        return taken
+        finished, self._finished = self._finished, []
+        return finished
 
-    def _record(self, attn, inputs):
-        _, z, mass, positions, cache = inputs
-        if cache is None or not self.is_on:
+    def _record(self, attn, z, mass, positions, kv_cache):
+        if kv_cache is None or not self.is_on:
             return
-        # of a copy: what the layer itself is about to remember stays its own affair
-        before = cache.snapshot()
-        q, k = attn.points(z, before)
-        key_positions, key_mass = positions, mass
-        if cache.length:
-            old_positions, old_k, _, old_mass = before.remembered(attn.layer)
-            key_positions = torch.cat([old_positions, positions])
-            k, key_mass = torch.cat([old_k, k], 2), torch.cat([old_mass, mass], 1)
-        step = max(1, PULL_PAIRS // (len(key_positions) * q.shape[1]))
-        rows, means = [], []
-        for start in range(0, len(positions), step):
-            part = slice(start, min(start + step, len(positions)))
-            field = gravity_field(
-                q[:, :, part].float(),
-                k.float(),
-                key_mass,
-                query_positions=positions[part],
-                key_positions=key_positions,
-                **attn.law(),
-            )[0]
-            shares = (field / (field.sum(-1, keepdim=True) + TINY)).nan_to_num()  # (H, part, N)
-            means.append(shares.mean(0))
-            rows.append(strongest(torch.cat([shares, means[-1][None]])))
+        count = len(positions)
         if attn.layer == 0:
-            self._rows, self._sum = [], torch.zeros(len(positions), 0, device=z.device)
-        after_newest = cache.length + len(positions)
-        sources, weights = (torch.cat(parts, 1) for parts in zip(*rows, strict=True))
-        self._rows.append((sources + (after_newest - len(key_positions)), weights))
-        self._sum = _add(self._sum, torch.cat(means))
+            # all that any layer can remember during this call, (T, N); the newest token is last
+            width = kv_cache.most_remembered() + count
+            self._rows, self._sum = [], torch.zeros(count, width, device=z.device)
+        blocks = []
+        for rows, shares in layer_pulls(attn, z, mass, positions, kv_cache):
+            shares = shares.nan_to_num()  # (H, rows, N)
+            mean, num_sources = shares.mean(0), shares.shape[-1]
+            end = self._sum.shape[1] - (count - rows.stop)
+            self._sum[rows, end - num_sources : end] += mean
+            places, weights = strongest(torch.cat([shares, mean[None]]))
+            blocks.append((places + (kv_cache.length + rows.stop - num_sources), weights))
+        self._rows.append([torch.cat(parts, 1) for parts in zip(*blocks, strict=True)])
         if attn.layer == self.num_layers - 1:
-            sources, weights = strongest(self._sum[None] / self.num_layers)
-            self._rows.append((sources + (after_newest - self._sum.shape[1]), weights))
-            sources, weights = (
-                torch.cat(parts).transpose(0, 1).cpu().numpy()
-                for parts in zip(*self._rows, strict=True)
-            )
-            self._taken += [Pulls(*pulls) for pulls in zip(sources, weights, strict=True)]
+            places, weights = strongest(self._sum[None] / self.num_layers)
+            first = kv_cache.length + count - self._sum.shape[1]
+            self._rows.append((places + first, weights))
+            self._finish()
 
-
-def _add(one, other):
-    """Sum of (T, N) and (T, M): both end at the same token, and a layer forgets the oldest."""
-    width = max(one.shape[1], other.shape[1])
-    return sum(F.pad(x, (width - x.shape[1], 0)) for x in (one, other))
+    def _finish(self):
+        """Turn the rows of all layers into one `Pulls` per token."""
+        sources, weights = (
+            torch.cat(parts).transpose(0, 1).cpu().numpy()  # (T, rows, NUM_STRONGEST)
+            for parts in zip(*self._rows, strict=True)
+        )
+        self._finished += [Pulls(*pulls) for pulls in zip(sources, weights, strict=True)]
 
 
 def strongest(shares):
-    """Places and values of the largest along the last dimension, always `NUM_STRONGEST`."""
+    """Places and values of the `NUM_STRONGEST` largest along the last dimension, padded with 0."""
     shares = F.pad(shares, (0, max(0, NUM_STRONGEST - shares.shape[-1])))
     weights, places = shares.topk(NUM_STRONGEST)
     return torch.where(weights > 0, places, 0), weights

@@ -1,7 +1,7 @@
-"""PyTorch's archives on disk: written whole or not at all, and read only where every byte is right.
+"""PyTorch archives on disk: written atomically, and rejected if a single byte has changed.
 
-`torch.save` writes a zip whose checksums cover what is in it, not its headers and padding. Here the
-zip's comment, its last bytes, is the SHA-256 of all before it.
+`torch.save` writes a zip whose checksums cover its contents, but not its headers and padding. So we
+store the SHA-256 of the whole file as the zip's comment, which is its last bytes: the seal.
 """
 
 import contextlib
@@ -21,37 +21,37 @@ END_OF_ZIP_SIZE = 22
 
 
 class DamagedArchive(Exception):
-    """A file whose bytes are not those that were written; the message says what is wrong."""
+    """The file's bytes are not what was written; the message says what is wrong, after its name."""
 
 
 def check_may_be_replaced(path):
-    """Raise `PermissionError` where somebody made this file read-only: renaming would not ask."""
+    """Raise `PermissionError` if this file is read-only, since renaming over it would succeed."""
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_IMODE(os.stat(path).st_mode) & 0o222:
             raise PermissionError(None, "it is read-only", str(path))
 
 
 def partial_path(path):
-    """Where a file is written before it takes its name."""
+    """The temporary name under which a file is written."""
     return Path(path).with_name(Path(path).name + ".partial")
 
 
 def write_archive(path, contents):
-    """Write what `torch.save` can under a temporary name, flush it to disk, and rename it.
+    """Write contents with `torch.save` to a temporary file, flush it to disk, and rename it.
 
     Raises:
-        OSError, RuntimeError: where it cannot be written; the file that was there is untouched.
+        OSError, RuntimeError: if it cannot be written; a file that was there is untouched.
     """
     path = Path(path)
     check_may_be_replaced(path)
     try:
-        _write_whole_archive(path, contents)
-    except FileNotFoundError:  # somebody has renamed or removed the directory meanwhile
-        _write_whole_archive(path, contents)
+        _write_and_rename(path, contents)
+    except FileNotFoundError:  # the directory was renamed or removed while we wrote
+        _write_and_rename(path, contents)
     _flush_directory(path.parent)
 
 
-def _write_whole_archive(path, contents):
+def _write_and_rename(path, contents):
     partial = partial_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -68,11 +68,11 @@ def _write_whole_archive(path, contents):
 
 
 def _save(contents, file):
-    """`torch.save`, which would hide why a disk refused behind an error of its own."""
-    refused = []
+    """`torch.save`, but a failed write raises its `OSError`: PyTorch raises another one instead."""
+    failures = []
 
     class Writer:
-        """What `torch.save` needs of a file."""
+        """The methods that `torch.save` calls on a file."""
 
         flush = file.flush
 
@@ -80,17 +80,17 @@ def _save(contents, file):
             try:
                 return file.write(data)
             except OSError as error:
-                refused.append(error)
+                failures.append(error)
                 raise
 
     try:
         torch.save(contents, Writer())
     except RuntimeError as error:
-        raise (refused or [error])[0] from None
+        raise (failures or [error])[0] from None
 
 
 def _seal(file):
-    file.seek(-2, os.SEEK_END)  # where a zip says how long its comment is
+    file.seek(-2, os.SEEK_END)  # the last two bytes of a zip are the length of its comment
     file.write(SEAL_SIZE.to_bytes(2, "little") + SEAL)
     file.seek(0)
     digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -99,7 +99,7 @@ def _seal(file):
 
 
 def _flush_directory(directory):
-    """So that a rename outlives a power cut, where the system can do that."""
+    """Make a rename survive a power cut, on systems that can flush a directory."""
     with contextlib.suppress(OSError):
         number = os.open(directory, os.O_RDONLY)
         try:
@@ -109,13 +109,13 @@ def _flush_directory(directory):
 
 
 def check_archive(path):
-    """Refuse a file with a byte that is not as it was written; nothing in it is interpreted.
+    """Check that a file is as it was written, without unpickling anything.
 
-    Archives of other writers have no seal: for them the zip's own checksums must do.
+    Archives from other programs have no seal; for them we rely on the zip's own checksums.
 
     Raises:
-        DamagedArchive: where it is truncated, changed or no archive, or unpacks to more than it is.
-        OSError: where it cannot be read.
+        DamagedArchive: if it is truncated, changed, no archive, or unpacks to more than its size.
+        OSError: if it cannot be read.
     """
     size = os.path.getsize(path)
     try:
@@ -123,6 +123,7 @@ def check_archive(path):
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 raise DamagedArchive("is compressed, as no checkpoint is")
+            # entries that overlap in the file would use memory many times its size
             if sum(entry.file_size for entry in entries) > size:
                 raise DamagedArchive("unpacks to more than it is")
             if _is_sealed(path, size):
@@ -137,11 +138,12 @@ def check_archive(path):
 
 
 def _is_sealed(path, size):
-    """Whether there is a seal; it is right then."""
+    """Whether the file has a seal. Raises `DamagedArchive` if the seal does not match."""
     with open(path, "rb") as file:
         file.seek(-min(size, SEAL_SIZE), os.SEEK_END)
         seal = file.read()
         if not seal.startswith(SEAL):
+            # zipfile ignores what is appended to an archive
             if seal[-END_OF_ZIP_SIZE:][:4] != END_OF_ZIP:
                 raise DamagedArchive("is damaged (something follows the archive's end)")
             return False

@@ -22,12 +22,12 @@ import torch
 from gravity.blocked import blocked_attention
 from gravity.cpu import can_attend, cpu_attention
 from gravity.cuda import triton_attention, triton_handles, triton_is_available
-from gravity.law import CUTOFFS, positions_or_range
+from gravity.law import CUTOFFS, Law, positions_or_range
 from system.errors import warn
 
 
-def _check(q, k, v, mass, time_scale, time_offset, exponent, radius, cutoff, positions):
-    batch, heads, _, coords = q.shape
+def _check(q, k, v, mass, law):
+    batch, heads, num_queries, coords = q.shape
     num_keys = k.shape[2]
     if k.shape != (batch, heads, num_keys, coords) or v.shape[:3] != (batch, heads, num_keys):
         raise ValueError(
@@ -35,21 +35,22 @@ def _check(q, k, v, mass, time_scale, time_offset, exponent, radius, cutoff, pos
         )
     if mass.shape != (batch, num_keys):
         raise ValueError(f"mass is {tuple(mass.shape)}, expected {(batch, num_keys)}")
-    if time_scale.shape != (heads,) or time_offset.shape != (heads,):
+    if law.time_scale.shape != (heads,) or law.time_offset.shape != (heads,):
         raise ValueError(f"time_scale and time_offset must have shape {(heads,)}")
-    if not isinstance(exponent, int) or exponent < 1:
-        raise ValueError(f"exponent must be an integer of at least 1, not {exponent!r}")
-    if cutoff not in CUTOFFS:
-        raise ValueError(f"cutoff must be one of {CUTOFFS}, not {cutoff!r}")
-    if (cutoff == "none") != (radius is None):
+    if not isinstance(law.exponent, int) or law.exponent < 1:
+        raise ValueError(f"exponent must be an integer of at least 1, not {law.exponent!r}")
+    if law.cutoff not in CUTOFFS:
+        raise ValueError(f"cutoff must be one of {CUTOFFS}, not {law.cutoff!r}")
+    if (law.cutoff == "none") != (law.radius is None):
         raise ValueError("a radius is given exactly when cutoff is 'hard' or 'soft'")
-    if radius is not None and radius.shape != (heads,):
+    if law.radius is not None and law.radius.shape != (heads,):
         raise ValueError(f"radius must have shape {(heads,)}")
-    for length, position in zip((q.shape[2], num_keys), positions, strict=True):
-        if position is not None and position.shape != (length,):
-            raise ValueError(f"positions are {tuple(position.shape)}, expected {(length,)}")
-    if positions[0] is None and positions[1] is None and q.shape[2] != num_keys:
-        raise ValueError("fewer queries than keys need query_positions and key_positions")
+    for length, positions in (
+        (num_queries, law.query_positions),
+        (num_keys, law.key_positions),
+    ):
+        if positions.shape != (length,):
+            raise ValueError(f"positions are {tuple(positions.shape)}, expected {(length,)}")
 
 
 def gravity_attention(
@@ -85,36 +86,29 @@ def gravity_attention(
     Raises:
         ValueError: where shapes or settings do not fit.
     """
-    positions = (query_positions, key_positions)
-    _check(q, k, v, mass, time_scale, time_offset, exponent, radius, cutoff, positions)
+    if query_positions is None and key_positions is None and q.shape[2] != k.shape[2]:
+        raise ValueError("fewer queries than keys need query_positions and key_positions")
+    law = Law(
+        *(time_scale, time_offset, radius, exponent, cutoff, field_tolerance),
+        query_positions=positions_or_range(query_positions, q),
+        key_positions=positions_or_range(key_positions, k),
+    )
+    _check(q, k, v, mass, law)
     if mass_in_value:
         v = v * mass[:, None, :, None].to(v.dtype)
         mass = torch.ones_like(mass)
-    return _attend(
-        q,
-        k,
-        v,
-        mass,
-        time_scale,
-        time_offset,
-        radius,
-        exponent,
-        cutoff,
-        field_tolerance,
-        positions_or_range(query_positions, q.shape[2], q.device),
-        positions_or_range(key_positions, k.shape[2], q.device),
-    )
+    return _attend(q, k, v, mass, law)
 
 
-def _attend(q, k, v, *settings):
+def _attend(q, k, v, mass, law):
     """The fastest path that takes these tensors."""
     if can_attend(q, v):
-        return cpu_attention(q, k, v, *settings)
+        return cpu_attention(q, k, v, mass, law)
     if q.is_cuda and triton_handles(q, k, v):
-        return triton_attention(q, k, v, *settings)
+        return triton_attention(q, k, v, mass, law)
     if q.is_cuda and not triton_is_available():
         _warn_of_no_triton()
-    return blocked_attention(q, k, v, *settings)
+    return blocked_attention(q, k, v, mass, law)
 
 
 @functools.cache

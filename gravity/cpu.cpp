@@ -1,10 +1,13 @@
-// Gravity attention on a CPU, forward and backward: the kernels of cpu.py, which compiles
-// this file and holds the door. law.py holds the formula, blocked.py the same path in
-// plain PyTorch.
+// Gravity attention on a CPU, forward and backward. cpu.py compiles and calls these kernels; law.py
+// has the formula, blocked.py the same algorithm in plain PyTorch.
 //
-// One thread works on one (batch, head) at a time. A block of ROWS queries meets blocks of keys
-// from the newest to the oldest and stops where what is left provably cannot matter; the blocks of
-// a pair of matrices stay in the L1 and L2 caches. All sums are in fp32.
+// One thread works on one (batch, head) at a time. A block of ROWS queries visits blocks of KEYS
+// keys from the newest to the oldest and stops as soon as older keys provably cannot matter. Blocks
+// are small enough for the L1 and L2 caches. All sums are in fp32.
+//
+// Letters in shapes: B batch, H heads, T tokens (Tq queries, Tk keys), C coordinates per head, D
+// width of a value. Names that end in `across` are transposed: one row per coordinate or channel, a
+// column per key, so that a vector holds neighbouring keys.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -36,7 +39,7 @@ typedef float loose_vec __attribute__((vector_size(4 * LANES), aligned(4), may_a
 inline vec load(const float *p) { return *(const loose_vec *)p; }
 inline void store(float *p, vec v) { *(loose_vec *)p = v; }
 inline vec zero() { return vec{}; }
-// a NaN stays one
+// max(a, low); a NaN in a stays NaN, so that a broken weight shows in the loss
 inline vec at_least(vec a, vec low) { return a < low ? low : a; }
 
 inline float sum(vec v) {
@@ -49,17 +52,18 @@ inline float sum(vec v) {
 
 inline long round_up(long n, long step) { return (n + step - 1) / step * step; }
 
-// fields below 1e-38 are 0: with denormals a CPU is a hundred times slower
+// Fields below 1e-38 become 0 while this lives: with denormals a CPU is a hundred times slower.
 struct FlushDenormals {
 #if defined(__x86_64__)
     unsigned before = _mm_getcsr();
-    FlushDenormals() { _mm_setcsr(before | 0x8040); }
+    FlushDenormals() { _mm_setcsr(before | 0x8040); }  // results and inputs
     ~FlushDenormals() { _mm_setcsr(before); }
 #endif
 };
 
-// C (M x N, rows crs apart) += or = A B, with A[m][k] = a[m * ars + k * aks] and B[k][n] =
-// b[k * brs + n]; N is a multiple of LANES.
+// C += A B, or C = A B unless `add`, for M rows and N vectors of columns; C stays in registers.
+// Strides in floats: ars, brs, crs from row to row of a, b, c, aks from column to column of a, so
+// that A[m][k] = a[m * ars + k * aks] and B[k][n] = b[k * brs + n].
 template <int M, int N>
 inline void tile_product(const float *a, long ars, long aks, const float *b, long brs, float *c,
                          long crs, long depth, bool add) {
@@ -78,6 +82,7 @@ inline void tile_product(const float *a, long ars, long aks, const float *b, lon
         for (int n = 0; n < N; ++n) store(c + m * crs + n * LANES, acc[m][n]);
 }
 
+// The same for any number of rows. M is as large as the vector registers allow.
 template <int N>
 inline void strip_product(const float *a, long ars, long aks, const float *b, long brs, float *c,
                           long crs, long rows, long depth, bool add) {
@@ -91,6 +96,7 @@ inline void strip_product(const float *a, long ars, long aks, const float *b, lo
         tile_product<1, N>(a + m * ars, ars, aks, b, brs, c + m * crs, crs, depth, add);
 }
 
+// The same for any number of columns that is a multiple of LANES.
 void product(const float *a, long ars, long aks, const float *b, long brs, float *c, long crs,
              long rows, long columns, long depth, bool add) {
     long n = 0;
@@ -102,6 +108,7 @@ void product(const float *a, long ars, long aks, const float *b, long brs, float
         strip_product<1>(a, ars, aks, b + n, brs, c + n, crs, rows, depth, add);
 }
 
+// base ** exponent by squaring; EXPONENT is the default, 4, or 0 for any other.
 template <int EXPONENT> inline vec power_of(vec base, int exponent) {
     if (EXPONENT == 4) {
         vec square = base * base;
@@ -128,18 +135,19 @@ struct Tensor {
     int64_t is_bf16;
 };
 
+// Arguments and results of a call: `_Problem` of cpu.py has the same fields in the same order.
 struct Problem {
     int64_t batch, heads, queries, keys, coords, width;
     int64_t exponent, cutoff;  // 0 none, 1 hard, 2 soft
     int64_t threads;
-    double tolerance;
-    Tensor q, k, v, out, grad_out;
-    const float *mass;                              // (B, Tk)
+    double tolerance;  // share of the sum of fields that may be left out
+    Tensor q, k, v, out, grad_out;                    // out and grad_out: backward only
+    const float *mass;                                // (B, Tk)
     const double *time_scale, *time_offset, *radius;  // (H,)
-    const int64_t *query_positions, *key_positions;
+    const int64_t *query_positions, *key_positions;   // (Tq,), (Tk,), both increase
     float *result;   // forward: out (B, Tq, H, D)
     float *total;    // (B, H, Tq), sums of fields
-    int32_t *first;  // (B, H, row blocks), the oldest key that a block of queries met
+    int32_t *first;  // (B, H, row blocks), the oldest key that a block of queries visited
     // backward
     float *d_q, *d_k, *d_v;  // (B, T, H, C or D)
     float *d_mass;           // (B, H, Tk)
@@ -149,24 +157,25 @@ struct Problem {
 
 namespace {
 
+// One token's row of a tensor as fp32.
 void read_row(const Tensor &t, long b, long h, long token, long width, float *row) {
     long at = b * t.batch_stride + h * t.head_stride + token * t.token_stride;
     if (!t.is_bf16) {
         memcpy(row, (const float *)t.data + at, width * sizeof(float));
         return;
     }
-    const uint16_t *low = (const uint16_t *)t.data + at;
+    const uint16_t *low = (const uint16_t *)t.data + at;  // bf16: the upper half of an fp32
     for (long c = 0; c < width; ++c) {
         uint32_t bits = (uint32_t)low[c] << 16;
         memcpy(row + c, &bits, 4);
     }
 }
 
-// A thread's memory, kept from call to call: fresh pages would cost more than the arithmetic of a
-// decoding step. Not set to zero.
-struct Room {
+// A thread's scratch buffer, kept from call to call: fresh pages would cost more than the
+// arithmetic of a decoding step. Not set to zero. Each buffer of a thread has a slot of its own.
+struct Scratch {
     float *data;
-    Room(int slot, long size) {
+    Scratch(int slot, long size) {
         static thread_local std::vector<std::pair<std::unique_ptr<float[]>, long>> kept(16);
         auto &[memory, capacity] = kept[slot];
         if (capacity < size) {
@@ -178,18 +187,26 @@ struct Room {
     float &operator[](long n) const { return data[n]; }
 };
 
-// All that one thread knows of the (batch, head) it works on. Keys are packed when first met.
+// The (batch, head) that a thread works on: its keys, packed when they are first visited, and one
+// block of its queries.
 struct Head {
     const Problem &p;
     const bool backward;
-    const long stride, coords, width;  // padded: tokens of a transposed row, columns of a row
-    const bool v_in_place, single;  // single: one query, whose distances are computed directly
-    const Room k, k_across, k2, v, v_across, time, mass;
-    long b = 0, h = 0, packed_from = 0, v_stride = 0;
-    const float *v_rows = nullptr;
+    const long stride, coords, width;  // padded to whole vectors: Tk, C and D
+    const bool v_in_place;             // v needs no copy
+    const bool single;                 // one query: its distances are computed without products
+    const Scratch k, k_across, k2;     // (Tk, C), (C, Tk), (Tk), all less `centre`; k2 = |k|^2
+    const Scratch v, v_across;         // (Tk, D), (D, Tk)
+    const Scratch time, mass;          // (Tk) each; time in tokens since the oldest key
+    long b = 0, h = 0, v_stride = 0;
+    long packed_from = 0;              // keys from here on are packed
+    const float *v_rows = nullptr;     // (Tk, D), rows v_stride apart
     double max_mass = 0;
     float scale = 0, offset = 0, radius2 = 0;
-    std::vector<float> centre, q, q2, field, slope, sums;
+    std::vector<float> centre;         // (C), about the mean key
+    std::vector<float> q, q2;          // (ROWS, C), (ROWS); q2 = |q|^2
+    std::vector<float> field, slope;   // (ROWS, KEYS); q.k and g.v before they are overwritten
+    std::vector<float> sums;           // (ROWS, D), sums of field * v
 
     Head(const Problem &p, bool backward)
         : p(p), backward(backward), stride(round_up(p.keys, LANES) + LANES),
@@ -202,6 +219,7 @@ struct Head {
           centre(p.coords), q(ROWS * coords), q2(ROWS), field(ROWS * KEYS),
           slope(backward ? ROWS * KEYS : 0), sums(ROWS * width) {}
 
+    // Start on another (batch, head).
     void begin(long batch, long head) {
         b = batch, h = head, packed_from = p.keys;
         scale = p.time_scale[h], offset = p.time_offset[h];
@@ -209,7 +227,7 @@ struct Head {
         // r2 does not change, but |q|^2 + |k|^2 - 2 q.k loses fewer digits near the origin
         std::vector<double> mean(p.coords, 0.0);
         std::vector<float> row(p.coords);
-        long step = std::max<long>(1, p.keys / 64), count = 0;
+        long step = std::max<long>(1, p.keys / 64), count = 0;  // a sample of keys is enough
         for (long j = p.keys - 1; j >= 0; j -= step, ++count) {
             read_row(p.k, b, h, j, p.coords, row.data());
             for (long c = 0; c < p.coords; ++c) mean[c] += row[c];
@@ -224,7 +242,7 @@ struct Head {
             v_stride = width;
             v_rows = v.data;
         }
-        // what lies between the last key and the end of its vector never pulls
+        // between the last key and the end of its vector: mass 0, later than every query
         for (long j = p.keys; j < stride; ++j) {
             time[j] = 1e30f, mass[j] = k2[j] = 0;
             for (long c = 0; c < p.coords; ++c) k_across[c * stride + j] = 0;
@@ -232,9 +250,10 @@ struct Head {
         }
     }
 
-    // Tokens since the oldest key: exact in fp32 up to 2^24.
+    // Tokens since the oldest key, exact in fp32 up to 2^24.
     float since_origin(int64_t position) const { return (float)(position - p.key_positions[0]); }
 
+    // Pack the keys from `from` to those that are packed already.
     void pack_keys(long from) {
         std::vector<float> row(std::max(coords, width));
         for (long j = from; j < packed_from; ++j) {
@@ -250,7 +269,7 @@ struct Head {
                     vec d = load(point + c) - load(&q[c]);
                     distance2 += d * d;
                 }
-                k_across[j] = -0.5f * sum(distance2);  // as if q and k had no norm
+                k_across[j] = -0.5f * sum(distance2);  // stands for q.k, with both norms 0
                 k2[j] = 0;
             } else {
                 pack_point(j, point);
@@ -290,7 +309,7 @@ struct Head {
         }
     }
 
-    // q.k of a block of queries with keys [from, from + keys).
+    // field = q.k of a block of queries with keys [from, from + keys).
     void dots(long rows, long from, long keys) {
         if (single) {
             memcpy(field.data(), &k_across[from], round_up(keys, LANES) * sizeof(float));
@@ -300,8 +319,8 @@ struct Head {
                 round_up(keys, LANES), p.coords, false);
     }
 
-    // lag - time_offset and 1 / (1 + r2) of one query with LANES keys; 0 for keys yet to come and
-    // beyond a hard cutoff.
+    // 1 / (1 + r2) of query r with the LANES keys from j on, 0 for keys in the future and beyond a
+    // hard cutoff. `lag` is set to t_i - t_j - time_offset.
     vec inverse_distance(vec dot, long r, float position, long j, vec &lag) const {
         vec ago = position - load(&time[j]);
         lag = ago - offset;
@@ -312,20 +331,21 @@ struct Head {
         return ago >= zero() ? inverse : zero();
     }
 
-    // relu(1 - r2 / radius^2) of the soft cutoff
-    vec fading(vec inverse) const {
+    // rho = relu(1 - r2 / radius^2) of the soft cutoff, from 1 / (1 + r2)
+    vec soft_cutoff(vec inverse) const {
         return at_least(1 + (1 - 1 / at_least(inverse, zero() + TINY)) / radius2, zero());
     }
 
-    // Whether all keys before `oldest` together provably weigh at most tolerance * smallest_sum,
-    // or are beyond the radius, for queries from `position` on. law.py has the proof.
+    // Whether the keys before `oldest` can be left out for all queries from `position` on: they are
+    // beyond the radius, or all together provably weigh at most tolerance * smallest_sum.
+    // proven_window in law.py has the proof.
     bool nothing_left(long oldest, int64_t position, float smallest_sum, double tolerance) const {
         double kept = (double)(position - p.key_positions[oldest]);
         if (p.cutoff) {
-            double felt = p.time_offset[h] + p.radius[h] / p.time_scale[h] + 1;
-            if (position - p.key_positions[oldest - 1] > felt) return true;
+            double reach = p.time_offset[h] + p.radius[h] / p.time_scale[h] + 1;
+            if (position - p.key_positions[oldest - 1] > reach) return true;
         }
-        if (!(tolerance > 0) || !(smallest_sum > 0)) return false;  // nor where it is NaN
+        if (!(tolerance > 0) || !(smallest_sum > 0)) return false;  // also if NaN
         double log_degree = 2 * p.exponent - 1;
         double log_window = std::log(max_mass / log_degree) - std::log(tolerance) -
                             std::log((double)smallest_sum) -
@@ -334,49 +354,52 @@ struct Head {
     }
 };
 
-template <int EXPONENT> void pull(Head &head, long row, long rows, int32_t *first) {
+// Outputs of one block of queries. `first` is set to the oldest key that was visited.
+template <int EXPONENT> void forward_block(Head &head, long row, long rows, int32_t *first) {
     const Problem &p = head.p;
     head.read_queries(row, rows);
     std::fill(head.sums.begin(), head.sums.end(), 0.0f);
-    float total[ROWS] = {}, met[ROWS], unread = 0;
-    // a decoding step is bound by memory: half of the tolerance is for values that it need not read
+    float total[ROWS] = {}, added[ROWS], unread = 0;  // unread: fields whose values were skipped
+    // a decoding step is bound by memory: half of the tolerance pays for values that it skips
     const double tolerance = head.single ? p.tolerance / 2 : p.tolerance;
     const int64_t oldest_query = p.query_positions[row];
     long end = std::upper_bound(p.key_positions, p.key_positions + p.keys,
                                 p.query_positions[row + rows - 1]) - p.key_positions;
-    const long step = head.single ? 64 : KEYS;  // keys that are met at once
+    const long step = head.single ? 64 : KEYS;  // keys per visit
+    // the first visit holds the block's own keys and few older ones: they may already be enough
     long width = std::min(step, round_up(rows + 48, LANES));
     *first = end;
     float smallest = 0;
-    while (end > 0 && !(end < p.keys && head.nothing_left(end, oldest_query, smallest, tolerance))) {
+    while (end > 0) {
+        if (end < p.keys && head.nothing_left(end, oldest_query, smallest, tolerance)) break;
         long from = std::max<long>(0, end - width), keys = end - from;
         if (from < head.packed_from) head.pack_keys(from);
         head.dots(rows, from, keys);
         for (long r = 0; r < rows; ++r) {
             float position = head.since_origin(p.query_positions[row + r]);
             float *fields = &head.field[r * KEYS];
-            vec added = zero();
+            vec field_sum = zero();
             for (long j = 0; j < keys; j += LANES) {
                 vec lag, x = head.inverse_distance(load(fields + j), r, position, from + j, lag);
                 vec field = power_of<EXPONENT>(x, p.exponent) * load(&head.mass[from + j]);
                 if (p.cutoff == 2) {
-                    vec rho = head.fading(x);
+                    vec rho = head.soft_cutoff(x);
                     field *= rho * rho;
                 }
                 if (j + LANES > keys)  // the last vector may hold keys of the newer block
                     for (long n = keys - j; n < LANES; ++n) field[n] = 0;
                 store(fields + j, field);
-                added += field;
+                field_sum += field;
             }
-            met[r] = sum(added);
+            added[r] = sum(field_sum);
         }
         end = *first = from;
         width = step;
-        if (head.single && unread + met[0] <= tolerance * total[0]) {
-            unread += met[0];
+        if (head.single && unread + added[0] <= tolerance * total[0]) {
+            unread += added[0];
             continue;
         }
-        for (long r = 0; r < rows; ++r) total[r] += met[r];
+        for (long r = 0; r < rows; ++r) total[r] += added[r];
         smallest = *std::min_element(total, total + rows);
         product(head.field.data(), KEYS, 1, head.v_rows + from * head.v_stride, head.v_stride,
                 head.sums.data(), head.width, rows, head.width, keys, true);
@@ -392,8 +415,11 @@ template <int EXPONENT> void pull(Head &head, long row, long rows, int32_t *firs
 // Sums that the gradients of one (batch, head) are made of.
 struct Gradients {
     const long keys, coords, width;
-    const Room d_k, d_v, slope_of_key, d_mass;
-    std::vector<float> d_q, g, delta, inverse_total;
+    const Scratch d_k, d_v;              // (Tk, C), slope^T q; (Tk, D)
+    const Scratch slope_of_key, d_mass;  // (Tk) each
+    std::vector<float> d_q;              // (ROWS, C), slope k
+    std::vector<float> g, delta;         // (ROWS, D), gradient of out; (ROWS), g.out
+    std::vector<float> inverse_total;    // (ROWS)
     double d_scale = 0, d_offset = 0, d_radius = 0;
 
     explicit Gradients(const Head &head)
@@ -410,7 +436,8 @@ struct Gradients {
     }
 };
 
-// dL/dr2 of a tile up to the factor -exponent (soft cutoff: -1), and the normalised field.
+// Turn q.k and g.v of a tile into field / total (head.field) and slopes (head.slope), which are
+// dL/dr2 up to the factor -exponent (-1 under the soft cutoff), and add up their sums.
 template <int EXPONENT>
 void slopes(Head &head, Gradients &sums, long row, long rows, long from, long keys,
             float *slope_of_query) {
@@ -419,17 +446,17 @@ void slopes(Head &head, Gradients &sums, long row, long rows, long from, long ke
         float position = head.since_origin(p.query_positions[row + r]);
         float *fields = &head.field[r * KEYS], *gains = &head.slope[r * KEYS];
         float inverse_total = sums.inverse_total[r], delta = sums.delta[r];
-        vec all = zero(), moment1 = zero(), moment2 = zero(), in_radius = zero();
+        vec slope_sum = zero(), moment1 = zero(), moment2 = zero(), in_radius = zero();
         for (long j = 0; j < keys; j += LANES) {
             vec lag, inverse = head.inverse_distance(load(fields + j), r, position, from + j, lag);
             vec power = power_of<EXPONENT>(inverse, p.exponent) * inverse_total;
             if (j + LANES > keys)
                 for (long n = keys - j; n < LANES; ++n) power[n] = 0;
             vec mass = load(&head.mass[from + j]);
-            vec gain = (load(gains + j) - delta) * power;  // of a unit mass
+            vec gain = (load(gains + j) - delta) * power;  // dL/dmass of the key
             vec slope;
             if (p.cutoff == 2) {
-                vec rho = head.fading(inverse);
+                vec rho = head.soft_cutoff(inverse);
                 vec edge = gain * rho * mass;
                 slope = edge * ((float)p.exponent * rho * inverse + 2 / head.radius2);
                 in_radius += edge * (1 - rho);
@@ -443,19 +470,21 @@ void slopes(Head &head, Gradients &sums, long row, long rows, long from, long ke
             float *d_mass = &sums.d_mass[from + j], *of_key = &sums.slope_of_key[from + j];
             store(d_mass, load(d_mass) + gain);
             store(of_key, load(of_key) + slope);
-            all += slope;
+            slope_sum += slope;
             moment1 += slope * lag;
             moment2 += slope * lag * lag;
         }
-        slope_of_query[r] += sum(all);
+        slope_of_query[r] += sum(slope_sum);
         sums.d_offset += sum(moment1);
         sums.d_scale += sum(moment2);
         sums.d_radius += sum(in_radius);
     }
 }
 
+// Gradients of one block of queries, and what it adds to those of its keys. Tiles are recomputed
+// down to key `first`, at which the forward pass stopped.
 template <int EXPONENT>
-void push(Head &head, Gradients &sums, long row, long rows, long first) {
+void backward_block(Head &head, Gradients &sums, long row, long rows, long first) {
     const Problem &p = head.p;
     head.read_queries(row, rows);
     float slope_of_query[ROWS] = {};
@@ -497,16 +526,18 @@ void push(Head &head, Gradients &sums, long row, long rows, long first) {
     }
 }
 
+// Gradients of keys, values, masses and the law, once all blocks of queries have been added.
 void write_gradients(const Head &head, const Gradients &sums) {
     const Problem &p = head.p;
     float factor = p.cutoff == 2 ? -2.0f : -2.0f * p.exponent;
     for (long j = 0; j < p.keys; ++j) {
         long at = (head.b * p.keys + j) * p.heads + head.h;
-        bool met = j >= head.packed_from;
+        bool visited = j >= head.packed_from;
         float slope = sums.slope_of_key[j];
         for (long c = 0; c < p.coords; ++c)
             p.d_k[at * p.coords + c] =
-                met ? factor * (head.k[j * head.coords + c] * slope - sums.d_k[j * head.coords + c])
+                visited
+                    ? factor * (head.k[j * head.coords + c] * slope - sums.d_k[j * head.coords + c])
                     : 0.0f;
         memcpy(p.d_v + at * p.width, &sums.d_v[j * head.width], p.width * sizeof(float));
         p.d_mass[(head.b * p.heads + head.h) * p.keys + j] = sums.d_mass[j];
@@ -517,9 +548,9 @@ void write_gradients(const Head &head, const Gradients &sums) {
     law[2] = p.cutoff == 2 ? 4 / p.radius[head.h] * sums.d_radius : 0;
 }
 
-// Matrices, those of the heads that look farthest first: a long one started last leaves the other
-// threads waiting.
-std::vector<long> long_ones_first(const Problem &p) {
+// All (batch, head) as numbers b * heads + h, the heads that look farthest back first: if the
+// longest task started last, the other threads would wait for it.
+std::vector<long> longest_first(const Problem &p) {
     std::vector<long> heads(p.heads), matrices;
     std::iota(heads.begin(), heads.end(), 0);
     std::stable_sort(heads.begin(), heads.end(),
@@ -530,9 +561,9 @@ std::vector<long> long_ones_first(const Problem &p) {
 }
 
 template <int EXPONENT> void run_forward(const Problem &p) {
-    const std::vector<long> matrices = long_ones_first(p);
+    const std::vector<long> matrices = longest_first(p);
     const long blocks = (p.queries + ROWS - 1) / ROWS;
-    // every part packs the keys anew: split queries only where threads outnumber heads
+    // each part packs the keys again: split queries only if there are more threads than heads
     const long parts = std::min(blocks, std::max<long>(1, p.threads / (p.batch * p.heads)));
 #pragma omp parallel num_threads(p.threads)
     {
@@ -544,14 +575,14 @@ template <int EXPONENT> void run_forward(const Problem &p) {
             head.begin(matrix / p.heads, matrix % p.heads);
             for (long n = part; n < blocks; n += parts) {
                 long row = n * ROWS, rows = std::min<long>(ROWS, p.queries - row);
-                pull<EXPONENT>(head, row, rows, p.first + matrix * blocks + n);
+                forward_block<EXPONENT>(head, row, rows, p.first + matrix * blocks + n);
             }
         }
     }
 }
 
 template <int EXPONENT> void run_backward(const Problem &p) {
-    const std::vector<long> matrices = long_ones_first(p);
+    const std::vector<long> matrices = longest_first(p);
     const long blocks = (p.queries + ROWS - 1) / ROWS;
 #pragma omp parallel num_threads(p.threads)
     {
@@ -565,7 +596,7 @@ template <int EXPONENT> void run_backward(const Problem &p) {
             sums.clear();
             for (long n = blocks - 1; n >= 0; --n) {
                 long row = n * ROWS, rows = std::min<long>(ROWS, p.queries - row);
-                push<EXPONENT>(head, sums, row, rows, p.first[matrix * blocks + n]);
+                backward_block<EXPONENT>(head, sums, row, rows, p.first[matrix * blocks + n]);
             }
             write_gradients(head, sums);
         }

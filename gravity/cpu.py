@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from gravity.law import Law
 from system.errors import warn
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -27,7 +28,7 @@ FLAGS = (
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
     *("-fassociative-math", "-fno-signed-zeros"),
 )
-CUTOFFS = {"none": 0, "hard": 1, "soft": 2}
+CUTOFF_CODES = {"none": 0, "hard": 1, "soft": 2}  # as cpu.cpp numbers them
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -42,7 +43,7 @@ class _Tensor(ctypes.Structure):
 
 
 _SIZES = ("batch", "heads", "queries", "keys", "coords", "width", "exponent", "cutoff", "threads")
-_LAW = ("time_scale", "time_offset", "radius", "query_positions", "key_positions")
+_LAW_TENSORS = ("time_scale", "time_offset", "radius", "query_positions", "key_positions")
 _RESULTS = ("result", "total", "first", "d_q", "d_k", "d_v", "d_mass", "d_law")
 
 
@@ -54,12 +55,12 @@ class _Problem(ctypes.Structure):
         ("tolerance", ctypes.c_double),
         *((name, _Tensor) for name in ("q", "k", "v", "out", "grad_out")),
         ("mass", ctypes.c_void_p),
-        *((name, ctypes.c_void_p) for name in (*_LAW, *_RESULTS)),
+        *((name, ctypes.c_void_p) for name in (*_LAW_TENSORS, *_RESULTS)),
     ]
 
 
-def compiler():
-    """The C++ compiler's path, or None."""
+def cpp_compiler():
+    """The path of the C++ compiler that CXX names, else of g++; None if there is none."""
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
@@ -71,7 +72,7 @@ def cache_directory():
 @functools.cache
 def library():
     """The compiled kernels, or None with one warning where they cannot be had."""
-    if compiler() is None:
+    if cpp_compiler() is None:
         warn(
             "no C++ compiler (g++): gravity runs in plain PyTorch, several times slower; "
             "install one, or name it in CXX"
@@ -92,7 +93,7 @@ def library():
 
 def _compiled():
     """Path of the library for this source, compiler and processor, made where it is missing."""
-    command = [compiler(), *FLAGS]
+    command = [cpp_compiler(), *FLAGS]
     # -dM names the compiler's version and all that -march=native found
     macros = subprocess.run(
         [*command, "-E", "-dM", "-x", "c++", os.devnull], check=True, capture_output=True, text=True
@@ -131,36 +132,34 @@ def can_attend(q, v):
     return fits and library() is not None
 
 
-def cpu_attention(q, *args):
-    """`gravity.gravity_attention` with checked arguments, in the order of `_CompiledGravity`."""
-    return _CompiledGravity.apply(q, *args)
+def cpu_attention(q, k, v, mass, law):
+    """`gravity.gravity_attention` with checked arguments."""
+    return _CompiledGravity.apply(q, k, v, mass, *law)
 
 
 class _CompiledGravity(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, q, k, v, mass, time_scale, time_offset, radius, exponent, cutoff, tolerance, tq, tk
-    ):
+    def forward(ctx, q, k, v, mass, *law):
+        law = Law(*law)
         batch, heads, queries, _ = q.shape
         rows = library().rows_of_a_block()
         result = torch.empty(batch, queries, heads, v.shape[-1], dtype=torch.float32)
         total = torch.empty(batch, heads, queries, dtype=torch.float32)
         first = torch.empty(batch, heads, -(-queries // rows), dtype=torch.int32)
-        law = (time_scale, time_offset, radius, exponent, cutoff, tolerance, tq, tk)
-        call = _Call(q, k, v, mass, *law)
+        call = _Call(q, k, v, mass, law)
         call.run("gravity_forward", result=result, total=total, first=first)
         # heads of a token side by side, as the next layer reads them
         out = result.transpose(1, 2).to(v.dtype)
-        ctx.law = exponent, cutoff, tolerance, tq, tk
-        tensors = (q, k, v, mass, time_scale, time_offset, radius)
-        ctx.save_for_backward(*tensors, out, total, first)
+        ctx.fixed = law.fixed
+        ctx.save_for_backward(q, k, v, mass, *law.learned, out, total, first)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
         *inputs, out, total, first = ctx.saved_tensors
-        q, k, v = inputs[:3]
+        q, k, v, mass, *learned = inputs
+        law = Law(*learned, *ctx.fixed)
         batch, heads = q.shape[:2]
         gradient = [
             torch.empty(batch, x.shape[2], heads, x.shape[3], dtype=torch.float32).transpose(1, 2)
@@ -168,53 +167,38 @@ class _CompiledGravity(torch.autograd.Function):
         ]
         d_mass = torch.empty(batch, heads, k.shape[2], dtype=torch.float32)
         d_law = torch.empty(batch, heads, 3, dtype=torch.float64)
-        call = _Call(*inputs, *ctx.law)
+        call = _Call(q, k, v, mass, law)
         call.tensor("out", out)
         call.tensor("grad_out", grad_out)
-        d_q, d_k, d_v = gradient
+        by_name = dict(zip(("d_q", "d_k", "d_v"), gradient, strict=True))
         call.run(
-            "gravity_backward",
-            total=total,
-            first=first,
-            d_q=d_q,
-            d_k=d_k,
-            d_v=d_v,
-            d_mass=d_mass,
-            d_law=d_law,
+            "gravity_backward", total=total, first=first, **by_name, d_mass=d_mass, d_law=d_law
         )
         grads = (*gradient, d_mass.sum(1), *d_law.sum(0).unbind(-1))
-        if ctx.law[1] != "soft":
+        if law.cutoff != "soft":
             grads = (*grads[:-1], None)
         given = (None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
-        return (*given, None, None, None, None, None)
+        return *given, *(None for _ in ctx.fixed)
 
 
 class _Call:
     """The arguments of a kernel, and the tensors that must live as long."""
 
-    def __init__(
-        self, q, k, v, mass, time_scale, time_offset, radius, exponent, cutoff, tolerance, tq, tk
-    ):
+    def __init__(self, q, k, v, mass, law):
         self.alive = []
         batch, heads, queries, coords = q.shape
         self.problem = _Problem(
-            batch=batch,
-            heads=heads,
-            queries=queries,
-            keys=k.shape[2],
-            coords=coords,
-            width=v.shape[3],
-            exponent=exponent,
-            cutoff=CUTOFFS[cutoff],
-            threads=torch.get_num_threads(),
-            tolerance=tolerance,
+            *(batch, heads, queries, k.shape[2], coords, v.shape[3]),
+            *(law.exponent, CUTOFF_CODES[law.cutoff], torch.get_num_threads(), law.tolerance),
         )
         for name, tensor in (("q", q), ("k", k), ("v", v)):
             self.tensor(name, tensor)
-        self.pointers(mass=mass.float(), query_positions=tq.long(), key_positions=tk.long())
-        self.pointers(time_scale=time_scale.double(), time_offset=time_offset.double())
-        if radius is not None:
-            self.pointers(radius=radius.double())
+        self.pointers(mass=mass.float())
+        self.pointers(query_positions=law.query_positions.long())
+        self.pointers(key_positions=law.key_positions.long())
+        self.pointers(time_scale=law.time_scale.double(), time_offset=law.time_offset.double())
+        if law.radius is not None:
+            self.pointers(radius=law.radius.double())
 
     def tensor(self, name, tensor):
         """Set a (B, H, T, C) argument; only its last dimension must be contiguous."""

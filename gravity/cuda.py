@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from gravity.law import TINY, reach
+from gravity.law import TINY, Law, reach
 
 try:
     from gravity.cuda_backward import key_gradient_kernel, query_gradient_kernel
@@ -77,26 +77,20 @@ def launches(dtype, width, num_queries):
     return Launch(query, 64, warps, 3), Launch(query, 64, warps, 2), Launch(half, 64, 4, 2)
 
 
-def triton_attention(
-    q, k, v, mass, time_scale, time_offset, radius, exponent, cutoff, tolerance, tq, tk
-):
+def triton_attention(q, k, v, mass, law):
     """`gravity.gravity_attention` with checked arguments on a CUDA device.
 
     Args:
         q, k: (B, H, Tq, C), (B, H, Tk, C), any strides; fp32, bf16 or fp16.
         v: (B, H, Tk, D), any strides.
         mass: (B, Tk), ones where the mass is in the values.
-        time_scale, time_offset, radius: (H,); radius None without a cutoff.
-        tolerance: share of the sum that may be left out; 0 leaves nothing out.
-        tq, tk: (Tq,), (Tk,) integers that increase.
+        law: a `law.Law`.
 
     Returns:
         (B, H, Tq, D) in the dtype of v, laid out so that joining the heads costs nothing.
     """
     with torch.autocast(q.device.type, enabled=False):
-        return _TritonGravity.apply(
-            *(q, k, v, mass, time_scale, time_offset, radius, exponent, cutoff, tolerance, tq, tk)
-        )
+        return _TritonGravity.apply(q, k, v, mass, *law)
 
 
 class _Times(NamedTuple):
@@ -144,18 +138,14 @@ class _TritonGravity(torch.autograd.Function):
     """The kernels with their gradients; tiles are recomputed in the backward pass."""
 
     @staticmethod
-    def forward(
-        ctx, q, k, v, mass, time_scale, time_offset, radius, exponent, cutoff, tolerance, tq, tk
-    ):
-        ctx.dtypes = [None if t is None else t.dtype for t in (time_scale, time_offset, radius)]
-        ctx.law = exponent, cutoff
+    def forward(ctx, q, k, v, mass, *law):
+        law = Law(*law)
+        ctx.dtypes = [None if t is None else t.dtype for t in law.learned]
+        ctx.fixed = law.fixed
         # gradients are laid out as their inputs
         ctx.like_q, ctx.like_k, ctx.like_v = (torch.empty_like(t, device="meta") for t in (q, k, v))
         with torch.cuda.device_of(q):
-            saved, first_kept = attend(
-                *(q, k, v, mass, time_scale, time_offset, radius),
-                *(exponent, cutoff, tolerance, tq, tk),
-            )
+            saved, first_kept = attend(q, k, v, mass, law)
         ctx.save_for_backward(mass, *saved, first_kept)
         return saved.out
 
@@ -187,7 +177,7 @@ class _Saved(NamedTuple):
     inverse_total: torch.Tensor  # (B, H, Tq) fp32, 1 / (sum of fields + TINY)
 
 
-def attend(q, k, v, mass, time_scale, time_offset, radius, exponent, cutoff, tolerance, tq, tk):
+def attend(q, k, v, mass, law):
     """The forward pass, arguments as `triton_attention`.
 
     Returns:
@@ -205,20 +195,19 @@ def attend(q, k, v, mass, time_scale, time_offset, radius, exponent, cutoff, tol
         q, k = q - centre, k - centre
     q_norm, k_norm = _squared_norm(q), _squared_norm(k)
     mass, time_scale, time_offset = (
-        t.float().contiguous() for t in (mass, time_scale, time_offset)
+        t.float().contiguous() for t in (mass, law.time_scale, law.time_offset)
     )
-    times = _times(tq, tk)
+    times = _times(law.query_positions, law.key_positions)
     launch = launches(
         torch.promote_types(coordinates, v.dtype), _padded(max(q.shape[-1], width)), num_queries
     )[0]
-    heads_reach = time_scale  # any tensor where there is no cutoff
-    if cutoff == "none":
-        radius = time_scale
+    if law.cutoff == "none":
+        radius = heads_reach = time_scale  # any tensor: the kernel reads neither
     else:
-        radius = radius.float().contiguous()
+        radius = law.radius.float().contiguous()
         heads_reach = reach(time_scale, time_offset, radius)
-    bounded = tolerance > 0 and num_keys > launch.key
-    log_share = math.log2(tolerance * (2 * exponent - 1)) if bounded else 0.0
+    bounded = law.tolerance > 0 and num_keys > launch.key
+    log_share = math.log2(law.tolerance * (2 * law.exponent - 1)) if bounded else 0.0
     # heads beside each other: joining them is a view
     out = torch.empty(batch, num_queries, heads, width, dtype=v.dtype, device=v.device)
     out = out.transpose(1, 2)
@@ -233,7 +222,7 @@ def attend(q, k, v, mass, time_scale, time_offset, radius, exponent, cutoff, tol
         *(batch * heads, heads, num_queries, num_keys, log_share),
         TINY=TINY,
         BOUNDED=bounded,
-        **_law(exponent, cutoff, width, q.shape[-1]),
+        **_constants(law.exponent, law.cutoff, width, q.shape[-1]),
         M=launch.query,
         N=launch.key,
         **launch.options(),
@@ -245,7 +234,7 @@ def attend(q, k, v, mass, time_scale, time_offset, radius, exponent, cutoff, tol
     return saved, first_kept
 
 
-def _law(exponent, cutoff, width, coordinates):
+def _constants(exponent, cutoff, width, coordinates):
     """The compile-time constants that all kernels share."""
     return {
         "EXPONENT": exponent,
@@ -259,7 +248,7 @@ def _law(exponent, cutoff, width, coordinates):
 
 
 def _backward(ctx, grad_out, mass, saved, first_kept):
-    exponent, cutoff = ctx.law
+    exponent, cutoff = ctx.fixed[:2]
     batch, heads, num_queries, width = grad_out.shape
     num_keys = saved.k.shape[2]
     device = grad_out.device
@@ -280,14 +269,13 @@ def _backward(ctx, grad_out, mass, saved, first_kept):
     scalars = (saved.tq, saved.tk, saved.time_scale, saved.time_offset, saved.radius)
     strides = (*saved.q.stride(), *saved.k.stride(), *saved.v.stride())
     sizes = (batch * heads, heads, num_queries, num_keys)
-    law = _law(exponent, cutoff, width, saved.q.shape[-1]) | {
-        "FORWARD_M": forward.query,
-    }
+    constants = _constants(exponent, cutoff, width, saved.q.shape[-1])
+    constants["FORWARD_M"] = forward.query
     query_gradient_kernel[(blocks * batch * heads,)](
         *(*rows_and_columns, *scalars, saved.visible, saved.out, saved.inverse_total, first_kept),
         *(grad_out, delta, dq, per_head),
         *(*strides, *saved.out.stride()[:3], *grad_out.stride(), *dq.stride(), *sizes),
-        **law,
+        **constants,
         M=for_query.query,
         N=for_query.key,
         **for_query.options(),
@@ -297,7 +285,7 @@ def _backward(ctx, grad_out, mass, saved, first_kept):
         *(*rows_and_columns, *scalars, saved.first_seen, saved.inverse_total, first_kept),
         *(grad_out, delta, dk, dv, dmass),
         *(*strides, *grad_out.stride(), *dk.stride(), *dv.stride(), *sizes),
-        **law,
+        **constants,
         M=for_key.query,
         N=for_key.key,
         **for_key.options(),
@@ -306,4 +294,4 @@ def _backward(ctx, grad_out, mass, saved, first_kept):
     per_head = [grad.to(dtype) for grad, dtype in zip(per_head, ctx.dtypes, strict=False)]
     if cutoff != "soft":
         per_head.append(None)
-    return (dq, dk, dv, dmass.sum(1).to(mass.dtype), *per_head, None, None, None, None, None)
+    return dq, dk, dv, dmass.sum(1).to(mass.dtype), *per_head, *(None for _ in ctx.fixed)

@@ -1,14 +1,42 @@
 """The law of gravity attention as a formula, and the bound on what may be skipped."""
 
 import math
+from typing import NamedTuple
 
 import torch
 
 CUTOFFS = ("none", "hard", "soft")
 
 
-def positions_or_range(given, length, device):
-    return torch.arange(length, device=device) if given is None else given
+class Law(NamedTuple):
+    """What every implementation of gravity attention is given besides q, k, v and mass.
+
+    The learned tensors come first: as inputs of an autograd function, after q, k, v and mass.
+    """
+
+    time_scale: torch.Tensor  # (H,)
+    time_offset: torch.Tensor  # (H,)
+    radius: torch.Tensor | None  # (H,); None without a cutoff
+    exponent: int
+    cutoff: str  # one of CUTOFFS
+    tolerance: float  # share of the sum of fields that may be left out; 0 leaves nothing out
+    query_positions: torch.Tensor  # (Tq,) integers that increase
+    key_positions: torch.Tensor  # (Tk,) integers that increase
+
+    @property
+    def learned(self):
+        """The tensors that need gradients: time_scale, time_offset and radius."""
+        return self[:3]
+
+    @property
+    def fixed(self):
+        """All that needs no gradients; `Law(*learned, *fixed)` is the law again."""
+        return self[3:]
+
+
+def positions_or_range(given, points):
+    """The given positions of points (B, H, T, C), or 0, 1, ..., T - 1 if None are given, (T,)."""
+    return torch.arange(points.shape[2], device=points.device) if given is None else given
 
 
 def gravity_field(
@@ -42,8 +70,8 @@ def gravity_field(
     Returns:
         (B, H, Tq, Tk); 0 where the key is later than the query.
     """
-    t_query = positions_or_range(query_positions, q.shape[2], q.device)
-    t_key = positions_or_range(key_positions, k.shape[2], q.device)
+    t_query = positions_or_range(query_positions, q)
+    t_key = positions_or_range(key_positions, k)
     distance = (t_query[:, None] - t_key[None, :]).to(q.dtype)  # (Tq, Tk)
     scale, offset = time_scale[:, None, None], time_offset[:, None, None]
     r2 = (q[:, :, :, None] - k[:, :, None]).square().sum(-1)  # (B, H, Tq, Tk)

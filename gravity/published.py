@@ -46,8 +46,8 @@ def published_gravity_attention(
 
     Source: Taegyu Lee, Newton Gravity Transformer, first public release (MIT).
     """
-    t_query = positions_or_range(query_positions, q.shape[2], q.device)
-    t_key = positions_or_range(key_positions, k.shape[2], q.device)
+    t_query = positions_or_range(query_positions, q)
+    t_key = positions_or_range(key_positions, k)
     seed = int(torch.randint(2**62, ())) if dropout else 0
     if radius is None:
         radius = torch.ones((), device=q.device)
@@ -196,22 +196,13 @@ class PublishedGravityAttention(nn.Module):
             use_rsqrt=self.config.use_rsqrt,
         )
 
-    def pull_rows(self, z, mass, positions, rows):
-        """Softmax weights of the tokens of a slice, (H, rows, rows.stop): columns are sources."""
-        q, k = (x.float() for x in self.points(z))
-        # what it weighs is not what it hands on: only the weights are asked for
-        mass = torch.ones_like(mass) if self.config.mass_in_value else mass.float()
-        one_hot = torch.eye(rows.stop, device=z.device).expand(*k.shape[:2], -1, -1)
-        return published_gravity_attention(
-            q[:, :, rows],
-            k[:, :, : rows.stop],
-            one_hot,  # what a source hands on is its own column
-            mass[:, rows],
-            mass[:, : rows.stop],
-            query_positions=positions[rows],
-            key_positions=positions[: rows.stop],
-            **self.law(),
-        )[0]
+    def learned(self):
+        """What the heads learned, by name: gamma (H,), bias (H,), and one radius () or None."""
+        return {
+            "gamma": F.softplus(self.gamma_raw),
+            "bias": self.gravity_bias,
+            "radius": self.radius,
+        }
 
     def forward(self, h, z, mass, positions, kv_cache=None):
         q, k = self.points(z)

@@ -1,9 +1,9 @@
 """What the heads and masses of a trained NGT have become, as tables."""
 
 import torch
-import torch.nn.functional as F
 
 from engine.checkpoint import best_path, load_model
+from engine.learned import heads_learned
 from system.errors import UserError
 from system.markdown import markdown_code, markdown_table, markdown_text
 
@@ -38,33 +38,17 @@ EXPLAINED = {
 }
 
 
-@torch.no_grad()
 def heads_table(model):
-    """A line a head of every layer: (num_layers * num_heads) lines."""
-    if model.config.law == "newton":
-        titles = ["time scale", "time offset", "retardation", "radius", "window"]
-    else:
-        titles = ["gamma", "bias", "radius"]
-    lines = []
-    heads = model.config.num_heads
-    for n, layer in enumerate(model.layers):
-        attn = layer.attn
-        if model.config.law == "newton":
-            retardation = attn.retardation
-            if retardation is not None:
-                retardation = retardation.view(heads, -1).mean(1)
-            columns = [attn.time_scale, attn.time_offset, retardation, attn.radius, attn.window]
-        else:
-            columns = [F.softplus(attn.gamma_raw), attn.gravity_bias, attn.radius]
-        columns = [None if c is None else c.flatten().tolist() for c in columns]
-        for head in range(heads):
-            values = [None if c is None else c[head % len(c)] for c in columns]
-            lines.append([n, head, *map(_number, values)])
-    return markdown_table(["layer", "head", *titles], lines)
+    """A table with a line per head of every layer."""
+    heads, num_heads = heads_learned(model), model.config.num_heads
+    lines = [
+        [*divmod(n, num_heads), *map(_number, numbers.values())] for n, numbers in enumerate(heads)
+    ]
+    return markdown_table(["layer", "head", *(name.replace("_", " ") for name in heads[0])], lines)
 
 
 def _number(value):
-    if value is None or value == float("inf"):
+    if value is None:
         return "none"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
 

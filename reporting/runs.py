@@ -1,21 +1,16 @@
-"""Runs as their files tell them: which there are, which belong together, how numbers are shown."""
+"""Reads the files of runs, groups runs that differ only in their seed, and formats numbers.
+
+The files under `runs/` are our own, so only what an accident causes is caught: a missing or torn
+file, and a file of another program.
+"""
 
 import json
 import math
+import shlex
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from reporting.checks import (
-    CONFIG,
-    CONFIG_OF_MODEL,
-    EVALUATED,
-    EVALUATION,
-    NUMBER_OR_NULL,
-    PLAIN,
-    is_kind,
-    wrong_value,
-)
 from system.errors import UserError
 from system.safe_text import one_line
 from training.run_log import read_metrics
@@ -25,11 +20,33 @@ PER_RUN = {
     *("seed", "checkpoint_path", "command", "code_version", "torch_version", "machine", "device"),
     *("token_directory", "data_path", "eval_interval", "checkpoint_interval", "compile"),
 }
+# the keys that reports need, and the types of their values
+NUMBER = int | float
+LOSS = int | float | None
+CONFIG = {
+    **dict.fromkeys(("model", "source", "machine", "checkpoint_path"), str),
+    **dict.fromkeys(("parameters", "max_steps", "seed"), int),
+    **dict.fromkeys(("vocab_size", "block_size", "hidden_dim", "num_layers", "num_heads"), int),
+    **{"command": list, "learning_rate": NUMBER},
+}
+CONFIG_OF_NGT = {"law": str, "mass_in_value": bool}
+CONFIG_OF_VANILLA = {"pos": str}
+EVALUATION = {
+    **{"step": int, "tokens": int, "val_loss": LOSS, "perplexity": LOSS},
+    **dict.fromkeys(("steps_per_s", "tokens_per_s", "wall_time"), NUMBER),
+}
+SPAN = {"first": int, "last": int, "loss": NUMBER}
+EVALUATED = {  # the tables of an evaluation.json
+    "by_length": {"context": int, "tokens": int, "loss": LOSS},
+    "by_place": SPAN,
+    "by_frequency": SPAN,
+    "repeats": {"text": str, "gap": int, "again": NUMBER, "once": NUMBER},
+}
 
 
 @dataclass
 class Run:
-    """One run's files; `config` is None where there is no such run."""
+    """One run's files; `config` and `rows` are None if there is no such run."""
 
     name: str
     config: dict | None = None
@@ -48,6 +65,10 @@ class Run:
 
     def median(self, key):
         return statistics.median(row[key] for row in self.rows)
+
+    def command(self):
+        """The command that trained this run, as one line for a shell."""
+        return shlex.join(["python", *map(str, self.config["command"])])
 
 
 def loss_or_worst(row):
@@ -68,54 +89,65 @@ class Variant:
 
 
 def load_run(directory, name):
-    """A run's files, every value of the type that it should be.
+    """Read one run's config.json and metrics.jsonl.
+
+    A number that is not finite becomes None, as RunLog writes it.
 
     Raises:
-        UserError: where they are damaged, or there is no evaluation yet.
+        UserError: if a file is missing, is not JSON or is of another program, or if there is no
+            evaluation yet.
     """
-    try:
-        for file in ("config.json", "metrics.jsonl"):
-            if not (directory / file).is_file():  # a pipe would be waited for
-                raise ValueError(f"{file} is not there")
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        rows = read_metrics(directory / "metrics.jsonl")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--runs: {directory} is no run ({error}): train it first") from None
-    kind = config.get("model") if isinstance(config, dict) else None
-    of_kind = CONFIG_OF_MODEL[kind] if is_kind(kind) else {}
-    if why := wrong_value(config, CONFIG | of_kind, PLAIN):
-        raise UserError(f"--runs: {directory} is no run (config.json {why}): train it anew")
+    path = directory / "config.json"
+    config = _read_json(path, "train the run again")
+    _check(config, CONFIG, path, "train the run again")
+    of_model = CONFIG_OF_VANILLA if config["model"] == "vanilla" else CONFIG_OF_NGT
+    _check(config, of_model, path, "train the run again")
+    path = directory / "metrics.jsonl"
+    rows = [_finite(row) for row in read_metrics(path)] if path.exists() else []
     if not rows:
-        raise UserError(f"--runs: {directory} has no evaluation yet: train it further")
+        raise UserError(f"{directory} has no evaluation yet: train the run further")
     for number, row in enumerate(rows, 1):
-        if why := wrong_value(row, EVALUATION, NUMBER_OR_NULL):
-            raise UserError(
-                f"--runs: {directory}/metrics.jsonl line {number} {why}: remove that line, or "
-                "train the run anew"
-            )
+        _check(row, EVALUATION, f"{path} line {number}", "remove that line")
     return Run(name, config, rows)
 
 
 def read_evaluation(run):
-    """What evaluate.py wrote of a run; None where it was not evaluated.
+    """Read what evaluate.py wrote about a run; None if it was not evaluated.
 
     Raises:
-        UserError: where it is damaged.
+        UserError: if the file is not JSON or is of another program.
     """
     path = Path("runs") / run.name / "evaluation.json"
-    if not path.is_file():
+    if not path.exists():
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        for key, expected in EVALUATED.items():
-            if not isinstance(found[key], list):
-                raise ValueError(f"{key} is no list")
-            for row in found[key]:
-                if why := wrong_value(row, expected, PLAIN):
-                    raise ValueError(f"{key}: a row {why}")
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}): write it anew with evaluate.py") from None
+    remedy = "write it again with evaluate.py"
+    found = _read_json(path, remedy)
+    _check(found, dict.fromkeys(EVALUATED, list), path, remedy)
+    for key, expected in EVALUATED.items():
+        for row in found[key]:
+            _check(row, expected, f"{path}, {key}", remedy)
     return found
+
+
+def _read_json(path, remedy):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): {remedy}") from None
+
+
+def _check(found, expected, where, remedy):
+    """Refuse anything but a dictionary that has these keys with values of these types."""
+    if not isinstance(found, dict):
+        raise UserError(f"{where} holds no dictionary: {remedy}")
+    for key, kind in expected.items():
+        if key not in found or not isinstance(found[key], kind):
+            problem = f"a wrong {key}" if key in found else f"no {key}"
+            raise UserError(f"{where} has {problem}: {remedy}")
+
+
+def _finite(row):
+    return {key: x if x is None or math.isfinite(x) else None for key, x in row.items()}
 
 
 def find_runs(names, root=Path("runs")):

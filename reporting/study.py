@@ -2,15 +2,13 @@
 
 import io
 import math
-import shlex
 import statistics
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 
+from engine.flops import training_flops
 from engine.models import build_model
-from reporting.checks import is_number
 from reporting.geometry import geometry_section
 from reporting.runs import (
     NOT_RUN,
@@ -25,7 +23,7 @@ from system.durations import duration
 from system.errors import UserError
 from system.files import write_whole
 from system.markdown import markdown_block, markdown_code, markdown_table, markdown_text
-from system.safe_text import one_line
+from system.safe_text import one_line, short_reason
 
 BASELINE = "rotary"
 STAGES = ("rates", "ablations", "headline", "full", "sizes")
@@ -111,7 +109,7 @@ def write_study(output, name):
     commands = [
         one_line(f"# {run.name}, commit {str(run.config.get('code_version'))[:12]}")
         + "\n"
-        + shlex.join(["python", *run.config["command"]])
+        + run.command()
         for run in runs
     ]
     parts.append(markdown_block("\n".join(commands), "bash"))
@@ -195,31 +193,23 @@ def _headline_table(headline):
     return markdown_table(head, lines) if lines else f"{NOT_RUN}."
 
 
-def training_flops(config, tokens):
-    """Flops of the matrix products of training on so many tokens, causal pairs alone.
-
-    As `benchmark.py` counts them: forward and backward, nothing recomputed.
+def _model_of(config):
+    """The model of a run's config, without memory for its weights.
 
     Raises:
-        UserError: where the config, a stranger's perhaps, describes no model that was trained.
+        UserError: if the config describes no model that can be built.
     """
     try:
         if not 0 < config["num_layers"] <= MOST_LAYERS or config["block_size"] < 1:
             raise ValueError("num_layers or block_size is out of bounds")
         with torch.device("meta"):
-            model = build_model(config)
+            return build_model(config)
     except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, UserError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = short_reason(f"{type(error).__name__}: {error}")
         raise UserError(
             f"--study: the run of {config['checkpoint_path']} is of no model that can be built "
             f"({reason}): train it anew"
         ) from None
-    c = model.config
-    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    width = c.hidden_dim // c.num_heads
-    distance = getattr(c, "head_coord_dim", width)
-    pairs = (config["block_size"] + 1) / 2 * c.num_heads * c.num_layers
-    return 3 * 2 * (weights + (distance + width) * pairs) * tokens
 
 
 def _cost_table(headline):
@@ -246,8 +236,8 @@ def _cost_table(headline):
                 continue
             steps.append(there["step"])
             times.append(there["wall_time"] / end["wall_time"])
-            cost = training_flops(run.config, there["tokens"])
-            flops.append(cost / training_flops(other.config, end["tokens"]))
+            cost = training_flops(_model_of(run.config), there["tokens"])
+            flops.append(cost / training_flops(_model_of(other.config), end["tokens"]))
         never = "never"
         lines.append(
             [
@@ -271,8 +261,6 @@ def _rate_table(runs):
     models = {}
     for run in runs:
         model = _short(run).rsplit("_", 1)[0]
-        if not is_number(run.config.get("learning_rate")):
-            raise UserError(f"--study: runs/{run.name} has no learning_rate: train it anew")
         models.setdefault(model, {})[run.config["learning_rate"]] = run
     rates = sorted({rate for found in models.values() for rate in found})
     lines = []

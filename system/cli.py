@@ -24,6 +24,11 @@ def whole_or_zero(text):
     return value
 
 
+def whole_list(text):
+    """Integers of at least 1, separated by commas."""
+    return [whole(part) for part in text.split(",")]
+
+
 def random_seed(text):
     """Argparse type: a seed that PyTorch's generators accept, an integer from 0 to below 2^63."""
     value = whole_or_zero(text)

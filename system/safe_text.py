@@ -30,6 +30,26 @@ def one_line(text):
     return printable(" ".join(text.split()))
 
 
+def shown_short(value):
+    """A value from an untrusted file as an error message shows it: at most 40 characters of text.
+
+    Lists, dictionaries and other objects are named by their type alone, since writing out a deeply
+    nested one could take all memory.
+    """
+    if isinstance(value, str):
+        return repr(value[:40])
+    if value is None or isinstance(value, bool | float):
+        return repr(value)
+    if isinstance(value, int):  # Python refuses to print integers of more than 4,300 digits
+        return repr(value) if abs(value) < 10**40 else "a very large number"
+    return f"a {type(value).__name__}"
+
+
+def short_reason(error):
+    """The message of an exception on one line, at most 200 characters."""
+    return " ".join(str(error).split())[:200]
+
+
 def _is_text(c, before):
     if c in JOINERS:
         return (

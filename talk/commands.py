@@ -1,99 +1,120 @@
-"""The chat in a terminal: its commands and settings, and the loop that reads lines."""
+"""The chat in a terminal: prints a conversation's events, and carries out the commands."""
 
 import argparse
+import contextlib
 import difflib
+import math
 import signal
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
-import torch
+from tqdm import tqdm
 
-from model import NGT
-from system.cli import positive, random_seed, whole
+from engine.pulls import newest_pulls
+from system.errors import warn
 from system.terminal import columns, say
 from talk.bars import head_lines, layer_lines, pull_lines, strip_lines, token_lines
-from talk.conversation import Conversation
-
-
-def temperature(text):
-    """0 or more."""
-    value = float(text)
-    if not 0 <= value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text} must be a number from 0 (greedy) to a million")
-    return value
-
-
-def probability(text):
-    """Above 0, at most 1."""
-    value = positive(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0 and at most 1")
-    return value
-
+from talk.conversation import READ_AT_ONCE
+from talk.line_input import without_broken_bytes
+from talk.settings import OPTIONAL_SETTINGS, SETTINGS
 
 SHOWN_TOKENS = 100
 COMMANDS = {
-    "/help": "this list",
-    "/retry": "answer again, otherwise",
-    "/more": "go on writing",
-    "/tokens": "how what you wrote was split, with the tokens' masses (/tokens all: however long)",
-    "/pull": "which earlier tokens pulled the newest one, and how hard; mean over layers and heads",
-    "/pull heads": "a line a head: how far back it looks, and at what",
-    "/pull N": "the heads of layer N",
+    "/help": "list the commands",
+    "/retry": "generate a different answer",
+    "/more": "continue the answer",
+    "/tokens": "your last text as tokens, with their masses (/tokens all: also if it is long)",
+    "/pull": "the tokens that pull the newest one hardest, mean over all layers and heads",
+    "/pull heads": "one line per head: how far back it looks, and its hardest pull",
+    "/pull N": "the hardest pulls of every head of layer N",
     "/save FILE": "write the conversation to a new file",
     "/set": "show the settings",
-    "/set NAME VALUE": "change temperature, top_k, top_p, max_new_tokens or seed; off: none",
+    "/set NAME VALUE": "change temperature, top_k, top_p, max_new_tokens or seed (off: no value)",
     "/reset": "forget the conversation",
-    "/quit": "leave (Ctrl-D does too)",
-    "//TEXT": "what you write begins with a slash",
-    "Ctrl-C": "stop the answer that is being written",
+    "/quit": "leave (also Ctrl-D)",
+    "//TEXT": "send a text that starts with a slash",
+    "Ctrl-C": "stop the answer",
 }
-OPTIONAL_SETTINGS = ("top_k", "top_p", "seed")
-SETTINGS = {
-    "temperature": temperature,
-    "top_k": whole,
-    "top_p": probability,
-    "max_new_tokens": whole,
-    "seed": random_seed,
-}
+NO_TEXT_YET = "write something first"
 
 
-class Chat(Conversation):
-    """A conversation whose commands show what the model does."""
+class Chat:
+    """A `Conversation` at the terminal: what it yields is printed, and commands look into it."""
+
+    def __init__(self, conversation):
+        self.conversation = conversation
+        self.has_left = False
+
+    def reply(self, text):
+        """Print an answer to `text`; returns whether Ctrl-C stopped it."""
+        text = without_broken_bytes(text)
+        return self._print(lambda stopped: self.conversation.reply(text, stopped))
+
+    def retry(self):
+        """Print a different answer; returns whether Ctrl-C stopped it."""
+        if not self.conversation.can_retry:
+            say("nothing was answered yet")
+            return False
+        return self._print(self.conversation.retry)
+
+    def more(self):
+        """Print a continuation of the answer; returns whether Ctrl-C stopped it."""
+        if not self.conversation.can_go_on:
+            say(NO_TEXT_YET)
+            return False
+        return self._print(self.conversation.more)
+
+    def _print(self, make_events):
+        """Print events as they come; returns whether Ctrl-C stopped them."""
+        with (
+            stop_on_interrupt() as stopped,
+            tqdm(desc="reading", disable=None, delay=2, leave=False) as progress,
+        ):
+            for event in make_events(stopped):
+                if event["type"] == "reading":
+                    progress.total = math.ceil(event["of"] / READ_AT_ONCE)
+                    progress.update()
+                    if event["read"] == event["of"]:
+                        progress.close()
+                else:
+                    print_event(event)
+        return stopped.is_set()
 
     def show_tokens(self, everything=False):
-        """How the last text was split."""
-        if not self.prompt:
-            say("write something first")
+        """Print the tokens of the last text."""
+        tokens, hidden = self.conversation.prompt, 0
+        if not tokens:
+            say(NO_TEXT_YET)
             return
-        tokens, hidden = self.prompt, 0
         if len(tokens) > SHOWN_TOKENS and not everything:
             tokens, hidden = tokens[:SHOWN_TOKENS], len(tokens) - SHOWN_TOKENS
-        masses = None
-        if isinstance(self.stream.model, NGT):
-            ids = torch.tensor(tokens, device=self.stream.device)
-            masses = self.stream.model.mass(ids).tolist()
-        for line in token_lines(tokens, [self.label(token) for token in tokens], masses):
+        labels = [self.conversation.label(token) for token in tokens]
+        for line in token_lines(tokens, labels, self.conversation.masses(tokens)):
             say(line)
         if hidden:
             say(f"(and {hidden:,} more; /tokens all shows them)", "dim")
 
     def show_pull(self, what=None):
-        """What pulled the newest token: in the mean, or head by head."""
-        model = self.stream.model
-        if getattr(model.config, "law", None) != "newton":
+        """Print what pulls the newest token: the mean over heads, every head, or those of a layer.
+
+        Args:
+            what: None, "heads", or the number of a layer as text, from 1.
+        """
+        stream = self.conversation.stream
+        config = stream.model.config
+        if getattr(config, "law", None) != "newton":
             say("only the law newton has a pull to show")
             return
-        if self.stream.logits is None:
-            say("write something first")
+        if not self.conversation.can_go_on:
+            say(NO_TEXT_YET)
             return
-        num_layers = model.config.num_layers
-        if what not in (None, "heads", *map(str, range(1, num_layers + 1))):
-            say(f"/pull, /pull heads, or /pull N for one of the layers 1 to {num_layers}")
+        if what not in (None, "heads", *map(str, range(1, config.num_layers + 1))):
+            say(f"/pull, /pull heads, or /pull N for one of the layers 1 to {config.num_layers}")
             return
-        weights, tokens = self.stream.pulls()
-        labels = [self.label(token) for token in tokens]
+        weights, tokens = newest_pulls(stream)
+        labels = [self.conversation.label(token) for token in tokens]
         say(f"{labels[-1]} was pulled by, of the last {len(labels):,} tokens:", "dim")
         if what is None:
             shares = weights.mean((0, 1))
@@ -109,14 +130,14 @@ class Chat(Conversation):
             print(line)
 
     def save(self, path):
-        """Write the conversation to a file that is not there yet."""
+        """Write the conversation to a file that does not exist yet."""
         if not path:
             say("/save FILE: name one file")
             return
         try:
             path = Path(path).expanduser()
             with open(path, "x", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(self.transcript.getvalue())
+                file.write(self.conversation.transcript.getvalue())
         except FileExistsError:
             say(f"{path} exists already: give another name")
         except (OSError, ValueError, RuntimeError) as error:
@@ -125,59 +146,87 @@ class Chat(Conversation):
         else:
             say(f"saved in {path}")
 
-    def command(self, line):
-        """Carry out a /command.
-
-        Returns:
-            Whether to go on, and whether Ctrl-C stopped it.
-        """
-        name, _, rest = line.partition(" ")
-        name, rest = name.strip(), rest.strip()
-        stopped = False
-        if name in ("/quit", "/exit"):
-            return False, False
-        if name == "/help":
-            show_help()
-        elif name == "/reset":
-            self.forget()
-            say("(forgotten)", "dim")
-        elif name == "/retry":
-            stopped = self.retry()
-        elif name == "/more":
-            stopped = self.more()
-        elif name == "/tokens":
-            self.show_tokens(rest == "all")
-        elif name == "/pull":
-            self.show_pull(rest or None)
-        elif name == "/save":
-            self.save(rest)
-        elif name == "/set":
-            self.set(*rest.split())
-        else:
-            near = difflib.get_close_matches(name[:20], command_names(), 1, 0.7)
-            hint = f"did you mean {near[0]}?" if near else "/help lists them"
-            say(f"no such command: {line[:60].strip()}; {hint}")
-        return True, stopped
-
     def set(self, *words):
         """Show the settings, or change one."""
+        settings = self.conversation.settings
         if not words:
-            for key, value in self.settings.items():
+            for key, value in settings.items():
                 say(f"{key:15} {'off' if value is None else value}")
             return
         key = words[0].replace("-", "_")
         if len(words) != 2 or key not in SETTINGS:
-            say(f"/set NAME VALUE, where NAME is one of {', '.join(SETTINGS)}")
+            say(f"/set NAME VALUE: NAME is one of {', '.join(SETTINGS)}")
             return
         try:
             is_off = words[1] == "off" and key in OPTIONAL_SETTINGS
-            self.settings[key] = None if is_off else SETTINGS[key](words[1])
+            settings[key] = None if is_off else SETTINGS[key](words[1])
         except (ValueError, argparse.ArgumentTypeError) as error:
             say(f"{key} stays as it is: {str(error)[:200]}")
             return
         if key == "seed":
-            self.reseed()
-        say(f"{key} is now {'off' if is_off else self.settings[key]}")
+            self.conversation.reseed()
+        say(f"{key} is now {'off' if is_off else settings[key]}")
+
+    def reset(self):
+        """Forget the conversation; random numbers go on where they are."""
+        self.conversation.forget()
+        say("(forgotten)", "dim")
+
+    def leave(self):
+        self.has_left = True
+
+    def command(self, line):
+        """Carry out a /command; returns whether Ctrl-C stopped it."""
+        name, _, rest = line.partition(" ")
+        name, rest = name.strip(), rest.strip()
+        actions = {
+            "/help": show_help,
+            "/retry": self.retry,
+            "/more": self.more,
+            "/tokens": lambda: self.show_tokens(rest == "all"),
+            "/pull": lambda: self.show_pull(rest or None),
+            "/save": lambda: self.save(rest),
+            "/set": lambda: self.set(*rest.split()),
+            "/reset": self.reset,
+            "/quit": self.leave,
+            "/exit": self.leave,
+        }
+        if name in actions:
+            return bool(actions[name]())
+        near = difflib.get_close_matches(name[:20], command_names(), 1, 0.7)
+        hint = f"did you mean {near[0]}?" if near else "/help lists them"
+        say(f"no such command: {line[:60].strip()}; {hint}")
+        return False
+
+
+@contextlib.contextmanager
+def stop_on_interrupt():
+    """Ctrl-C sets the event instead of interrupting the model in the middle of a token."""
+    stopped = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: stopped.set())
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def print_event(event):
+    """Text on standard output as it comes, warnings on standard error."""
+    kind = event["type"]
+    if kind == "tokens":
+        print("".join(token.text for token in event["tokens"]), end="", flush=True)
+    elif kind == "rest":
+        print(event["text"], end="", flush=True)
+    elif kind == "notice":
+        if event["isWarning"]:
+            warn(event["text"])
+        else:
+            say(f"({event['text']})")
+    elif kind == "written":
+        print(flush=True)
+        if sys.stdout.isatty():
+            speed = event["count"] / event["seconds"]
+            say(f"({event['count']:,} tokens, {speed:,.0f} tokens/s)", "dim")
 
 
 def command_names():
@@ -185,7 +234,7 @@ def command_names():
 
 
 def completions(line):
-    """The words that may stand where the last one of `line` is being written."""
+    """The words that may stand where the last word of `line` is being written."""
     *before, word = line.split(" ")
     if not before:
         words = command_names() if word.startswith("/") else []
@@ -196,7 +245,7 @@ def completions(line):
 
 
 def show_help():
-    """The commands, side by side with what they do where there is room."""
+    """Print every command with what it does, wrapped to the terminal's width."""
     left = max(map(len, COMMANDS)) + 2
     for name, what in COMMANDS.items():
         for n, line in enumerate(textwrap.wrap(what, columns() - left)):
@@ -209,9 +258,9 @@ def converse(chat, lines):
         # a shell that starts its jobs with Ctrl-C ignored would leave this prompt deaf to it
         signal.signal(signal.SIGINT, signal.default_int_handler)
         say("write something; /help lists the commands, Ctrl-D leaves", "dim")
-    while True:
+    while not chat.has_left:
         try:
-            goes_on, stopped = turn(chat, lines.read())
+            stopped = turn(chat, lines.read())
         except EOFError:
             if lines.is_interactive:
                 say()
@@ -221,15 +270,14 @@ def converse(chat, lines):
                 raise
             say("\n(Ctrl-D or /quit leaves)", "dim")
             continue
-        if not goes_on:
-            return 0
         if stopped and not lines.is_interactive:
             return 130
         sys.stdout.flush()
+    return 0
 
 
 def turn(chat, line):
-    """Answer one line; returns as `Chat.command`."""
+    """Answer one line, or carry out its command; returns whether Ctrl-C stopped it."""
     if line.startswith("/") and not line.startswith("//"):
         return chat.command(line)
-    return True, chat.reply(line.removeprefix("/") + "\n")
+    return chat.reply(line.removeprefix("/") + "\n")

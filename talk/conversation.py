@@ -1,151 +1,240 @@
-"""A conversation with a model in text: read, answer, answer again, go on."""
+"""A conversation with a model: reads text, answers it, and yields what happens as events."""
 
-import contextlib
 import io
-import signal
-import sys
 import threading
 import time
+from collections import deque
+from dataclasses import replace
 
 import torch
-from tqdm import tqdm
 
 from engine.generation import TokenStream
-from system.errors import warn
+from engine.pulls import PullRecord
+from model import NGT
 from system.safe_text import printable
-from system.terminal import say
-from talk.line_input import without_broken_bytes
+from talk.events import Token, notice
+from talk.line_input import BROKEN
 from text.tokenizer import CharTokenizer, TextStream
 
 READ_AT_ONCE = 512  # tokens
-LONGEST_LABEL = 200  # characters; of a stranger's vocabulary
+KEPT_AT_ONCE = 256  # tokens that are read with their pulls; fewer if many are remembered
+READ_PAIRS = 1 << 20  # tokens that are read times tokens that are remembered
+LONGEST_LABEL = 200  # characters; any file may bring its own vocabulary
 
 
 class Conversation:
-    """A model's token stream with text around it.
+    """A model's token stream with text around it, the same for the terminal and the page.
 
-    What it keeps does not grow with the conversation, but for the text itself, which can be saved.
+    Its methods yield the events of talk/events.py. `read`, `answer`, `reply`, `retry` and `more`
+    stop after the current token, or piece of text, once the event `stopped` is set. One thread may
+    call them; any may call `kept`.
 
     Args:
         settings: a dict: `max_new_tokens`, `temperature`, `top_k`, `top_p`, `seed`; it may change.
+        kept_tokens: how many of the newest tokens are kept, with their masses and pulls. 0: none,
+            and no pulls are recorded, which would cost about a forward pass per token; the
+            transcript is kept instead.
     """
 
-    def __init__(self, model, tokenizer, settings):
+    def __init__(self, model, tokenizer, settings, kept_tokens=0):
         self.stream = TokenStream(model)
-        self.tokenizer = tokenizer
-        self.settings = settings
+        self.tokenizer, self.settings, self.kept_tokens = tokenizer, settings, kept_tokens
+        has_pulls = kept_tokens and getattr(model.config, "law", None) == "newton"
+        self.record = PullRecord(model) if has_pulls else None
+        self._lock = threading.Lock()
         self.reseed()
         self.forget()
 
     def forget(self):
-        """Start a conversation."""
+        """Start a new conversation."""
         self.stream.reset()
-        self.said_sliding = False
+        self._take_pulls()
         self.prompt, self.transcript = [], io.StringIO()
+        self.said_sliding = False
         self.before_answer = None
-        self._last_shown = ""
+        with self._lock:
+            self.tokens = deque(maxlen=self.kept_tokens)
+            self.num_tokens = self.turn = 0
 
     def reseed(self):
+        """Start the random numbers again from the seed, or at random if there is none."""
         self.generator = torch.Generator()
         if self.settings["seed"] is None:
             self.generator.seed()
         else:
             self.generator.manual_seed(self.settings["seed"])
 
-    def reply(self, text):
-        """Read `text` and answer it on standard output; returns whether Ctrl-C stopped that."""
-        with stop_on_interrupt() as stopped:
-            self.read(text, stopped)
-        return stopped.is_set() or self.more()
+    def warm_up(self):
+        """Let the model compile what it needs, so that the first answer does not wait for it."""
+        self.stream.feed([0])
+        self.forget()
 
-    def retry(self):
-        """Answer the last text again."""
-        if self.before_answer is None:
-            say("nothing was answered yet")
-            return False
-        state, length = self.before_answer
+    @property
+    def can_retry(self):
+        return self.before_answer is not None
+
+    @property
+    def can_go_on(self):
+        return self.stream.logits is not None
+
+    def kept(self):
+        """The tokens that are kept, oldest first."""
+        with self._lock:
+            return list(self.tokens)
+
+    def label(self, token):
+        """A token id for people to read, escaped and cut short."""
+        return printable(self.tokenizer.label(token)[:LONGEST_LABEL])
+
+    @torch.inference_mode()
+    def masses(self, tokens):
+        """The masses of token ids as a list; None if the model has none."""
+        if not isinstance(self.stream.model, NGT):
+            return None
+        return self.stream.model.mass(torch.tensor(tokens, device=self.stream.device)).tolist()
+
+    def reply(self, text, stopped):
+        """Read `text`, then answer it."""
+        yield from self.read(text, stopped)
+        if not stopped.is_set():
+            yield from self.more(stopped)
+
+    def retry(self, stopped):
+        """Generate a different answer to the last text; `can_retry` must hold."""
+        state, tokens, self.num_tokens, length = self.before_answer
         self.stream.return_to(state)
         self.transcript.seek(length)
         self.transcript.truncate()
-        return self.more()
+        with self._lock:
+            self.tokens = deque(tokens, self.kept_tokens)
+        yield {"type": "back", "position": self.num_tokens}
+        yield from self.more(stopped)
 
-    def more(self):
-        """Go on writing where the text ends; returns whether Ctrl-C stopped that."""
-        if self.stream.logits is None:
-            say("write something first")
-            return False
-        with stop_on_interrupt() as stopped:
-            self.before_answer = self.stream.copy_of_state(), self.transcript.tell()
-            self.answer(print_now, stopped)
-        return stopped.is_set()
-
-    def label(self, token):
-        """A token for people to read, whatever a stranger's vocabulary says."""
-        return printable(self.tokenizer.label(token)[:LONGEST_LABEL])
+    def more(self, stopped):
+        """Continue the text; `can_go_on` must hold."""
+        state, length = self.stream.copy_of_state(), self.transcript.tell()
+        self.before_answer = state, self.kept(), self.num_tokens, length
+        yield from self.answer(stopped)
 
     def read(self, text, stopped):
         """Let the model read what the user wrote."""
-        text = without_broken_bytes(text)
+        text = BROKEN.sub("\ufffd", text)
         if isinstance(self.tokenizer, CharTokenizer):
             unknown = self.tokenizer.num_unknown(text)
             if unknown:
                 are = "character is" if unknown == 1 else "characters are"
-                warn(f"{unknown} {are} new to this model's vocabulary")
+                yield notice(f"{unknown:,} {are} new to this model's vocabulary")
         tokens = self.tokenizer.encode(text)
-        if not tokens and self.stream.logits is None:
+        if not tokens and not self.can_go_on:
             tokens = self.tokenizer.encode("\n") or [0]
-        self.prompt = tokens
-        self.before_answer = None
-        for start in tqdm(
-            range(0, len(tokens), READ_AT_ONCE), desc="reading", disable=None, delay=2, leave=False
-        ):
-            end = min(start + READ_AT_ONCE, len(tokens))
-            self.stream.feed(tokens[start:end])
-            if stopped.is_set() and end < len(tokens):
-                say(f"(read as far as token {end:,} of {len(tokens):,})")
-                self.transcript.write(self.tokenizer.decode(tokens[:end]))
-                return
-        self.transcript.write(text)
+        self.prompt, self.before_answer, self.turn = tokens, None, self.turn + 1
+        pieces, read = _Pieces(self.tokenizer), 0
+        while read < len(tokens):
+            chunk = tokens[read : read + self._read_at_once(len(tokens) - read)]
+            read += len(chunk)
+            is_kept = len(tokens) - read < self.kept_tokens
+            if self.record is not None:
+                self.record.is_on = is_kept
+            self.stream.feed(chunk)
+            if self.kept_tokens:
+                event = self._keep(chunk, pieces, "you")
+                if is_kept:
+                    yield event
+            yield {"type": "reading", "read": read, "of": len(tokens)}
+            if stopped.is_set() and read < len(tokens):
+                yield notice(f"read as far as token {read:,} of {len(tokens):,}", is_warning=False)
+                text = self.tokenizer.decode(tokens[:read])
+                break
+        yield from self._flush(pieces)
+        self._write(text)
 
-    def answer(self, write, stopped):
-        """Stream an answer to `write(text)` until it is long enough or stopped."""
+    def _read_at_once(self, left):
+        """How many of the tokens that are left are read next."""
+        if not self.kept_tokens:
+            return READ_AT_ONCE
+        if left > self.kept_tokens:  # what will not be shown is read without its pulls
+            return min(KEPT_AT_ONCE, left - self.kept_tokens)
+        return max(1, min(KEPT_AT_ONCE, READ_PAIRS // (len(self.stream.context) + 1)))
+
+    def answer(self, stopped):
+        """Write until the answer is `max_new_tokens` long."""
         s, started, count = self.settings, time.perf_counter(), 0
-        text = TextStream(self.tokenizer)
-        tokens = self.stream.generate(
+        pieces = _Pieces(self.tokenizer, self._write)
+        if self.record is not None:
+            self.record.is_on = True
+        drawn = self.stream.generate(
             s["max_new_tokens"], s["temperature"], s["top_k"], s["top_p"], self.generator
         )
-        self._last_shown = ""
-        for token in tokens:
+        for token in drawn:
             count += 1
-            self._write(text.push(token), write)
+            yield self._keep([token], pieces, "model")
             if stopped.is_set():
                 break
-        self._write(text.flush(), write)
-        write("\n")
-        if sys.stdout.isatty():
-            seconds = time.perf_counter() - started
-            say(f"({count:,} tokens, {count / seconds:,.0f} tokens/s)", "dim")
+        yield from self._flush(pieces)
+        yield {"type": "written", "count": count, "seconds": time.perf_counter() - started}
         if self.stream.slides and not self.said_sliding:
             self.said_sliding = True
-            warn("the context was full: its older half is forgotten whenever that happens")
+            yield notice("the context was full: its older half is forgotten whenever that happens")
 
-    def _write(self, text, write):
-        if text:
+    def _write(self, text):
+        if not self.kept_tokens:
             self.transcript.write(text)
-            write(printable(text, self._last_shown))
-            self._last_shown = text[-1]
+
+    def _take_pulls(self):
+        return [] if self.record is None else self.record.take()
+
+    def _keep(self, tokens, pieces, author):
+        """Keep tokens that were fed; returns their event."""
+        pulls = self._take_pulls()
+        pulls = [*[None] * (len(tokens) - len(pulls)), *pulls]
+        # one look-up per token would slow the terminal, which shows no masses
+        masses = self.masses(tokens) if self.kept_tokens else None
+        new = [
+            Token(
+                position=self.num_tokens + n,
+                turn=self.turn,
+                author=author,
+                label=self.label(token),
+                text=pieces.push(token),
+                mass=None if masses is None else masses[n],
+                pulls=pulls[n],
+            )
+            for n, token in enumerate(tokens)
+        ]
+        with self._lock:
+            self.num_tokens += len(new)
+            self.tokens.extend(new)
+        return {"type": "tokens", "tokens": new}
+
+    def _flush(self, pieces):
+        """What was held back of a character belongs to the newest token."""
+        text = pieces.flush()
+        if not text:
+            return
+        if self.tokens:
+            with self._lock:
+                self.tokens[-1] = replace(self.tokens[-1], text=self.tokens[-1].text + text)
+        yield {"type": "rest", "text": text}
 
 
-def print_now(text):
-    print(text, end="", flush=True)
+class _Pieces:
+    """Turns token ids into text that is safe to show; `write` gets the text as it was."""
 
+    def __init__(self, tokenizer, write=lambda text: None):
+        self._tokenizer, self._stream, self._write = tokenizer, TextStream(tokenizer), write
+        self._newest = ""
 
-@contextlib.contextmanager
-def stop_on_interrupt():
-    """Ctrl-C sets the event instead of cutting a token in half."""
-    stopped = threading.Event()
-    before = signal.signal(signal.SIGINT, lambda *_: stopped.set())
-    try:
-        yield stopped
-    finally:
-        signal.signal(signal.SIGINT, before)
+    def push(self, token):
+        # a character is always whole: the stream would hold an unknown one back
+        if isinstance(self._tokenizer, CharTokenizer):
+            return self._shown(self._tokenizer.decode([token]))
+        return self._shown(self._stream.push(token))
+
+    def flush(self):
+        return self._shown(self._stream.flush())
+
+    def _shown(self, text):
+        self._write(text)
+        shown = printable(text, self._newest)
+        self._newest = text[-1:] or self._newest
+        return shown

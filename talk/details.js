@@ -1,42 +1,17 @@
 "use strict";
-// Beside the conversation: what is known of a token, and in the text what pulled it.
-
-const plain = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
-const percent = (x) => (x >= 0.0995 ? `${Math.round(100 * x)} %` : `${(100 * x).toFixed(1)} %`);
-
-// Text goes into the page as text, whatever it says.
-const element = (name, properties = {}, ...children) => {
-  const made = document.createElement(name);
-  const { dataset, style, ...others } = properties;
-  Object.assign(made, others);
-  Object.assign(made.dataset, dataset);
-  for (const [key, value] of Object.entries(style ?? {})) made.style.setProperty(key, value);
-  made.append(...children);
-  return made;
-};
-const note = (textContent) => element("p", { className: "note", textContent });
-
-// A label with its marks for spaces and line ends paler than its letters.
-const chip = (label) =>
-  element(
-    "code",
-    { className: "chip" },
-    ...(label.length > 24 ? `${label.slice(0, 23)}…` : label)
-      .split(/([␣⏎⇥])/)
-      .filter(Boolean)
-      .map((part) =>
-        /[␣⏎⇥]/.test(part) ? element("i", { className: "mark", textContent: part }) : part,
-      ),
-  );
+// Beside the conversation: the details of a token, and in the text what pulled it.
 
 const shownPosition = () => state.hovered ?? state.pinned ?? livePosition();
 const allHeads = () => state.about.numLayers * (state.about.numHeads + 1);
+// Of the rows of pulls: each layer's heads and their mean, then the mean of all.
 const row = () => Number($("head").value);
+const rowOf = (layer, head) => layer * (state.about.numHeads + 1) + head;
 
-// What the page was told of a token: the mean over all heads comes with it, the rest when asked.
+// The mean over all heads comes with every token; the rows of the heads are asked for.
 const pullsOf = (token) => (row() === allHeads() ? token.pulls : token.rows?.[row()]);
 
-// The newest token; of one head, the newest that the server was asked about in time.
+// The newest token. While an answer comes, the rows of the newest token are not there yet: for one
+// head it is the newest token whose rows are.
 const livePosition = () =>
   state.isBusy && row() !== allHeads() && tokens.has(answeredPosition)
     ? answeredPosition
@@ -51,7 +26,7 @@ async function askForRows(token) {
     token.rows = rows;
     answeredPosition = token.position;
   } catch {
-    token.rows = []; // it is not kept any more
+    token.rows = []; // the server keeps it no longer
   }
   isAsking = false;
   updateSoon();
@@ -83,176 +58,151 @@ function update() {
   if (state.pinned === null) list.removeAttribute("aria-activedescendant");
   else list.setAttribute("aria-activedescendant", `token-${state.pinned}`);
   $("details").replaceChildren(...(token ? details(token, pulls) : overview()));
-  // while tokens come only what is looked at is asked for
+  // while an answer comes, rows are asked for only if one head is shown
   const isWanted = row() !== allHeads() || !state.isBusy;
   const isLive = state.hovered === null && state.pinned === null;
   if (token && hasPulls() && isWanted) askForRows(isLive ? tokens.get(newestPosition) : token);
   showButtons();
 }
 
-const LAWLESS = {
-  vanilla:
-    "This is a vanilla transformer: it attends, and nothing in it has mass or pulls. An NGT checkpoint under the law newton shows here what pulled each token.",
-  published:
-    "There are no pulls live under the law published. visualize_coords.py draws them for a text; a checkpoint under the law newton shows them here.",
-};
-const lawless = () => note(LAWLESS[state.about.law === null ? "vanilla" : "published"]);
+const lawless = () =>
+  note(
+    state.about.law === null
+      ? "This is a vanilla transformer: its tokens have no mass, and nothing pulls them. With an NGT checkpoint of the law newton, this place shows what pulled each token."
+      : "The law published shows no pulls here. visualize_coords.py draws them for a text; with a checkpoint of the law newton, this place shows them.",
+  );
 
 function overview() {
   return hasPulls()
-    ? [note("What pulls the newest token shows here, and in the text: the stronger, the deeper.")]
+    ? [note("What pulls the newest token is shown here, and coloured in the text.")]
     : [lawless()];
 }
 
-function fact(name, value) {
-  return element(
-    "div",
-    {},
-    element("dt", { textContent: name }),
-    element("dd", { textContent: value }),
-  );
-}
-
 function details(token, pulls) {
-  const close = element("button", {
-    className: "close",
-    type: "button",
-    textContent: "Let go",
-    onclick: () => choose(null),
-  });
-  const facts = [
-    fact("position", plain.format(token.position)),
-    ...(token.mass === null ? [] : [fact("mass", token.mass.toPrecision(3))]),
-    fact("written by", token.author === "you" ? "you" : "the model"),
-  ];
   const head = [
     element(
       "div",
       { className: "title" },
-      chip(token.label),
-      ...(state.pinned === null ? [] : [close]),
+      chip(cut(token.label)),
+      ...(state.pinned === null ? [] : [clearButton(() => choose(null))]),
     ),
-    element("dl", { className: "facts" }, ...facts),
+    facts([
+      ["position", plain.format(token.position)],
+      ...(token.mass === null ? [] : [["mass", number(token.mass)]]),
+      ["written by", token.author === "you" ? "you" : "the model"],
+    ]),
   ];
   if (!hasPulls()) return [...head, lawless()];
   return [
     ...head,
-    element("h3", { textContent: `Pulled by (${rowName()})` }),
+    heading(`Pulled by (${rowName()})`),
     ...pulledBy(token, pulls),
     ...headByHead(token),
   ];
 }
 
+const headName = (head) =>
+  head === state.about.numHeads ? `mean of ${head} heads` : `head ${head + 1}`;
+
 function rowName() {
   const { numLayers, numHeads } = state.about;
   if (row() === allHeads()) return `mean of ${numLayers * numHeads} heads`;
-  const [block, head] = [Math.floor(row() / (numHeads + 1)), row() % (numHeads + 1)];
-  return `block ${block + 1}, ${head === numHeads ? `mean of ${numHeads} heads` : `head ${head + 1}`}`;
+  const [layer, head] = [Math.floor(row() / (numHeads + 1)), row() % (numHeads + 1)];
+  return `layer ${layer + 1}, ${headName(head)}`;
 }
 
-const labelOf = (position) =>
-  tokens.get(position)?.label ?? dropped.get(position) ?? "earlier";
-const where = (token, source) =>
-  source === token.position ? "itself" : `${plain.format(token.position - source)} back`;
-
-function pulledBy(token, pulls) {
-  if (pulls === undefined) return [note(token.rows ? "What pulled it is not kept." : "…")];
-  if (!pulls.length)
-    return [note(token.rows?.length === 0 ? "What pulled it is not kept." : "Nothing reaches it.")];
-  const [silent, heads] = silentHeads(token);
-  const rest = 1 - silent / heads - pulls.reduce((sum, [, weight]) => sum + weight, 0);
-  return [
-    element(
-      "ol",
-      { className: "pulls" },
-      ...pulls.map(([source, weight]) =>
-        element(
-          "li",
-          { style: { "--share": `${(100 * weight) / pulls[0][1]}%` } },
-          goTo(
-            source,
-            chip(labelOf(source)),
-            element("b", { textContent: percent(weight) }),
-            element("span", { className: "context", textContent: where(token, source) }),
-          ),
+function fillPicker() {
+  const { numLayers, numHeads } = state.about;
+  $("picker").hidden = !hasPulls();
+  $("head").append(
+    element("option", { value: allHeads(), textContent: "all heads (mean)" }),
+    ...Array.from({ length: numLayers }, (_, layer) =>
+      element(
+        "optgroup",
+        { label: `layer ${layer + 1}` },
+        ...Array.from({ length: numHeads + 1 }, (_, head) =>
+          element("option", {
+            value: rowOf(layer, head),
+            textContent:
+              `layer ${layer + 1}, ` + (head === numHeads ? "mean of heads" : headName(head)),
+          }),
         ),
       ),
     ),
-    note(
-      [
-        rest > 0.0005 ? `All others together ${percent(rest)}.` : "There are no others.",
-        ...(silent ? [`Nothing reaches ${silent} of these ${heads} heads.`] : []),
-      ].join(" "),
-    ),
+  );
+}
+
+const labelOf = (position) =>
+  cut(tokens.get(position)?.label ?? dropped.get(position) ?? "earlier");
+
+function pulledBy(token, pulls) {
+  if (pulls === undefined && !token.rows) return [note("…")];
+  if (!pulls?.length)
+    return [note(token.rows?.length === 0 ? "What pulled it is not kept." : "Nothing reaches it.")];
+  const [silent, heads] = silentHeads(token);
+  const silence = silent ? ` Nothing reaches ${silent} of these ${heads} heads.` : "";
+  return [
+    pullList(token.position, pulls, labelOf, goTo),
+    note(otherPulls(pulls, 1 - silent / heads) + silence),
   ];
 }
 
-// Of the heads that the shown row is the mean of, how many feel nothing at all; and how many it is.
+// How many heads of the shown row nothing reaches, and how many heads the row is the mean of.
 function silentHeads(token) {
   const { numLayers, numHeads } = state.about;
-  const block = row() === allHeads() ? null : Math.floor(row() / (numHeads + 1));
+  const layer = row() === allHeads() ? null : Math.floor(row() / (numHeads + 1));
+  if (layer !== null && row() !== rowOf(layer, numHeads)) return [0, 1];
   const isOfRow = (n) =>
-    n % (numHeads + 1) !== numHeads &&
-    (block === null || Math.floor(n / (numHeads + 1)) === block);
-  if (block !== null && row() % (numHeads + 1) !== numHeads) return [0, 1];
+    n % (numHeads + 1) !== numHeads && (layer === null || Math.floor(n / (numHeads + 1)) === layer);
   const rows = (token.rows ?? []).slice(0, -1).filter((_, n) => isOfRow(n));
   const silent = rows.filter((pulls) => !pulls.length).length;
-  return [silent, block === null ? numLayers * numHeads : numHeads];
+  return [silent, layer === null ? numLayers * numHeads : numHeads];
 }
 
 function headByHead(token) {
   if (!token.rows?.length) return [];
   const { numLayers, numHeads } = state.about;
   const items = [];
-  for (let block = 0; block < numLayers; block++)
+  for (let layer = 0; layer < numLayers; layer++)
     for (let head = 0; head < numHeads; head++) {
-      const index = block * (numHeads + 1) + head;
+      const index = rowOf(layer, head);
       const [strongest] = token.rows[index] ?? [];
-      const button = element(
-        "button",
-        {
-          className: "go",
-          type: "button",
-          title: `show what pulls under block ${block + 1}, head ${head + 1}`,
-          onclick: () => {
-            $("head").value = row() === index ? allHeads() : index;
-            update();
-          },
+      const button = goButton(
+        `show the pulls of layer ${layer + 1}, head ${head + 1}`,
+        () => {
+          $("head").value = row() === index ? allHeads() : index;
+          update();
         },
-        element("span", { textContent: `${block + 1}.${head + 1}` }),
+        element("span", { textContent: `${layer + 1}.${head + 1}` }),
         ...(strongest
           ? [
               chip(labelOf(strongest[0])),
-              element("b", { textContent: percent(strongest[1]) }),
-              element("span", { className: "context", textContent: where(token, strongest[0]) }),
+              bold(percent(strongest[1])),
+              context(distanceBack(token.position, strongest[0])),
             ]
-          : [element("span", { className: "context", textContent: "nothing within reach" })]),
+          : [context("nothing within reach")]),
       );
       button.setAttribute("aria-pressed", String(row() === index));
       items.push(element("li", {}, button));
     }
   return [
-    element("h3", { textContent: "Hardest pull of each head (block.head)" }),
+    heading("Hardest pull of each head (layer.head)"),
     element("ol", { className: "by-head" }, ...items),
   ];
 }
 
 function goTo(position, ...children) {
   const isKept = tokens.has(position);
-  return element(
-    "button",
-    {
-      className: "go",
-      type: "button",
-      disabled: !isKept,
-      title: isKept ? `choose position ${position}` : "so far back that it is not shown any more",
-      onclick: () => {
-        choose(position);
-        $("conversation").focus({ preventScroll: true });
-      },
+  const button = goButton(
+    isKept ? `select position ${position}` : "too far back to be shown",
+    () => {
+      choose(position);
+      $("conversation").focus({ preventScroll: true });
     },
     ...children,
   );
+  button.disabled = !isKept;
+  return button;
 }
 
 function choose(position) {
@@ -261,20 +211,6 @@ function choose(position) {
   update();
   const token = tokens.get(position);
   if (!token) return ($("spoken").textContent = "");
-  showInList(token.element);
-  $("spoken").textContent = [
-    `${token.label}, position ${token.position}`,
-    ...(token.mass === null ? [] : [`mass ${token.mass.toPrecision(3)}`]),
-    ...token.pulls
-      .slice(0, 3)
-      .map(([source, weight]) => `pulled ${percent(weight)} by ${labelOf(source)}`),
-  ].join(", ");
-}
-
-// The conversation alone scrolls: scrollIntoView would move the page too.
-function showInList(made) {
-  const list = $("conversation");
-  const top = made.offsetTop - list.offsetTop * (made.offsetParent !== list);
-  if (top < list.scrollTop || top > list.scrollTop + list.clientHeight - 30)
-    list.scrollTop = top - list.clientHeight / 2;
+  scrollWithin($("conversation"), token.element);
+  $("spoken").textContent = spokenToken(position, token.mass, token.pulls, labelOf);
 }

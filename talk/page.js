@@ -1,20 +1,19 @@
 "use strict";
 // The conversation with a model, token by token, and what pulled each of them.
 
-const $ = (id) => document.getElementById(id);
-const tokens = new Map(); // by position, oldest first: what the server said, and its element
-const dropped = new Map(); // labels of those that are too far back to be shown
+const tokens = new Map(); // by position, oldest first: the server's data, and its element
+const dropped = new Map(); // labels by position of tokens that are too far back to be shown
 const MOST_DROPPED = 20000;
 const state = {
   about: null,
   version: 0,
   settings: {},
-  isBusy: false, // an answer is being written, for this tab or another
+  isBusy: false, // an answer is being written, in this tab or another
   canRetry: false,
   canGoOn: false,
-  pinned: null, // the position that was chosen
+  pinned: null, // the selected position
   hovered: null,
-  lit: [], // elements that show something of the token shown
+  lit: [], // elements marked as the shown token or its sources
 };
 
 // Asking the server.
@@ -39,7 +38,7 @@ async function ask(path, body) {
   try {
     response = await fetch(path, options);
   } catch {
-    throw new Refusal(0, "The server does not answer: does chat.py still run?");
+    throw new Refusal(0, "The server does not answer: is chat.py still running?");
   }
   if (!response.ok) throw new Refusal(response.status, (await response.text()).trim());
   return response;
@@ -47,17 +46,17 @@ async function ask(path, body) {
 
 const askForJson = async (path, body) => (await ask(path, body)).json();
 
-let notices = [];
+const told = { notices: [], progress: "" };
 
-// What there is to say of an answer, and for the moment how far it is.
-function tell(said, progress = "") {
-  notices = said;
-  $("notice").textContent = [...said, progress].filter(Boolean).join("; ");
+// The line under the conversation: notices first, and how far the answer is.
+function tell(news) {
+  Object.assign(told, news);
+  $("notice").textContent = [...told.notices, told.progress].filter(Boolean).join("; ");
   $("notice").classList.remove("bad");
 }
 
 function notify(text, isBad = false) {
-  tell(text ? [text] : []);
+  tell({ notices: [text], progress: "" });
   $("notice").classList.toggle("bad", isBad);
 }
 
@@ -72,7 +71,7 @@ function tokenElement(token) {
   return made;
 }
 
-// Line ends get a mark that can be pointed at; a part of a character gets a dot.
+// Line ends get a mark to point at; a token that is only a part of a character is shown as a dot.
 function setText(made, text) {
   made.classList.toggle("part", text === "");
   made.replaceChildren(
@@ -134,9 +133,9 @@ function load(given) {
     element("p", {
       className: "empty",
       textContent:
-        "Nothing was said yet. The model goes on writing where your text ends, as the text it learned from does. " +
+        "Nothing was said yet. The model continues your text, in the style of the text it was trained on. " +
         (hasPulls()
-          ? "Point at a token, tap it or walk to it with the arrow keys to see which earlier ones pulled it."
+          ? "Point at a token, tap it or move to it with the arrow keys to see which earlier tokens pulled it."
           : ""),
     }),
   );
@@ -174,12 +173,12 @@ const handlers = {
   },
   reading: (event) => {
     const progress = `reading, ${plain.format(event.read)} of ${plain.format(event.of)} tokens`;
-    tell(notices, event.read < event.of ? progress : "");
+    tell({ progress: event.read < event.of ? progress : "" });
   },
-  notice: (event) => tell([...notices, event.text]),
+  notice: (event) => tell({ notices: [...told.notices, event.text] }),
   written: (event) => {
     const speed = plain.format(event.count / event.seconds);
-    tell([...notices, `${plain.format(event.count)} tokens, ${speed} tokens/s`]);
+    tell({ progress: `${plain.format(event.count)} tokens, ${speed} tokens/s` });
   },
   failed: (event) => notify(event.text, true),
   end: (event) => Object.assign(state, event),
@@ -220,12 +219,12 @@ async function talk(action, text = "") {
       if (follows) scrollDown();
       updateSoon();
     }
-    if (!hasEnded) throw new Refusal(0, "The server left in the middle of its answer.");
+    if (!hasEnded) throw new Refusal(0, "The server stopped in the middle of its answer.");
     if (!tokens.size) load(await askForJson("/state"));
   } catch (error) {
     if (error.status === 409) await reload(error.message);
     else if (error instanceof Refusal) notify(error.message, true);
-    else notify("The server left in the middle of its answer.", true);
+    else notify("The server stopped in the middle of its answer.", true);
   }
   if (isTaken || !state.isElsewhere) state.isBusy = false;
   update();
@@ -261,7 +260,7 @@ async function reset() {
   }
 }
 
-// What another tab did is shown here; while it does, this one waits.
+// Show what another tab did, and wait while it is answered.
 async function reload(why) {
   try {
     load(await askForJson("/state"));
@@ -270,16 +269,16 @@ async function reload(why) {
   }
   state.isElsewhere = state.isBusy;
   notify(state.isBusy ? "An answer is being written in another tab." : why);
-  if (state.isBusy) setTimeout(() => reload("This is how it went on in another tab."), 1000);
+  if (state.isBusy) setTimeout(() => reload("The conversation was continued in another tab."), 1000);
 }
 
 async function lookAgain() {
   if (document.hidden || state.isBusy) return;
   try {
     const { version } = await askForJson("/version");
-    if (version !== state.version) await reload("This is how it went on in another tab.");
+    if (version !== state.version) await reload("The conversation was continued in another tab.");
   } catch {
-    // the next thing that is sent will say so
+    // the next request reports it
   }
 }
 
@@ -309,7 +308,7 @@ function describeSettings() {
     .join(", ");
 }
 
-// Those alone: a seed may be longer than numbers are here.
+// Only what was changed: a seed may have more digits than a JavaScript number, and must stay as it is.
 function changedSettings() {
   const changed = settingInputs().filter(
     (input) => input.value !== String(state.settings[input.name] ?? ""),
@@ -375,27 +374,6 @@ function listen() {
   });
   document.addEventListener("visibilitychange", lookAgain);
   window.addEventListener("focus", lookAgain);
-}
-
-function fillPicker() {
-  const { numLayers, numHeads } = state.about;
-  $("picker").hidden = !hasPulls();
-  $("head").append(
-    element("option", { value: allHeads(), textContent: "all heads (mean)" }),
-    ...Array.from({ length: numLayers }, (_, block) =>
-      element(
-        "optgroup",
-        { label: `block ${block + 1}` },
-        ...Array.from({ length: numHeads + 1 }, (_, head) =>
-          element("option", {
-            value: block * (numHeads + 1) + head,
-            textContent:
-              `block ${block + 1}, ` + (head === numHeads ? "mean of heads" : `head ${head + 1}`),
-          }),
-        ),
-      ),
-    ),
-  );
 }
 
 async function start() {

@@ -11,12 +11,14 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 from system.errors import warn
+from talk.events import Token
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {
     "/": ("talk/page.html", "text/html; charset=utf-8"),
-    "/style.css": ("coords/page.css", "text/css; charset=utf-8"),
+    "/style.css": ("web/style.css", "text/css; charset=utf-8"),
     "/page.css": ("talk/page.css", "text/css; charset=utf-8"),
+    "/shared.js": ("web/shared.js", "text/javascript; charset=utf-8"),
     "/details.js": ("talk/details.js", "text/javascript; charset=utf-8"),
     "/page.js": ("talk/page.js", "text/javascript; charset=utf-8"),
 }
@@ -65,7 +67,7 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/state":
             return self._send_json(self.server.state())
         if path == "/version":
-            return self._send_json({"version": self.server.conversation.version})
+            return self._send_json({"version": self.server.version})
         if path == "/pulls":
             return self._send_json(self.server.pulls(query))
         raise Refused(404, "there is no such page")
@@ -184,4 +186,6 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def _to_json(data):
-    return json.dumps(data, separators=(",", ":"), allow_nan=False).encode()
+    """JSON of plain types and of `Token`s, in bytes."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False, default=Token.to_json)
+    return text.encode()

@@ -17,10 +17,11 @@ from http.server import ThreadingHTTPServer
 
 from system.errors import UserError, warn
 from system.safe_text import one_line, printable
-from talk.events import KEPT_TOKENS
 from talk.requests import Handler, Refused
+from talk.settings import OPTIONAL_SETTINGS, SETTINGS
 
-EVENTS_AHEAD = 64  # of a browser that is slower than the model
+KEPT_TOKENS = 2000  # the page shows the newest, however long the conversation is
+EVENTS_AHEAD = 64  # kept for a browser that is slower than the model
 
 
 class Job:
@@ -60,8 +61,9 @@ class ChatServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, host, port, conversation, parsers, about):
-        self.conversation, self.parsers, self.about = conversation, parsers, about
+    def __init__(self, host, port, conversation, introduction):
+        self.conversation, self.introduction = conversation, introduction
+        self.version = 1  # counts the changes, so that a tab notices those of another
         self.named_host = host
         self.jobs = queue.Queue()
         self.job, self._job_lock = None, threading.Lock()
@@ -123,15 +125,19 @@ class ChatServer(ThreadingHTTPServer):
     def state(self):
         """All that a page needs to show the conversation."""
         conversation = self.conversation
+        config = conversation.stream.model.config
         return {
-            **self.about,
-            "version": conversation.version,
+            "introduction": self.introduction,
+            "law": getattr(config, "law", None),
+            "numLayers": config.num_layers,
+            "numHeads": config.num_heads,
+            "version": self.version,
             "isBusy": self.job is not None,
             "settings": conversation.settings,
             "canRetry": conversation.can_retry,
             "canGoOn": conversation.can_go_on,
-            "keptTokens": KEPT_TOKENS,
-            "tokens": [token.to_json() for token in conversation.kept()],
+            "keptTokens": conversation.kept_tokens,
+            "tokens": conversation.kept(),
         }
 
     def pulls(self, query):
@@ -157,34 +163,34 @@ class ChatServer(ThreadingHTTPServer):
         text = _text(request.get("text", "")) if action == "send" else ""
 
         def check():
-            version = request.get("version", conversation.version)
+            version = request.get("version", self.version)
             if type(version) is not int:
                 raise Refused(400, "version must be a whole number")
-            if version != conversation.version:
+            if version != self.version:
                 raise Refused(409, "this conversation went on in another tab")
             if action == "retry" and not conversation.can_retry:
                 raise Refused(409, "nothing was answered yet")
             if action == "more" and not conversation.can_go_on:
                 raise Refused(409, "write something first")
-            conversation.start(settings)
+            self._change(settings)
 
         def make_events(stopped):
-            yield {"type": "begin", "version": conversation.version}
+            yield {"type": "begin", "version": self.version}
             try:
                 if action == "send":
                     yield from conversation.reply(text, stopped)
                 else:
                     yield from getattr(conversation, action)(stopped)
             except Exception as error:
-                # the model's state may be half of a token: nothing can be built on it
-                conversation.forget()
+                # the model may have stopped in the middle of a token: its state is of no use
+                self._restart()
                 reason = one_line(str(error))[:300]
                 if not isinstance(error, UserError):
                     reason = f"the model failed, {type(error).__name__}: {reason}"
                 yield {"type": "failed", "text": f"{reason} (the conversation starts afresh)"}
             yield {
                 "type": "end",
-                "version": conversation.version,
+                "version": self.version,
                 "canRetry": conversation.can_retry,
                 "canGoOn": conversation.can_go_on,
             }
@@ -202,13 +208,27 @@ class ChatServer(ThreadingHTTPServer):
         """Forget the conversation."""
 
         def make_events(_):
-            self.conversation.forget()
+            self._restart()
             yield {}
 
         job = self.begin(make_events)
         while job.events.get() is not None:
             pass
         return self.state()
+
+    def _change(self, settings):
+        """Take over new settings; another seed restarts the random numbers."""
+        has_new_seed = settings["seed"] != self.conversation.settings["seed"]
+        self.conversation.settings.update(settings)
+        if has_new_seed:
+            self.conversation.reseed()
+        self.version += 1
+
+    def _restart(self):
+        """Start a new conversation; with a seed it repeats the first one."""
+        self.conversation.forget()
+        self.conversation.reseed()
+        self.version += 1
 
     def _settings(self, given):
         """Settings as the command line would take them; what is not given stays as it is."""
@@ -218,13 +238,13 @@ class ChatServer(ThreadingHTTPServer):
         for name, value in given.items():
             if name not in settings:
                 raise Refused(400, f"no such setting: {printable(name[:40])}")
-            if value is None and self.parsers[name][1]:
+            if value is None and name in OPTIONAL_SETTINGS:
                 settings[name] = None
                 continue
             if type(value) not in (int, float):
                 raise Refused(400, f"{name} must be a number")
             try:
-                settings[name] = self.parsers[name][0](str(value))
+                settings[name] = SETTINGS[name](str(value))
             except (ValueError, OverflowError, argparse.ArgumentTypeError) as error:
                 raise Refused(400, f"{name}: {one_line(str(error))[:200]}") from None
             if isinstance(settings[name], float) and not math.isfinite(settings[name]):
@@ -235,22 +255,21 @@ class ChatServer(ThreadingHTTPServer):
         """A browser that left in the middle of a request is nobody's mistake."""
 
 
-def serve(conversation, host, port, parsers, about):
+def serve(conversation, host, port, introduction):
     """Serve until Ctrl-C, which raises `KeyboardInterrupt`.
 
     Args:
-        conversation: a `LiveConversation`.
-        port: 0 takes any that is free.
-        parsers: of each setting, how its text is read, and whether it may be off.
-        about: what the page says of the model; plain types.
+        conversation: a `Conversation` that keeps tokens.
+        port: 0 takes any free port.
+        introduction: a line about the model.
 
     Raises:
-        UserError: where host and port cannot be had.
+        UserError: if it cannot listen at this host and port.
     """
     # started in the background of a script it would be deaf to Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        server = ChatServer(host, port, conversation, parsers, about)
+        server = ChatServer(host, port, conversation, introduction)
     except (OSError, OverflowError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(

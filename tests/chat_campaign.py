@@ -26,10 +26,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "talk")]
+sys.path.insert(0, str(ROOT))
 
-from test_chat import make_checkpoint
-
+from small_models import make_checkpoint
 from text.tokenizer import BPETokenizer, CharTokenizer
 
 TERMINAL_SHARE = 0.2

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gravity import attention, blocked, cpu
+from gravity.tiles import PackedInputs
 from script_runner import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,13 +90,13 @@ def either_path(request, monkeypatch):
 def visited(monkeypatch):
     """A list that grows by the number of pairs each time that a tile of the field is computed."""
     pairs = []
-    inverse = blocked._Tiles.inverse
+    inverse = PackedInputs.inverse
 
     def counting(self, heads, rows, columns):
         pairs.append((heads[1] - heads[0]) * (rows[1] - rows[0]) * (columns[1] - columns[0]))
         return inverse(self, heads, rows, columns)
 
-    monkeypatch.setattr(blocked._Tiles, "inverse", counting)
+    monkeypatch.setattr(PackedInputs, "inverse", counting)
     return pairs
 
 

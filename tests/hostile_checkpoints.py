@@ -10,12 +10,12 @@ import zipfile
 from pathlib import Path
 
 import torch
-from test_chat import make_checkpoint
 
 import train_shakespeare
 from conftest import SENTENCES
 from engine.checkpoint import load_model
 from engine.models import build_model
+from small_models import make_checkpoint
 from system.errors import UserError
 from text.tokenizer import BPETokenizer
 

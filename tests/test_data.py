@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from test_token_files import prepare
 
 from data import eval_batches, eval_windows, get_batch
+from token_folders import prepare
 
 COUNTING = np.arange(60_000, dtype="<u2")  # a token that is its own position
 

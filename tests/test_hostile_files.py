@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_chat import LETTERS, make_checkpoint
 
 import hostile_checkpoints
 import hostile_files
 from engine.checkpoint import load_model, read_checkpoint
 from hostile_checkpoints import CONTENTS, FILES, TRAINING, Malice
-from hostile_files import RUNS, TOKEN_FILES, TOKENIZERS
+from hostile_files import TOKEN_FILES, TOKENIZERS
+from small_models import LETTERS, make_checkpoint
 from system.machine import peak_memory_bytes
 
 CPU = torch.device("cpu")
@@ -109,19 +109,6 @@ def test_a_great_need_of_memory_is_seen(in_tmp):
 @pytest.mark.parametrize("name", TOKEN_FILES)
 def test_token_files(name, watched):
     assert is_one_clear_line(hostile_files.attempt_tokens(TOKEN_FILES[name]), "data/tokens")
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_runs(name, trained, watched):
-    assert is_one_clear_line(hostile_files.attempt_report(trained[0], RUNS[name]))
-
-
-def test_the_run_itself_is_reported(trained, watched):
-    """So that what the others are refused for is what was changed; a loss may be null."""
-    fine = {"train_loss": None, "val_loss": None, "perplexity": None, "bits_per_byte": None}
-    for changes in ({}, fine | {"repulsion": None, "peak_memory_bytes": None}):
-        change = hostile_files.evaluation(**changes)
-        assert hostile_files.attempt_report(trained[0], change) == ""
 
 
 def test_a_pipe_is_not_waited_for(watched):

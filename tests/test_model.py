@@ -1,5 +1,6 @@
 """Both models: causality, caches, positions, sizes, errors."""
 
+import copy
 import dataclasses
 import math
 
@@ -10,67 +11,25 @@ import torch.nn.functional as F
 from engine import kv_cache
 from engine.kv_cache import KVCache
 from engine.models import build_model
-from model import NGT, NGTConfig, repulsion_loss
+from model import GravityAttention, NGTConfig, repulsion_loss
+from small_models import (
+    ALL,
+    BLOCK,
+    NEWTON,
+    NGT_SMALL,
+    PUBLISHED,
+    RADIUS,
+    SMALL,
+    VANILLA,
+    VOCAB,
+    ids,
+    lively,
+)
 from system.errors import UsageError
 from training.config import DEFAULTS, PRESETS
-from vanilla_model import Attention, Vanilla, VanillaConfig, alibi_slopes, rotate
+from vanilla_model import Attention, VanillaConfig, alibi_slopes, rotate
 
-VOCAB, BLOCK = 29, 16
-SMALL = dict(vocab_size=VOCAB, block_size=BLOCK, hidden_dim=24, num_layers=2, num_heads=4)
-NGT_SMALL = dict(**SMALL, coord_dim=12, head_coord_dim=6, mlp_dim=32)
-RADIUS = 3.0
-
-NEWTON = {
-    "newton none": dict(use_radius_cutoff=False),
-    "newton hard": dict(radius=RADIUS),
-    "newton soft": dict(radius=RADIUS, use_soft_cutoff=True),
-    "newton mass in value": dict(radius=RADIUS, use_soft_cutoff=True, mass_in_value=True),
-}
-PUBLISHED = {
-    "published none": dict(law="published", use_radius_cutoff=False),
-    "published hard": dict(law="published"),
-    "published soft": dict(law="published", use_soft_cutoff=True, mass_in_value=True),
-}
-VANILLA = {f"vanilla {pos}": dict(pos=pos) for pos in ("learned", "rotary", "alibi")}
-ALL = {**NEWTON, **PUBLISHED, **VANILLA}
 UNLIMITED = [*NEWTON, "vanilla rotary", "vanilla alibi"]
-
-
-def lively(name):
-    """A model whose every parameter is random and large enough that each part is felt in the
-    logits; heads of newton reach 5 to 14 tokens back."""
-    if name in VANILLA:
-        model = Vanilla(VanillaConfig(**SMALL, mlp_dim=32, **VANILLA[name]))
-    else:
-        model = NGT(NGTConfig(**NGT_SMALL, **ALL[name]))
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith(("time_scale_raw", "radius_raw")):
-                continue
-            if parameter.dim() == 2 and "emb" not in parameter_name:
-                parameter.normal_(std=parameter.shape[1] ** -0.5)
-            elif parameter_name == "norm.weight":
-                parameter.normal_()  # of either sign, or the tied head repeats the last token
-            elif parameter_name.endswith("bias"):
-                parameter.normal_(std=0.1)  # more, and one token always wins
-            elif "norm" in parameter_name and parameter_name.endswith("weight"):
-                parameter.uniform_(0.7, 1.3)
-            else:
-                parameter.normal_(std=0.5)
-        # equally long, or the longest embedding is always the likeliest
-        model.token_emb.weight.copy_(2 * F.normalize(model.token_emb.weight, dim=-1))
-        if name in NEWTON:
-            for layer in model.layers:
-                for proj in (layer.attn.probe_proj, layer.attn.source_proj):
-                    proj.weight *= 0.4  # well within the radius of each other
-                scale = torch.tensor([0.25, 0.4, 0.7, 1.1])
-                layer.attn.time_scale_raw.copy_(torch.log(torch.expm1(scale)))
-                layer.attn.time_offset.copy_(torch.tensor([1.0, -1.0, 0.5, 0.0]))
-    return model.eval()
-
-
-def ids(length, batch=1):
-    return torch.randint(VOCAB, (batch, length))
 
 
 def in_chunks(model, tokens, sizes):
@@ -124,6 +83,20 @@ def test_newton_with_a_radius_forgets(name, monkeypatch):
     other = model(tokens[:, -1:], kv_cache=cache)
     again, _ = in_chunks(model, torch.cat([tokens, tokens[:, -1:]], 1), [80, 1])
     assert (other[:, -1] - again[:, -1]).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_the_window_is_computed_once_per_layer_and_cache(monkeypatch):
+    """A decoding step reads it from the cache, from a snapshot and from a deep copy as well."""
+    computed, window = [], GravityAttention.window.fget
+    counting = property(lambda attn: computed.append(attn.layer) or window(attn))
+    monkeypatch.setattr(GravityAttention, "window", counting)
+    model, cache = lively("newton soft"), KVCache()
+    for _ in range(3):
+        model(ids(1), kv_cache=cache)
+    for copied in (cache.snapshot(), copy.deepcopy(cache)):
+        model(ids(1), kv_cache=copied)
+    assert computed == [0, 1]
 
 
 @torch.no_grad()

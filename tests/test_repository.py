@@ -7,7 +7,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -21,6 +20,7 @@ import report
 import train_shakespeare
 import visualize_coords
 from conftest import ROOT, SHARED, error_line, run
+from repository_copy import copy_of_the_repository
 from training.options import train_parser
 
 SCRIPTS = (*(train_shakespeare, prepare_data, chat, visualize_coords, report, benchmark, evaluate),)
@@ -132,18 +132,6 @@ def test_report_prints_what_the_runs_wrote(in_tmp, small_text):
     assert f"{row['val_loss']:.4f}" in text and f"{config['parameters']:,}" in text
     missing = run("report.py", "--runs", "nothing", cwd=in_tmp, check=1)
     assert "nothing" in missing.stderr and "Traceback" not in missing.stderr
-
-
-def copy_of_the_repository(folder, **settings):
-    """Copy the scripts; returns the environment to call them in: this one, and the settings."""
-    left = shutil.ignore_patterns("tests", "runs", "checkpoints", ".*", "__pycache__")
-    shutil.copytree(ROOT, folder, ignore=left, dirs_exist_ok=True)
-    prefix = os.path.dirname(os.path.dirname(sys.executable))
-    return {
-        **os.environ,
-        **{"VIRTUAL_ENV": prefix, "PATH": f"{prefix}/bin:{os.environ['PATH']}"},
-        **{"OMP_NUM_THREADS": "1", **settings},
-    }
 
 
 TINY_25M = {

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from system.errors import UserError
 from system.files import write_whole
+from system.safe_text import shown_short
 
 LONGEST_CHARACTER = 4  # bytes, in UTF-8
 LONGEST_TOKEN = 1000  # letters
@@ -205,7 +206,7 @@ def _byte_level_parts(file):
     """
     model, added = file["model"], file.get("added_tokens") or []
     if model.get("type", "BPE") != "BPE":
-        raise UserError(f"its model is {_shown(model['type'])}, not BPE")
+        raise UserError(f"its model is {shown_short(model['type'])}, not BPE")
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise UserError(f"it has {key}, which byte-level BPE does not have")
@@ -213,22 +214,24 @@ def _byte_level_parts(file):
     contents = {token["content"] for token in added}
     for token, i in (*vocab.items(), *((token["content"], token["id"]) for token in added)):
         if type(i) is not int or not 0 <= i < 1 << 31:
-            raise UserError(f"its token {_shown(token)} has no id of 0 or more")
+            raise UserError(f"its token {shown_short(token)} has no id of 0 or more")
         if not 0 < len(token) <= LONGEST_TOKEN:
             raise UserError(f"it has a token of {len(token):,} letters, not 1 to {LONGEST_TOKEN:,}")
         if token not in contents and not BYTE_OF_LETTER.keys() >= {*token}:
-            raise UserError(f"its token {_shown(token)} is not of byte-level BPE")
+            raise UserError(f"its token {shown_short(token)} is not of byte-level BPE")
     if unknown is not None and unknown not in vocab:
-        raise UserError(f"its unknown token {_shown(unknown)} is not in its vocabulary")
+        raise UserError(f"its unknown token {shown_short(unknown)} is not in its vocabulary")
     for part in _sequence(file.get("normalizer"), "normalizers"):
         if part["type"] not in NORMALIZERS:
-            raise UserError(f"its normalizer is {_shown(part['type'])}, not {_any(NORMALIZERS)}")
+            raise UserError(
+                f"its normalizer is {shown_short(part['type'])}, not {_any(NORMALIZERS)}"
+            )
     *before, last = _sequence(file.get("pre_tokenizer"), "pretokenizers") or [{"type": "none"}]
     if last["type"] != "ByteLevel":
-        raise UserError(f"its pre-tokenizer is {_shown(last['type'])}, not ByteLevel")
+        raise UserError(f"its pre-tokenizer is {shown_short(last['type'])}, not ByteLevel")
     for part in before:
         if part["type"] != "Digits" and not _is_known_split(part):
-            raise UserError(f"its pre-tokenizer {_shown(part['type'])} is not a known one")
+            raise UserError(f"its pre-tokenizer {shown_short(part['type'])} is not a known one")
     # a token that swallowed the spaces around it would lose text
     added = [token | {"lstrip": False, "rstrip": False} for token in added]
     return {
@@ -262,11 +265,6 @@ def _is_known_split(part):
 
 def _any(names):
     return f"{', '.join(names[:-1])} or {names[-1]}"
-
-
-def _shown(value):
-    """A stranger's value in an error, short."""
-    return repr(value[:40]) if isinstance(value, str) else f"a {type(value).__name__}"
 
 
 class TiktokenTokenizer(_Tokenizer):

@@ -3,8 +3,8 @@
 from collections import defaultdict
 from pathlib import Path
 
-from engine.checkpoint import is_first_release, read_checkpoint
-from engine.checks import is_plain
+from engine.checkpoint import read_checkpoint
+from engine.first_release import is_first_release
 from system.errors import UserError
 from system.settings import objection
 from training.config import DEFAULTS, SETTINGS
@@ -50,7 +50,7 @@ def check_saved_settings(config, path):
         if name in config and not _is_acceptable(name, config[name]):
             raise UserError(f"{path} has a {name} that no run has: use another checkpoint")
     # a checkpoint names the kind of model twice
-    if not is_plain(config["model"], config["model_type"]):
+    if config["model"] != config["model_type"]:
         raise UserError(f"{path} has a model that no run has: use another checkpoint")
     c = DEFAULTS | config
     tokens = c["batch_size"] * c["block_size"]

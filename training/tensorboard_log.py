@@ -36,6 +36,7 @@ HYPERPARAMETERS = (
     *("dropout", "batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay"),
     *("max_steps", "seed"),
 )
+HISTOGRAMS = ("radius", "time_scale", "time_offset", "window", "retardation")
 SHOWN_FIRST = ("model", "law", "pos", "parameters", "learning_rate")
 
 
@@ -165,15 +166,8 @@ def _geometry(model):
     """Yield (tag, values) of what the geometry of an NGT learned."""
     yield "mass", model.mass(_all_tokens(model))
     for n, layer in enumerate(model.layers):
-        attn = layer.attn
-        learned = {"radius": attn.radius}
-        if model.config.law == "newton":
-            learned["time_scale"] = attn.time_scale
-            learned["time_offset"] = attn.time_offset
-            learned["window"] = attn.window
-            learned["retardation"] = attn.retardation
-        for name, values in learned.items():
-            if values is not None:
+        for name, values in layer.attn.learned().items():
+            if name in HISTOGRAMS and values is not None:
                 yield f"layer{n}/{name}", values.flatten()
 
 

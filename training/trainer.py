@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import os
-import shutil
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +12,7 @@ from data import get_batch
 from engine.checkpoint import FORMAT_VERSION
 from engine.models import build_model
 from gravity.attention import step_around_when_compiling
+from gravity.cpu import cpp_compiler
 from model import NGT, repulsion_loss
 from system.errors import UserError, warn
 from system.machine import cpu_multiplies_bf16
@@ -41,7 +40,7 @@ def maybe_compile(model, config, device):
     """The compiled model, or the model itself with one warning where nothing can compile it."""
     if not config["compile"]:
         return model
-    if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+    if device.type == "cpu" and cpp_compiler() is None:
         warn("--compile needs a C++ compiler (g++) and there is none: training uncompiled")
         return model
     step_around_when_compiling()

@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import benchmark
 from benchmark import make_parser
 from benchmarks import attention, models, timing
-from benchmarks.training import first_release_attention, make_trainer, step_floor
+from benchmarks.training import first_release_attention, make_trainer, step_bytes
 from conftest import ROOT, error_line, run
+from engine.flops import training_flops
 from gravity.published import published_gravity_attention
 
 TINY = ("--preset", "shakespeare", "--batch-size", "2", "--block-size", "16", "--steps", "2")
@@ -149,9 +150,11 @@ def test_floor_counts_what_pytorch_counts(name):
     width = c.hidden_dim // c.num_heads
     distance = c.head_coord_dim if name == "ngt" else width
     pairs = 2 * 4 * 4 * sum(range(1, 17))  # batch, heads, layers, causal pairs
-    flops, floor_bytes = step_floor(trainer)
+    flops = training_flops(trainer.raw_model, trainer.tokens_per_step)
     assert flops == pytest.approx(linear + 3 * 2 * (distance + width) * pairs, rel=0.01)
-    assert floor_bytes == 40 * sum(p.numel() for p in trainer.raw_model.parameters())
+    assert step_bytes(trainer.raw_model) == 40 * sum(
+        p.numel() for p in trainer.raw_model.parameters()
+    )
 
 
 BAD = [
@@ -166,6 +169,8 @@ BAD = [
     (("attention", "--checkpoint", "missing.pt"), "does not exist"),
     (("decode", "--contexts", "many"), "no whole number"),
     (("data", "--data-path", "missing.txt"), "--data-path"),
+    (("scaling", "--ranks", "1,x"), "no whole number"),
+    (("scaling", "--steps", "5"), "at least 6"),
     ((), "required"),
 ]
 
@@ -193,7 +198,7 @@ def test_a_checkpoint_of_the_other_model_is_refused(in_tmp, small_text):
         assert result.returncode == 1 and "newton" in error_line(result)
 
 
-@pytest.mark.parametrize("command", ["train", "attention", "decode", "data"])
+@pytest.mark.parametrize("command", ["train", "attention", "decode", "data", "scaling"])
 def test_help_shows_an_example_and_every_default(command, capsys):
     with pytest.raises(SystemExit) as stop:
         benchmark.main([command, "--help"])

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import benchmark
 from benchmarks import scaling
 from benchmarks.paper import (
     SIZES,
@@ -66,7 +67,7 @@ def test_efficiency_falls_with_fewer_tokens():
 @pytest.mark.slow
 def test_the_page_is_of_real_trainings(in_tmp):
     flags = ["--preset", "shakespeare", "--rounds", "1", "--steps", "6", "--json", "s.json"]
-    assert scaling.main([*flags, "--output", "s.md"]) == 0
+    assert benchmark.main(["scaling", *flags, "--output", "s.md"]) == 0
     page, numbers = Path("s.md").read_text(), json.loads(Path("s.json").read_text())
     assert "## Measured" in page and "1,048,576" in page
     assert {"1", "2", "2 sharded"} == numbers["runs"].keys()

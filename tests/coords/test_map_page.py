@@ -6,11 +6,11 @@ import re
 import matplotlib.image
 import numpy as np
 import pytest
-from test_chat import LETTERS, make_checkpoint
-from test_visualize import TEXT, data_of, unpacked
 
 import visualize_coords
 from conftest import BROWSER
+from map_contents import TEXT, data_of, unpacked
+from small_models import LETTERS, make_checkpoint
 from text.tokenizer import BPETokenizer, CharTokenizer
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright here")
@@ -189,16 +189,16 @@ def test_heads_and_masses(open_map):
     page.wait_for_selector("#panel-heads .chart .main-svg")
     best = max(run["heads"], key=lambda row: row["one_back"])
     answers = page.inner_text(".answers")
-    assert f"one token back: block {best['layer']} head {best['head'] + 1}" in answers
+    assert f"one token back: layer {best['layer']} head {best['head'] + 1}" in answers
     window = max(row["window"] for row in run["heads"])
     assert re.search(rf"window ends {window:,.0f}" if window >= 100 else "window ends", answers)
     page.get_by_role("button", name="window").click()
     shown = page.locator("tbody tr th button").all_inner_texts()[:6]
     order = sorted(run["heads"], key=lambda row: -row["window"])
-    assert shown == [f"block {row['layer']} · head {row['head'] + 1}" for row in order]
+    assert shown == [f"layer {row['layer']} · head {row['head'] + 1}" for row in order]
     curves = page.evaluate("() => document.querySelector('.chart').data.map(t => [...t.y])")
     assert np.allclose(curves, run["field"]["of"][0])
-    page.get_by_role("button", name="block 1 · head 3").click()
+    page.get_by_role("button", name="layer 1 · head 3").click()
     assert page.input_value("#head") == "2" and page.input_value("#layer") == "1"
     assert page.is_visible("#panel-map")
     page.click("#tab-vocabulary")
@@ -305,4 +305,4 @@ def test_two_runs_side_by_side(open_map):
     assert second.locator('.token[aria-selected="true"]').get_attribute("data-token") == "5"
     page.click("#tab-heads")
     assert page.locator(".heads").count() == 2
-    assert "knows no time" in page.locator(".heads").nth(1).inner_text()
+    assert "do not depend on time" in page.locator(".heads").nth(1).inner_text()

@@ -1,41 +1,28 @@
 """The map's numbers against numpy by hand, and its flags. tests/test_map_page.py uses the page."""
 
-import base64
 import json
 import re
 
 import numpy as np
 import pytest
-import test_first_release
 import torch
-from test_chat import LETTERS, make_checkpoint
-from test_published import published_by_hand
 
-import model as model_module
+import first_release_files
 import visualize_coords
 from conftest import error_line, run
 from coords import data as coords_data
 from engine import pulls
+from map_contents import TEXT, data_of, unpacked
+from particles import published_by_hand
+from small_models import LETTERS, make_checkpoint, pull_weights
 from system.errors import UserError
 from system.markdown import json_for_script
 from text.preparation import prepare_data
 from text.tokenizer import BPETokenizer
 
-TEXT = "the quick brown fox jumps over the lazy dog"
-
 
 def write_map(*flags, expect=0):
     assert visualize_coords.main(["--checkpoint-path", "x.pt", *map(str, flags)]) == expect
-
-
-def data_of(path):
-    """What a page carries: its runs."""
-    text = path.read_text(encoding="utf-8")
-    return json.loads(re.search(r'id="data"[^>]*>(.*?)</script>', text, re.S).group(1))["runs"]
-
-
-def unpacked(text, dtype):
-    return np.frombuffer(base64.b64decode(text), dtype)
 
 
 def softplus(x):
@@ -110,10 +97,9 @@ def test_tokens_without_mass(law, mass_in_value, in_tmp):
 @pytest.mark.parametrize("law", ["newton", "published"])
 def test_pulls_that_are_no_numbers(law, in_tmp, monkeypatch):
     make_checkpoint("x.pt", law=law, block_size=64)
-    name = "GravityAttention" if law == "newton" else "PublishedGravityAttention"
-    kind = getattr(model_module, name)
-    pull_rows = kind.pull_rows
-    monkeypatch.setattr(kind, "pull_rows", lambda *args: pull_rows(*args) * float("nan"))
+    function = {"newton": "gravity_field", "published": "published_gravity_attention"}[law]
+    whole = getattr(pulls, function)
+    monkeypatch.setattr(pulls, function, lambda *a, **k: whole(*a, **k) * float("nan"))
     with pytest.raises(UserError, match="pulls of this checkpoint are not finite"):
         write_map("--text", TEXT)
 
@@ -128,7 +114,7 @@ def test_pulls_heads_and_distances(law, pairs, in_tmp, monkeypatch):
     write_map("--text", TEXT, "--output", "map.html")
     (shown,) = data_of(in_tmp / "map.html")
     with torch.no_grad():
-        weights = model.double().pull_weights(torch.tensor([tokens])).numpy()
+        weights = pull_weights(model.double(), torch.tensor([tokens])).numpy()
     assert np.allclose(weights.sum(-1), 1, atol=1e-6) and weights.dtype == np.float64
     every = np.concatenate([weights, weights.mean(1, keepdims=True)], 1)
     shape = (2, 5, len(tokens), 8)
@@ -172,15 +158,17 @@ def test_published_weights_are_the_first_releases(in_tmp):
             expected = published_by_hand(data, attn.radius, model.config.cutoff, mass_in_value)[0]
             if mass_in_value:
                 expected = expected / mass
-            assert torch.allclose(model.pull_weights(tokens)[0], expected.detach(), atol=1e-5)
+            assert torch.allclose(pull_weights(model, tokens)[0], expected.detach(), atol=1e-5)
 
 
 def test_a_first_release_file_has_a_map(in_tmp):
-    size = len(test_first_release.CHARACTERS)
-    config = test_first_release.ngt_config(size)
-    state = test_first_release.ngt_state(size)
-    test_first_release.save(in_tmp / "x.pt", state, config, test_first_release.char_vocab())
-    write_map("--text", test_first_release.TEXT, "--output", "map.html", "--heads-png", "heads.png")
+    size = len(first_release_files.CHARACTERS)
+    config = first_release_files.ngt_config(size)
+    state = first_release_files.ngt_state(size)
+    first_release_files.save(in_tmp / "x.pt", state, config, first_release_files.char_vocab())
+    write_map(
+        "--text", first_release_files.TEXT, "--output", "map.html", "--heads-png", "heads.png"
+    )
     (shown,) = data_of(in_tmp / "map.html")
     assert shown["law"] == "published" and shown["step"] == 1234 and shown["field"] is None
     sums = unpacked(shown["weights"], "<u2").reshape(-1, 8).sum(-1) / 65535

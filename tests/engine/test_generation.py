@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from engine.generation import TokenStream, sample
-from test_model import ALL, BLOCK, NEWTON, ids, lively
+from engine.pulls import newest_pulls
+from small_models import ALL, BLOCK, NEWTON, ids, lively
 
 PROBABILITIES = torch.tensor([0.1, 0.4, 0.02, 0.3, 0.05, 0.13])
 LOGITS = PROBABILITIES.log() + 2.5
@@ -168,32 +169,6 @@ def test_a_long_text_is_read_at_the_cost_of_one_context(name):
     torch.testing.assert_close(at_once.logits, slowly.logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", NEWTON)
-def test_pulls_on_the_newest_token(name):
-    """From the cache as it is they are the last row of the weights of a full pass."""
-    model = lively(name)
-    stream = TokenStream(model)
-    tokens = ids(3 * BLOCK)[0].tolist()
-    with pytest.raises(ValueError, match="feed"):
-        stream.pulls()
-    for start, end in ((0, 1), (1, BLOCK), (BLOCK, 3 * BLOCK - 2), (3 * BLOCK - 2, 3 * BLOCK)):
-        stream.feed(tokens[start:end])
-        weights, labels = stream.pulls()
-        expected = model.pull_weights(torch.tensor([tokens[:end]]))[:, :, -1]
-        count = weights.shape[-1]
-        assert labels == tokens[end - count : end]
-        assert (expected[:, :, : end - count] == 0).all()
-        torch.testing.assert_close(weights, expected[:, :, end - count :], rtol=1e-3, atol=1e-5)
-    state, logits = stream.copy_of_state(), stream.logits
-    stream.pulls()
-    stream.feed([1])
-    moved = stream.logits
-    stream.return_to(state)
-    assert torch.equal(stream.logits, logits)
-    stream.feed([1])
-    torch.testing.assert_close(stream.logits, moved)  # looking changed nothing
-
-
 def test_a_conversation_of_any_length_takes_constant_memory():
     """What the stream keeps after 2,000 tokens it kept after 500."""
     stream = TokenStream(lively("newton soft"))
@@ -203,5 +178,5 @@ def test_a_conversation_of_any_length_takes_constant_memory():
         for _ in stream.generate(500, generator=torch.Generator().manual_seed(1)):
             pass
         sizes.append((stream.cache.num_bytes(), len(stream.context) <= 2 * 256))
-        stream.pulls()
+        newest_pulls(stream)
     assert stream.cache.length == 2001 and set(sizes) == {sizes[0]} and sizes[0][1]

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from test_gravity import CUTOFFS, assert_close, double, output_and_gradients, particles
 
 from gravity.attention import gravity_attention
 from gravity.law import gravity_attention_reference, gravity_field, proven_window, reach
+from particles import CUTOFFS, assert_close, double, output_and_gradients, particles
 
 LAW_TENSORS = ("time_scale", "time_offset", "radius")
 

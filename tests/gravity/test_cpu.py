@@ -6,14 +6,14 @@ import sys
 
 import pytest
 import torch
-from test_gravity import CUTOFFS, assert_close, double, output_and_gradients, particles
 
 from conftest import ROOT
 from gravity import cpu
 from gravity.attention import gravity_attention
 from gravity.law import gravity_attention_reference
+from particles import CUTOFFS, assert_close, double, output_and_gradients, particles
 
-pytestmark = pytest.mark.skipif(cpu.compiler() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(cpu.cpp_compiler() is None, reason="no C++ compiler")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from gravity import attention
-from gravity.law import TINY, gravity_attention_reference, gravity_field
+from gravity.law import TINY, Law, gravity_attention_reference, gravity_field
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -84,10 +84,9 @@ def arguments(data, law, mass_in_value, tolerance, positions):
     if mass_in_value:
         v = v * mass[:, None, :, None].to(v.dtype)
         mass = torch.ones_like(mass)
-    return (
-        *(data["q"], data["k"], v, mass, data["time_scale"], data["time_offset"]),
-        *(data.get("radius"), law["exponent"], law["cutoff"], tolerance, *positions),
-    )
+    learned = (data["time_scale"], data["time_offset"], data.get("radius"))
+    given = Law(*learned, law["exponent"], law["cutoff"], tolerance, *positions)
+    return data["q"], data["k"], v, mass, given
 
 
 def kept_pairs(*args):
@@ -422,14 +421,14 @@ def compiled(dtype, cutoff, coords, width, launches=None):
         launches = cuda.launches(dtype, max(padded), 512)
     else:
         launches = [cuda.Launch(*launch) for launch in launches]
-    law = cuda._law(4, cutoff, width, coords)
-    law |= {"TINY": TINY, "BOUNDED": True, "FORWARD_M": launches[0].query}
+    shared = cuda._constants(4, cutoff, width, coords)
+    shared |= {"TINY": TINY, "BOUNDED": True, "FORWARD_M": launches[0].query}
     inputs = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "grad_ptr", "dq_ptr", "dk_ptr", "dv_ptr")
     tables = ("visible_ptr", "first_seen_ptr", "first_kept_ptr")
     results = []
     kernels = (cuda.forward_kernel, cuda.query_gradient_kernel, cuda.key_gradient_kernel)
     for kernel, launch in zip(kernels, launches, strict=True):
-        constants = law | {"M": launch.query, "N": launch.key}
+        constants = shared | {"M": launch.query, "N": launch.key}
         signature, values, hints = {}, {}, {}
         for place, argument in enumerate(kernel.arg_names):
             if argument in constants or argument in ("stride_qc", "stride_kc", "stride_vd"):
@@ -553,7 +552,7 @@ def test_without_triton_one_warning(monkeypatch, capsys):
     monkeypatch.setattr(attention, "triton_is_available", lambda: False)
     monkeypatch.setattr(attention, "blocked_attention", lambda *_: "plain")
     attention._warn_of_no_triton.cache_clear()
-    assert [attention._attend(on_gpu, on_gpu, on_gpu) for _ in range(2)] == ["plain"] * 2
+    assert [attention._attend(*[on_gpu] * 5) for _ in range(2)] == ["plain"] * 2
     warning = capsys.readouterr().err
     assert warning.count("warning: ") == 1 and "pip install triton" in warning
     attention._warn_of_no_triton.cache_clear()

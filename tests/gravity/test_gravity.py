@@ -8,51 +8,16 @@ import torch
 from gravity import attention, blocked
 from gravity.attention import gravity_attention
 from gravity.law import gravity_attention_reference
+from particles import (
+    CUTOFFS,
+    assert_close,
+    double,
+    leaves,
+    output_and_gradients,
+    particles,
+)
 
-CUTOFFS = ("none", "hard", "soft")
 EXPONENTS = (1, 3, 4, 8)
-
-
-def squared_distances(data):
-    """r2 of all pairs in float64 from one difference tensor, (B, H, Tq, Tk), positions 0..T-1."""
-    q, k = data["q"].detach().double(), data["k"].detach().double()
-    t_query = torch.arange(q.shape[2], dtype=torch.float64)
-    t_key = torch.arange(k.shape[2], dtype=torch.float64)
-    lag = t_query[:, None] - t_key - data["time_offset"].detach().double()[:, None, None]
-    time_term = (data["time_scale"].detach().double()[:, None, None] * lag) ** 2
-    return ((q[:, :, :, None] - k[:, :, None]) ** 2).sum(-1) + time_term
-
-
-def radius_between(data):
-    """A radius per head that lets about half of all pairs in and lies on the edge of none."""
-    r2 = squared_distances(data)
-    radii = []
-    for head in range(r2.shape[1]):
-        values = r2[:, head].flatten().sort().values
-        if len(values) < 10:
-            radii.append(1.5 * float(values[-1].sqrt()))
-            continue
-        low, high = int(0.4 * len(values)), int(0.6 * len(values))
-        gap = low + int((values[low + 1 : high + 1] - values[low:high]).argmax())
-        radii.append(float(((values[gap] + values[gap + 1]) / 2).sqrt()))
-    return torch.tensor(radii, dtype=torch.float64)
-
-
-def particles(tokens, heads=2, batch=2, coords=4, width=3, cutoff="none", spread=1.0, dtype=None):
-    """Random operator arguments in float64 (or `dtype`)."""
-    real = torch.float64
-    data = {
-        "q": spread * torch.randn(batch, heads, tokens, coords, dtype=real),
-        "k": spread * torch.randn(batch, heads, tokens, coords, dtype=real),
-        "v": torch.randn(batch, heads, tokens, width, dtype=real),
-        "mass": torch.rand(batch, tokens, dtype=real) + 0.5,
-        "time_scale": torch.rand(heads, dtype=real) * 0.4 + 0.05,
-        "time_offset": torch.linspace(-1.3, 2.6, heads, dtype=real),
-    }
-    data = {name: tensor.to(dtype or real) for name, tensor in data.items()}
-    if cutoff != "none":
-        data["radius"] = radius_between(data).to(dtype or real)
-    return data
 
 
 def loop(q, k, v, mass, time_scale, time_offset, exponent, radius, cutoff, mass_in_value, t_q, t_k):
@@ -83,36 +48,6 @@ def loop(q, k, v, mass, time_scale, time_offset, exponent, radius, cutoff, mass_
                 for d in range(v.shape[-1]):
                     out[b, h, i, d] = pull[d] / (total + 1e-30)
     return out
-
-
-def leaves(data):
-    """Copies that ask for gradients."""
-    return {name: tensor.detach().clone().requires_grad_() for name, tensor in data.items()}
-
-
-def double(data):
-    return {name: tensor.detach().double() for name, tensor in data.items()}
-
-
-def output_and_gradients(function, data, upstream, **settings):
-    """The output, and the gradient of `(out * upstream).sum()` for every input that has one."""
-    inputs = leaves(data)
-    out = function(**inputs, **settings)
-    names = [n for n in inputs if not (n == "radius" and settings.get("cutoff") == "hard")]
-    grads = torch.autograd.grad(
-        (out * upstream.to(out.dtype)).sum(), [inputs[n] for n in names], materialize_grads=True
-    )
-    return {"out": out.detach(), **dict(zip(names, grads, strict=True))}
-
-
-def assert_close(found, truth, relative, floor):
-    """Every tensor within `relative` of the largest entry of its truth, plus `floor`."""
-    assert found.keys() == truth.keys()
-    for name, expected in truth.items():
-        assert found[name].isfinite().all(), name
-        error = float((found[name].double() - expected.double()).abs().max())
-        limit = relative * float(expected.abs().max()) + floor
-        assert error <= limit, f"{name}: error {error:.2e}, allowed {limit:.2e}"
 
 
 @pytest.mark.parametrize("mass_in_value", [False, True])

@@ -2,29 +2,9 @@
 
 import pytest
 import torch
-from test_gravity import CUTOFFS, assert_close, double, leaves
 
 from gravity.published import published_gravity_attention
-
-
-def published_by_hand(data, radius, cutoff, mass_in_value):
-    """Design 1.2 from a difference tensor and a softmax written out, in float64."""
-    x, mass = data["x"], data["mass"]
-    r2 = ((x[:, :, :, None, :] - x[:, :, None, :, :]) ** 2).sum(-1)
-    score = -data["gamma"][:, None, None] / (r2 + 1e-6) + data["bias"][:, None, None]
-    v = data["v"]
-    if mass_in_value:
-        v = v * mass[:, None, :, None]
-    else:
-        score = score * mass[:, None, :, None] * mass[:, None, None, :]
-    allowed = torch.ones(x.shape[2], x.shape[2], dtype=torch.bool).tril().expand_as(r2)
-    if cutoff == "soft":
-        score = score * (1 - r2 / radius**2).clamp(min=0)
-    if cutoff == "hard":
-        allowed = allowed & (r2 <= radius**2)
-    score = score.masked_fill(~allowed, -1e300)
-    weight = (score - score.amax(-1, keepdim=True)).exp()
-    return (weight / weight.sum(-1, keepdim=True)) @ v
+from particles import CUTOFFS, assert_close, double, leaves, published_by_hand
 
 
 def published_particles(tokens=17, heads=3):

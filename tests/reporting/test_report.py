@@ -15,56 +15,13 @@ import report
 from conftest import BROWSER, error_line, run
 from reporting.runs import find_runs, group
 from reporting.tables import result_table
+from run_folders import CONFIG, cells, write_run
 from system.errors import UserError
 
 SMALL = (
     *("--hidden-dim", 16, "--num-layers", 2, "--num-heads", 2, "--block-size", 8),
     *("--eval-interval", 5, "--eval-iters", 1, "--checkpoint-interval", 5),
 )
-CONFIG = {
-    "model": "ngt",
-    "law": "newton",
-    "mass_in_value": False,
-    "pos": "learned",
-    "seed": 1,
-    "parameters": 1234,
-    "max_steps": 30,
-    "source": "text of the test",
-    "machine": "a machine",
-    "command": ["train_shakespeare.py", "--seed", "1"],
-    "code_version": "abc",
-    "checkpoint_path": "checkpoints/none.pt",
-}
-
-
-def write_run(name, losses, seconds_a_step=1.0, **config):
-    """A run that was evaluated every ten steps."""
-    folder = Path("runs") / name
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG | config))
-    rows = []
-    for n, loss in enumerate(losses, 1):
-        rows.append(
-            {
-                "step": 10 * n,
-                "tokens": 1000 * n,
-                "train_loss": 9.0,
-                "val_loss": loss,
-                "perplexity": None if loss is None else round(float(np.exp(loss)), 6),
-                "bits_per_byte": None if loss is None else loss / 3,
-                "tokens_per_s": 100 / seconds_a_step,
-                "steps_per_s": 1 / seconds_a_step,
-                "wall_time": 10 * n * seconds_a_step,
-                "peak_memory_bytes": 7 << 20,
-            }
-        )
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def cells(table):
-    """The lines of a Markdown table as lists of cells, by their first cell."""
-    lines = [line.strip("| ").split(" | ") for line in table.splitlines()]
-    return {line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines}
 
 
 def make_report(*names, reference=()):
@@ -111,16 +68,25 @@ def test_seeds_are_mean_and_spread(in_tmp):
     assert line[3] == f"{perplexities.mean():.2f} ± {perplexities.std(ddof=1):.2f}"
 
 
-def test_a_loss_that_is_not_finite(in_tmp):
-    """A run that diverged is said to have; its best is the last good one."""
+@pytest.mark.parametrize("lost", [None, float("nan")])
+def test_a_loss_that_is_not_finite(in_tmp, lost):
+    """A run that diverged is reported as such; its best is the last good one."""
     write_run("a", [4.0, 3.0])
-    write_run("b", [4.0, None], exponent=9)
+    write_run("b", [4.0, lost], exponent=9)
     _, parts = make_report("a", "b")
     assert cells(parts["At equal steps"])["ngt (newton), b"][2] == "not finite"
     assert cells(parts["At each one's best"])["ngt (newton), b"][2] == "4.0000"
-    write_run("c", [None], exponent=7)
+    write_run("c", [lost], exponent=7)
     _, parts = make_report("a", "c")
     assert cells(parts["At each one's best"])["ngt (newton), c"][0] == "no evaluation"
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_a_perplexity_that_overflows(in_tmp):
+    """A finite loss has none if it is large."""
+    write_run("a", [4.0, 800.0])
+    _, parts = make_report("a")
+    assert cells(parts["At equal steps"])["ngt (newton)"][2:4] == ["800.0000", "not finite"]
 
 
 def test_every_number_is_of_the_files(in_tmp):
@@ -154,24 +120,52 @@ def test_a_torn_last_line(in_tmp, capsys):
     assert len(lines) == 3
 
 
+ROW = {"step": 1, "tokens": 9, "steps_per_s": 1.0, "tokens_per_s": 9.0, "wall_time": 1.0}
+ROW |= {"val_loss": 4.0, "perplexity": 54.6}
 BAD = {
-    "damaged line": ("metrics.jsonl", '{"step": 1\n{"step": 2}\n', "line 1"),
-    "row without a loss": ("metrics.jsonl", '{"step": 1}\n', "line 1 has no tokens"),
-    "a list": ("metrics.jsonl", "[1]\n", "line 1"),
+    "no metrics": ("metrics.jsonl", None, "no evaluation"),
     "no rows": ("metrics.jsonl", "", "no evaluation"),
-    "config cut short": ("config.json", '{"model": "ng', "is no run"),
-    "config of something else": ("config.json", '{"model": "ngt"}', "is no run"),
+    "damaged line": ("metrics.jsonl", '{"step": 1\n{"step": 2}\n', "line 1"),
+    "a list": ("metrics.jsonl", "[1]\n", "line 1"),
+    "row without a loss": ("metrics.jsonl", '{"step": 1}\n', "line 1 has no tokens"),
+    "a step of text": ("metrics.jsonl", json.dumps(ROW | {"step": "x"}) + "\n", "line 1"),
+    "no speed": ("metrics.jsonl", json.dumps(ROW | {"tokens_per_s": None}), "a wrong tokens_per_s"),
+    "an endless time": ("metrics.jsonl", json.dumps(ROW | {"wall_time": 1e999}), "wall_time"),
+    "config cut short": ("config.json", '{"model": "ng', "cannot be read"),
+    "config of nothing": ("config.json", "null", "no dictionary"),
+    "config that is not text": ("config.json", b"\xff\xfe", "cannot be read"),
+    "config of something else": ("config.json", '{"model": "ngt"}', "has no source"),
+    "layers as text": ("config.json", json.dumps(CONFIG | {"num_layers": "1"}), "num_layers"),
+    "a law that is a number": ("config.json", json.dumps(CONFIG | {"law": 1}), "a wrong law"),
+    "rate as text": ("config.json", json.dumps(CONFIG | {"learning_rate": "1e-3"}), "rate"),
 }
 
 
 @pytest.mark.parametrize("name, content, words", BAD.values(), ids=BAD.keys())
 def test_damaged_runs(in_tmp, name, content, words):
+    """Files that are missing, torn or of another program end in one line, with a remedy."""
     write_run("a", [4.0, 3.0])
-    (Path("runs/a") / name).write_text(content)
+    path = Path("runs/a") / name
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError) as error:
         report.main(["--runs", "a", "--output", "r.md"])
     assert words in str(error.value) and "runs/a" in str(error.value)
+    assert "\n" not in str(error.value) and re.search("again|further|remove", str(error.value))
     assert not Path("r.md").exists()
+
+
+def test_a_run_without_its_config(in_tmp):
+    """It is listed as not run; alone it is an error."""
+    write_run("a", [4.0])
+    write_run("b", [4.0])
+    Path("runs/a/config.json").unlink()
+    _, parts = make_report("a", "b")
+    assert cells(parts["At equal steps"])["a"][0] == "not run"
+    with pytest.raises(UserError, match="called a"):
+        report.main(["--runs", "a"])
 
 
 TRAPS = (
@@ -212,18 +206,6 @@ def test_what_strangers_write_is_text(trap, in_tmp, capfd):
     with open("reports/r.csv", newline="") as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["10", "20", "10", "20"]
     assert Path("reports/r.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_extreme_numbers_have_a_report(in_tmp):
-    """The largest that are taken make pictures and tables still."""
-    write_run("a", [700.0, 1e-40, 0.0])
-    rows = [json.loads(x) for x in Path("runs/a/metrics.jsonl").read_text().splitlines()]
-    for row in rows:
-        row |= {"val_loss": row["val_loss"] * 1e37, "perplexity": 1e305, "wall_time": 1e40}
-        row |= {"tokens": 10**40, "tokens_per_s": 1e-40}
-    Path("runs/a/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write_run("b", [1.0, 2.0], exponent=3)
-    make_report("a", "b")
 
 
 def test_bad_input_is_one_line(in_tmp):

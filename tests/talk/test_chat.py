@@ -15,31 +15,10 @@ import torch
 
 import chat
 from conftest import ROOT, error_line, run
-from engine.checkpoint import FORMAT_VERSION, save_checkpoint
-from engine.models import build_model
+from engine.checkpoint import save_checkpoint
+from small_models import LETTERS, make_checkpoint, pull_weights
 from system.safe_text import printable
-from text.tokenizer import BPETokenizer, CharTokenizer
-
-LETTERS = CharTokenizer.train("abcdefghijklmnopqrstuvwxyz :\n\x1b")
-
-
-def make_checkpoint(path, tokenizer=LETTERS, **config):
-    """A small random model, saved as training saves it."""
-    torch.manual_seed(1)
-    config = {
-        **{"model_type": "ngt", "vocab_size": tokenizer.vocab_size, "block_size": 16},
-        **{"hidden_dim": 16, "num_layers": 2, "num_heads": 2, "mlp_dim": 16},
-        **config,
-    }
-    model = build_model(config)
-    for parameter in model.parameters():  # livelier than the start of training
-        torch.nn.init.normal_(parameter, std=0.3)
-    checkpoint = {
-        **{"format_version": FORMAT_VERSION, "model_state": model.state_dict(), "iter": 7},
-        **{"config": config, "vocab": tokenizer.to_vocab(), "best_val": 1.0},
-    }
-    save_checkpoint(path, checkpoint)
-    return model.eval()
+from text.tokenizer import BPETokenizer
 
 
 def answer(capsys, *flags):
@@ -155,7 +134,7 @@ def test_tokens_and_pull(in_tmp):
     (start,) = (n for n, line in enumerate(lines) if "was pulled by, of the last 7 tokens" in line)
     shares = {row.split()[2]: row.split()[0] for row in lines[start + 1 :] if "back" in row}
     tokens = torch.tensor([[*ids, LETTERS.encode(lines[0])[0] if lines[0] else ids[-1]]])
-    weights = model.double().pull_weights(tokens)
+    weights = pull_weights(model.double(), tokens)
     assert torch.allclose(weights.sum(-1), torch.ones(()).double(), atol=1e-6)
     mean = weights[:, :, -1].mean((0, 1))
     for back, share in shares.items():
@@ -172,7 +151,7 @@ def test_pull_weights_are_what_attention_uses(in_tmp):
     seen = {}
     attn = model.layers[1].attn
     attn.register_forward_hook(lambda _, inputs, output: seen.update(h=inputs[0], out=output))
-    weights = model.pull_weights(tokens)[1]
+    weights = pull_weights(model, tokens)[1]
     v = attn.v_proj(seen["h"]).view(1, -1, 2, 8).transpose(1, 2)[0]
     expected = attn.out_proj((weights @ v).transpose(0, 1).flatten(1))
     assert torch.allclose(seen["out"][0], expected, atol=1e-6)

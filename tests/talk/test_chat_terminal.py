@@ -13,16 +13,17 @@ import unicodedata
 
 import pytest
 import torch
-from test_chat import LETTERS, make_checkpoint
 
 import chat
 from chat_campaign import campaign
 from conftest import ROOT, error_line, run
 from engine.checkpoint import save_checkpoint
+from small_models import LETTERS, make_checkpoint
 from system import terminal as system_terminal
 from system.errors import UserError, run_script, warn
 from system.safe_text import printable
 from system.terminal import bar, cells, fit
+from talk.commands import print_event
 from talk.conversation import Conversation
 from text.tokenizer import CharTokenizer
 
@@ -251,7 +252,8 @@ def test_ctrl_c_while_it_reads(tmp_path, capsys):
     settings = dict(temperature=0, top_k=None, top_p=None, max_new_tokens=4, seed=1)
     talk, stopped = Conversation(model, LETTERS, settings), threading.Event()
     stopped.set()
-    talk.read("ab" * 1000, stopped)
+    for event in talk.read("ab" * 1000, stopped):
+        print_event(event)
     assert talk.stream.cache.length == 512 and talk.transcript.getvalue() == "ab" * 256
     assert "read as far as token 512 of 2,000" in capsys.readouterr().out
     with torch.inference_mode():

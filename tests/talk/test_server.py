@@ -13,17 +13,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_chat import make_checkpoint
 
 import chat
 from conftest import BROWSER, ROOT
 from engine.checkpoint import load_model
+from small_models import make_checkpoint, pull_weights
 from system.errors import UserError
 from system.safe_text import printable
-from talk import events as talk_events
+from talk import conversation as talk_conversation
 from talk import server as talk_server
-from talk.events import LiveConversation
-from talk.server import ChatServer
+from talk.conversation import Conversation
+from talk.server import KEPT_TOKENS, ChatServer
 from text.tokenizer import BPETokenizer, CharTokenizer
 
 HOSTILE = ("<script>document.title='pwned'</script>", "<img src=x onerror=alert(1)>", "\u202e")
@@ -82,11 +82,13 @@ class Asker:
 
 
 def tokens_of(events, author=None):
-    """Tokens of a stream of events as they ended up."""
+    """Tokens of a stream of events, as the page gets them, with their final text."""
     found = []
     for event in events:
         if event["type"] == "tokens":
-            found += event["tokens"]
+            found += [
+                token if isinstance(token, dict) else token.to_json() for token in event["tokens"]
+            ]
         elif event["type"] == "rest":
             found[-1]["text"] += event["text"]
     return [token for token in found if author in (None, token["author"])]
@@ -158,7 +160,8 @@ def test_answers_are_the_terminals_and_pulls_are_the_formulas(server, capsys):
     assert LETTERS.decode(ids[0, :11].tolist()) == "hello there"
     masses = server.model.mass(ids)[0].tolist()
     assert [token["mass"] for token in tokens] == pytest.approx(masses, rel=1e-6)
-    reference = make_checkpoint(server.folder / "copy.pt", LETTERS).double().pull_weights(ids)
+    copy = make_checkpoint(server.folder / "copy.pt", LETTERS).double()
+    reference = pull_weights(copy, ids)
     for position in (0, 1, 7, 10, 11, 30, 50):
         rows = asker.get(f"/pulls?position={position}")["rows"]
         assert_true_pulls(rows, reference, position)
@@ -291,16 +294,15 @@ def test_strangers_and_nonsense_are_refused_in_one_line(server):
     connection.close()
 
 
-def make_conversation(tokenizer=LETTERS, **config):
+def make_conversation(tokenizer=LETTERS, kept_tokens=KEPT_TOKENS, **config):
     make_checkpoint("x.pt", tokenizer, **config)
-    return LiveConversation(*load_model("x.pt", "cpu")[:2], dict(SETTINGS))
+    return Conversation(*load_model("x.pt", "cpu")[:2], dict(SETTINGS), kept_tokens)
 
 
 def test_memory_stays_as_it_is_and_the_newest_stay_true(in_tmp, monkeypatch):
     """Of a long text and a long answer the newest tokens are kept, with the pulls they felt."""
-    monkeypatch.setattr(talk_events, "KEPT_TOKENS", 50)
-    monkeypatch.setattr(talk_events, "READ_PAIRS", 4000)
-    conversation = make_conversation()
+    monkeypatch.setattr(talk_conversation, "READ_PAIRS", 4000)
+    conversation = make_conversation(kept_tokens=50)
     fed, feed = [], conversation.stream.feed
     monkeypatch.setattr(
         conversation.stream, "feed", lambda tokens: (fed.extend(tokens), feed(tokens))
@@ -311,7 +313,7 @@ def test_memory_stays_as_it_is_and_the_newest_stay_true(in_tmp, monkeypatch):
     kept = conversation.kept()
     assert [token.position for token in kept] == list(range(len(fed) - 50, len(fed)))
     model = load_model("x.pt", "cpu")[0].double()
-    reference = model.pull_weights(torch.tensor([fed]))
+    reference = pull_weights(model, torch.tensor([fed]))
     for token in kept[::7]:
         assert_true_pulls(token.pull_rows(), reference, token.position)
     assert conversation.transcript.getvalue() == ""
@@ -343,7 +345,7 @@ def test_a_damaged_model_is_one_line_and_the_server_goes_on(in_tmp):
     conversation = make_conversation()
     weight = conversation.stream.model.norm.weight.data
     whole = weight.clone()
-    with ChatServer("127.0.0.1", 0, conversation, {}, {}) as server:
+    with ChatServer("127.0.0.1", 0, conversation, "") as server:
 
         def events_of_talk():
             job = server.talk({"action": "send", "text": "ab"})
@@ -364,7 +366,7 @@ def test_hosts_ports_and_flags(in_tmp, capsys, monkeypatch):
     conversation = make_conversation()
 
     def knows(host):
-        with ChatServer(host, 0, conversation, {}, {}) as server:
+        with ChatServer(host, 0, conversation, "") as server:
             own = f":{server.server_address[1]}"
             names = ("localhost", "127.0.0.1", "192.168.1.5", "evil.example", "", "[::1]")
             return [name for name in names if server.knows(name + own)]
@@ -469,7 +471,7 @@ def test_in_a_browser(server, new_page):
     # what a stranger's vocabulary says is text
     seen = shown_text(page, "model")
     assert HOSTILE[0] in seen and HOSTILE[1] in seen and "\\u202e" in seen and "\\x1b" in seen
-    assert page.title() == "Chat: see what pulls"
+    assert page.title() == "Chat: what pulls each token"
     assert page.locator("main img, main script").count() == 0
 
     # the newest token's pulls show without a hand; hover shows another's, a click keeps it
@@ -497,7 +499,7 @@ def test_in_a_browser(server, new_page):
     page.click(".by-head li >> nth=3")
     assert page.input_value("#head") == "4"
     assert lit(page).keys() == {source for source, _ in head_rows[4]}
-    page.select_option("#head", label="block 1, mean of heads")
+    page.select_option("#head", label="layer 1, mean of heads")
     assert lit(page).keys() == {source for source, _ in head_rows[2]}
 
     # the keyboard alone

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import datasets
 import pytest
-from test_token_files import TINY_SHA256, listing, prepare, read_text, read_tokens
 
 from conftest import SHARED, left_behind
 from system.errors import UserError
 from text import corpora as text_corpora
 from text.corpora import find_corpus
+from token_folders import TINY_SHA256, listing, prepare, read_text, read_tokens
 
 INPUT = Path("data/shakespeare/input.txt")
 PLAYS = """

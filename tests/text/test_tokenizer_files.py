@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from test_tokenizer import BPE_JSON, ENGLISH, HANGUL, TEXTS
 from tokenizers import (
     AddedToken,
     Regex,
@@ -16,6 +15,7 @@ from tokenizers import (
     trainers,
 )
 
+from sample_texts import BPE_JSON, ENGLISH, HANGUL, TEXTS
 from system.errors import UserError
 from text.tokenizer import GPT4_WORDS, LONGEST_TOKEN, BPETokenizer, load_bpe, tokenizer_from_vocab
 

@@ -8,9 +8,9 @@ import sys
 import time
 
 import pytest
-from test_tensorboard_log import TINY, evaluation
 
 from conftest import ROOT
+from small_runs import TINY, evaluation
 from system.durations import duration, short_duration
 from training import display as training_display
 from training.display import TrainingDisplay

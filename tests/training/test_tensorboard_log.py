@@ -21,22 +21,17 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from tensorboard.util.tensor_util import make_ndarray
-from test_train import assert_same_run, same
 
 from conftest import BROWSER, ROOT, error_line, run
 from engine.checkpoint import read_checkpoint
 from engine.models import build_model
+from small_runs import TINY, assert_same_run, evaluation, same
 from system.errors import UserError
 from text.tokenizer import CharTokenizer
 from training import tensorboard_log
 from training.run_log import RunLog
 from training.tensorboard_log import Dashboard, as_code, sample_text
 
-TINY = (
-    *("--hidden-dim", 16, "--coord-dim", 8, "--head-coord-dim", 4, "--num-layers", 1),
-    *("--num-heads", 2, "--mlp-dim", 16, "--block-size", 16, "--batch-size", 2),
-    *("--eval-iters", 1, "--warmup-steps", 5, "--dropout", 0.1, "--no-use-cosine-schedule"),
-)
 HOSTILE = (
     "<script>window.executed = 1; alert(1)</script>",
     "<img src=x onerror='window.executed = 2; alert(2)'>",
@@ -90,14 +85,6 @@ def small(model_type="ngt", tokenizer=None, **config):
     }
     valid = np.arange(100, dtype=np.uint16) % tokenizer.vocab_size
     return build_model(config), SimpleNamespace(valid=valid, tokenizer=tokenizer)
-
-
-def evaluation(step, val_loss):
-    return {
-        **{"step": step, "tokens": step * 512, "train_loss": val_loss + 0.1},
-        **{"val_loss": val_loss, "perplexity": math.exp(val_loss), "bits_per_byte": val_loss * 1.4},
-        **{"repulsion": None, "tokens_per_s": 1000.0, "wall_time": step * 1.5},
-    }
 
 
 def test_a_resumed_run_reads_as_one(in_tmp, small_text):

@@ -16,6 +16,7 @@ import train_shakespeare
 from conftest import ROOT, error_line, run
 from data import eval_batches
 from engine.checkpoint import load_model, read_checkpoint
+from small_runs import assert_same_run, same
 from system.errors import run_script
 from text.token_files import open_token_data
 from training import trainer as training_trainer
@@ -42,23 +43,6 @@ def refuse(capsys, *flags):
     error = capsys.readouterr().err
     assert "Traceback" not in error
     return stop.value.code, error
-
-
-def same(a, b):
-    """Whether two values are bit-identical."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def assert_same_run(one, other):
-    """Weights, optimizer, RNG and the curve of two runs are identical."""
-    for key in ("model_state", "optimizer_state", "rng_state", "scheduler_state", "best_val"):
-        assert same(one[key], other[key]), key
 
 
 def curve(directory):

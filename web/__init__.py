@@ -1,0 +1,1 @@
+"""What the map and the chat page share."""

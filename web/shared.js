@@ -1,0 +1,101 @@
+"use strict";
+// What both pages show: tokens as people read them, numbers, and the list of what pulls a token.
+
+const $ = (id) => document.getElementById(id);
+
+const plain = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
+const number = (x, digits = 3) => {
+  if (x === null || x === undefined) return "none";
+  if (x === 0) return "0";
+  if (Math.abs(x) < 0.0001) return x.toExponential(1);
+  return Math.abs(x) >= 100 ? plain.format(x) : x.toPrecision(digits);
+};
+const percent = (x) => (x >= 0.0995 ? `${Math.round(100 * x)} %` : `${(100 * x).toFixed(1)} %`);
+
+// Only `append` and `textContent` put text into the page: a stranger's vocabulary may hold HTML.
+const element = (name, properties = {}, ...children) => {
+  const made = document.createElement(name);
+  const { dataset, style, ...others } = properties;
+  Object.assign(made, others);
+  Object.assign(made.dataset, dataset);
+  for (const [key, value] of Object.entries(style ?? {})) made.style.setProperty(key, value);
+  made.append(...children);
+  return made;
+};
+const heading = (textContent) => element("h3", { textContent });
+const note = (textContent) => element("p", { className: "note", textContent });
+const bold = (textContent) => element("b", { textContent });
+const context = (textContent) => element("span", { className: "context", textContent });
+
+// A label whose marks for spaces and line ends are paler than its letters.
+const tokenText = (label) =>
+  label
+    .split(/([␣⏎⇥])/)
+    .filter(Boolean)
+    .map((part) =>
+      /[␣⏎⇥]/.test(part) ? element("i", { className: "mark", textContent: part }) : part,
+    );
+const chip = (label) => element("code", { className: "chip" }, ...tokenText(label));
+const cut = (label) => (label.length > 24 ? `${label.slice(0, 23)}…` : label);
+
+const goButton = (title, onclick, ...children) =>
+  element("button", { className: "go", type: "button", title, onclick }, ...children);
+const clearButton = (onclick) =>
+  element("button", { className: "close", type: "button", textContent: "Clear", onclick });
+const facts = (pairs) =>
+  element(
+    "dl",
+    { className: "facts" },
+    ...pairs.map(([name, value]) =>
+      element(
+        "div",
+        {},
+        element("dt", { textContent: name }),
+        element("dd", { textContent: value }),
+      ),
+    ),
+  );
+
+// Pulls are [source, weight] everywhere, strongest first; the weights of all sources sum to 1.
+const distanceBack = (position, source) =>
+  source === position ? "itself" : `${plain.format(position - source)} back`;
+
+const pullList = (position, pulls, labelOf, goTo) =>
+  element(
+    "ol",
+    { className: "pulls" },
+    ...pulls.map(([source, weight]) =>
+      element(
+        "li",
+        { style: { "--share": `${(100 * weight) / pulls[0][1]}%` } },
+        goTo(
+          source,
+          chip(labelOf(source)),
+          bold(percent(weight)),
+          context(distanceBack(position, source)),
+        ),
+      ),
+    ),
+  );
+
+const otherPulls = (pulls, whole = 1) => {
+  const rest = whole - pulls.reduce((sum, [, weight]) => sum + weight, 0);
+  return rest > 0.0005 ? `All others together: ${percent(rest)}.` : "There are no others.";
+};
+
+// A token as a screen reader says it.
+const spokenToken = (position, mass, pulls, labelOf) =>
+  [
+    `${labelOf(position)}, position ${position}`,
+    ...(mass === null ? [] : [`mass ${number(mass)}`]),
+    ...pulls
+      .slice(0, 3)
+      .map(([source, weight]) => `pulled ${percent(weight)} by ${labelOf(source)}`),
+  ].join(", ");
+
+// scrollIntoView would move the page too; offsetTop counts from the list, which is positioned.
+const scrollWithin = (list, made) => {
+  const { scrollTop, clientHeight } = list;
+  if (made.offsetTop < scrollTop || made.offsetTop > scrollTop + clientHeight - 30)
+    list.scrollTop = made.offsetTop - clientHeight / 2;
+};
