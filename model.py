@@ -1,14 +1,14 @@
 """Newton Gravity Transformer: tokens are particles, attention is gravity.
 
-A token has a hidden state `h` (semantic stream), coordinates `z` (geometric stream) and a positive
-mass `m`. Each block lets earlier tokens pull on it and moves it:
+A token has a hidden state `h`, coordinates `z` and a positive mass `m`. One layer computes
 
     a = GravityAttention(LayerNorm(h), z, m)
     h = h + a
     h = h + FeedForward(LayerNorm(h))
     z = LayerNorm(z + W_z a)
 
-`vanilla_model.py` is the same sentence with dot-product attention in place of gravity.
+`vanilla_model.py` is written in parallel: the same names in the same order, with dot-product
+attention and without coordinates. Letters in shapes as in `gravity/law.py`.
 """
 
 import math
@@ -30,8 +30,8 @@ from system.settings import check_settings, setting
 LAWS = ("newton", "published")
 PUBLISHED_RADIUS = math.log1p(math.exp(4.0))  # softplus(4), where the first release starts
 NEWTON_RADIUS = 16.0
-LARGEST_EXPONENT = 1024  # a Gaussian in all but name
-NEAREST_TIME_SCALE = 0.35  # softenings a token, of a layer's first head at the start
+LARGEST_EXPONENT = 1024  # the field is then practically a Gaussian
+NEAREST_TIME_SCALE = 0.35  # softenings per token, of each layer's first head at the start
 
 
 @dataclass
@@ -124,16 +124,15 @@ class NGTConfig(ModelConfig):
 
 
 class Geometry(NamedTuple):
-    """Where the particles are: `mass` (B, T), final `z` (B, T, coord_dim), and `layers`, the
-    coordinates before the first block and after each, num_layers + 1 of (B, T, coord_dim)."""
+    """The particles: their masses, and where they are."""
 
-    mass: torch.Tensor
-    z: torch.Tensor
-    layers: tuple
+    mass: torch.Tensor  # (B, T)
+    z: torch.Tensor  # (B, T, coord_dim), after the last layer
+    layers: tuple  # num_layers + 1 of (B, T, coord_dim): before the first layer and after each
 
 
 class FeedForward(nn.Module):
-    """Two linear maps with a GELU between; (B, T, hidden_dim) to the same."""
+    """Two linear maps with a GELU between them, (B, T, hidden_dim) to the same shape."""
 
     def __init__(self, config):
         super().__init__()
@@ -146,11 +145,11 @@ class FeedForward(nn.Module):
 
 
 class GravityAttention(nn.Module):
-    """The pull of earlier tokens under `--law newton`.
+    """Attention under `--law newton`: the pull of earlier tokens, by `gravity/law.py`.
 
-    A head looks from `q = P z` and pulls from `k = S z`; time is one more dimension of space.
-    Gravity takes its time: a source is felt, by a learned share of each coordinate, where its
-    predecessor is (`retarded`). So one layer can look for what once followed a token like this.
+    A head looks from `q = P z` and is pulled from `k = S z`; time is one more dimension of space.
+    With retardation, k is partly that of the token before (`retarded`), so that one layer can find
+    what once followed a token like this one.
     """
 
     def __init__(self, config, layer):
@@ -173,7 +172,7 @@ class GravityAttention(nn.Module):
 
     @torch.no_grad()
     def reset_geometry(self):
-        """Start near: distances about 1 softening, heads that look from 3 to 300 tokens back."""
+        """Start with distances of about 1 softening, and heads that look 3 to 300 tokens back."""
         for proj in (self.probe_proj, self.source_proj):
             proj.reset_parameters()
             proj.weight /= math.sqrt(8)
@@ -189,7 +188,7 @@ class GravityAttention(nn.Module):
 
     @property
     def time_scale(self):
-        """Softening units a token, (H,)."""
+        """Softening units per token, (H,)."""
         return F.softplus(self.time_scale_raw.float())
 
     @property
@@ -199,24 +198,23 @@ class GravityAttention(nn.Module):
 
     @property
     def window(self):
-        """Tokens back beyond which a head feels exactly nothing, (H,); inf without a cutoff."""
+        """How many tokens back each head feels anything, (H,); inf without a cutoff."""
         if self.radius is None:
             return torch.full_like(self.time_offset, math.inf)
         return reach(self.time_scale, self.time_offset, self.radius).clamp(min=1)
 
     def points(self, z, kv_cache=None):
-        """Where tokens look from and pull from, both (B, H, T, head_coord_dim)."""
+        """Where tokens look from, and where they pull from, both (B, H, T, head_coord_dim)."""
         source = self.retarded(self.source_proj(z), kv_cache)
         return tuple(split_heads(x, self.config.num_heads) for x in (self.probe_proj(z), source))
 
     def retarded(self, source, kv_cache=None):
-        """Where tokens are felt: at 0 where they are, at 1 where their predecessor is.
-
-        A head that is at 1 is drawn to what once followed a token like this one.
+        """Where tokens pull from, (B, T, H*C): with retardation 0 from their own place, with 1
+        from that of the token before.
 
         Args:
-            source: (B, T, H*C).
-            kv_cache: remembers the predecessor of the next call's first token.
+            source: each token's own place, (B, T, H*C).
+            kv_cache: remembers the token before the first one of the next call.
         """
         if self.retardation is None:
             return source
@@ -225,7 +223,7 @@ class GravityAttention(nn.Module):
         return torch.lerp(source, before, self.retardation.to(source.dtype))
 
     def law(self):
-        """The keyword arguments of `gravity.gravity_field` for this layer."""
+        """The keyword arguments of `gravity_field` for this layer."""
         return dict(
             time_scale=self.time_scale,
             time_offset=self.time_offset,
@@ -247,28 +245,20 @@ class GravityAttention(nn.Module):
         q, k = self.points(z, kv_cache)
         v = split_heads(self.v_proj(h), self.config.num_heads)
         tolerance = self.config.field_tolerance
-        if tolerance is None:
+        if tolerance is None:  # 16-bit values are rounded more coarsely than 1e-4
             tolerance = 1e-4 if v.dtype in (torch.bfloat16, torch.float16) else 1e-6
         key_positions = positions
         if kv_cache is not None:
             key_positions, k, v, mass = kv_cache.append(self.layer, positions, k, v, mass)
-        pull = gravity_attention(
-            q,
-            k,
-            v,
-            mass,
-            field_tolerance=tolerance,
-            query_positions=positions,
-            key_positions=key_positions,
-            **self.law(),
-        )
+        law = self.law() | {"query_positions": positions, "key_positions": key_positions}
+        a = gravity_attention(q, k, v, mass, field_tolerance=tolerance, **law)
         if kv_cache is not None:
             kv_cache.forget_beyond(self.layer, lambda: self.window)
-        return self.dropout(self.out_proj(merge_heads(pull)))
+        return self.dropout(self.out_proj(merge_heads(a)))
 
 
-class Block(nn.Module):
-    """Pull, think, move."""
+class Layer(nn.Module):
+    """One layer: attention, feed-forward, coordinate update."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -290,7 +280,7 @@ class Block(nn.Module):
 
 @torch.no_grad()
 def init_weights(model):
-    """GPT-2's start: normal(0, 0.02), and what is added to the stream smaller by sqrt(2 layers)."""
+    """Start as GPT-2: normal(0, 0.02), divided by sqrt(2 layers) for what is added to `h`."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             std = 0.02
@@ -320,7 +310,7 @@ class NGT(nn.Module):
             self.coord_proj = nn.Linear(config.hidden_dim, config.coord_dim)
             self.coord_norm = nn.LayerNorm(config.coord_dim)
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(Block(config, n) for n in range(config.num_layers))
+        self.layers = nn.ModuleList(Layer(config, n) for n in range(config.num_layers))
         self.norm = nn.LayerNorm(config.hidden_dim)
         self.head = nn.Linear(config.hidden_dim, config.vocab_size, bias=published)
         init_weights(self)
@@ -334,23 +324,23 @@ class NGT(nn.Module):
 
     @property
     def max_context(self):
-        """Tokens that fit one context; None where there is no limit."""
+        """How many tokens fit into one context; None if there is no limit."""
         return self.config.block_size if self.config.law == "published" else None
 
     def mass(self, tokens):
-        """softplus of the learned embedding, shaped as `tokens`."""
+        """Masses of token ids: softplus of a learned embedding, in the shape of `tokens`."""
         return F.softplus(self.mass_emb(tokens).squeeze(-1).float())
 
     def forward(self, tokens, kv_cache=None, return_geometry=False):
-        """Logits of the next token.
+        """Logits of the next token after each, (B, T, vocab_size).
 
         Args:
-            tokens: (B, T) ids.
-            kv_cache: a `generation.KVCache`; `tokens` then follow those it has seen.
-            return_geometry: return `(logits, Geometry)` instead of logits.
+            tokens: ids, (B, T).
+            kv_cache: a `KVCache`; `tokens` then follow those that it has seen.
+            return_geometry: return `(logits, Geometry)`.
 
         Raises:
-            ValueError: where the published law is given more than `block_size` tokens.
+            ValueError: if the published law is given more than `block_size` tokens.
         """
         start = 0 if kv_cache is None else kv_cache.length
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
@@ -372,30 +362,28 @@ class NGT(nn.Module):
 
 
 def check_context(model, length):
-    """Raise `ValueError` where a model with absolute positions is asked beyond them."""
+    """Raise `ValueError` if a model with absolute positions is given more tokens than those."""
     if model.max_context is not None and length > model.max_context:
         raise ValueError(f"{length} tokens do not fit block_size {model.max_context} of this model")
 
 
 def repulsion_loss(z, mass, max_positions=64, generator=None):
-    """Energy of particles that push each other apart, so that coordinates do not collapse.
+    """A loss that pushes particles apart, so that coordinates do not collapse: a scalar in fp32.
 
-    Mean over pairs i<j of at most `max_positions` sampled positions of
-    `m_i m_j / max(|z_i - z_j|^2, 1e-6)`.
+    It is the mean of `m_i m_j / max(|z_i - z_j|^2, 1e-6)` over all pairs i < j of at most
+    `max_positions` sampled tokens; 0 for fewer than two tokens.
 
     Args:
-        z: (B, T, coord_dim); mass: (B, T).
-        generator: a CPU `torch.Generator` for the sample; the global one where None.
-
-    Returns:
-        A scalar in fp32; 0 for fewer than two tokens.
+        z: (B, T, coord_dim).
+        mass: (B, T).
+        generator: a CPU `torch.Generator` for the sample; None takes the global one.
     """
     tokens = z.shape[1]
     if tokens > max_positions:
         sample = torch.randperm(tokens, generator=generator)[:max_positions].to(z.device)
         z, mass = z[:, sample], mass[:, sample]
     if tokens < 2:
-        return z.sum() * 0.0
+        return z.sum() * 0.0  # 0 with a gradient
     z, mass = z.float(), mass.float()
     i, j = torch.triu_indices(z.shape[1], z.shape[1], offset=1, device=z.device)
     distance2 = (z[:, i] - z[:, j]).square().sum(-1)  # (B, pairs)

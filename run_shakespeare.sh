@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Trains a vanilla transformer and an NGT on Shakespeare, side by side, and shows what came of it.
+# Trains a vanilla transformer and an NGT of the same size on Shakespeare, and shows the result.
 #
-#   bash run_shakespeare.sh                        minutes on two CPU cores; call again to go on
+#   bash run_shakespeare.sh                        minutes on two CPU cores; call again to continue
 #   MAX_STEPS=200 bash run_shakespeare.sh          fewer steps
 #   DATA_PATH=my.txt NAME=mine bash run_shakespeare.sh
 #
-# From the environment: MAX_STEPS BATCH_SIZE BLOCK_SIZE HIDDEN_DIM NUM_LAYERS NUM_HEADS
-# LEARNING_RATE SEED DATA_PATH DEVICE NAME (of the run; another one keeps both), and EXTRA_FLAGS,
-# which go to both trainings.
+# Settings, given as environment variables: MAX_STEPS BATCH_SIZE BLOCK_SIZE HIDDEN_DIM NUM_LAYERS
+# NUM_HEADS LEARNING_RATE SEED DATA_PATH DEVICE, NAME (of the run; a new name keeps both runs) and
+# EXTRA_FLAGS (added to both trainings).
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./setup_venv.sh

@@ -1,24 +1,27 @@
 #!/usr/bin/env bash
-# The study that compares gravity with dot-product attention, each change of the law by itself.
-# Every run is a folder below runs/; call it again and it goes on where it stopped.
+# The study: compares gravity with dot-product attention, and tries one change of the law at a time.
+# Every run has a folder below runs/; call the script again to continue an interrupted study.
 #
 #   bash run_study.sh                                    all stages on Shakespeare, two CPU cores
-#   NAME=study DATASET=text DATA_PATH=books/ bash run_study.sh   any corpus: as reports/study.md
-#   STAGES="headline" SEEDS="1 2 3" bash run_study.sh    some of it
+#   NAME=study DATASET=text DATA_PATH=books/ bash run_study.sh   any text: as reports/study.md
+#   STAGES="headline" SEEDS="1 2 3" bash run_study.sh    parts of it
 #
-# From the environment, with their defaults:
+# Settings, given as environment variables, with their defaults:
 #   STAGES="rates ablations headline full sizes evaluate report"
-#   SIZE=small           or 25m, a GPU's job: WikiText-103's setting on the same corpus
-#   JOBS=2 THREADS=1     runs at a time, and CPU threads of each
+#   SIZE=small           or 25m: WikiText-103's setting on the same text, a job for a GPU
+#   JOBS=2 THREADS=1     runs at the same time, and CPU threads of each
 #   DATASET=shakespeare DATA_PATH BPE_VOCAB_SIZE=2048
-#   SEEDS="1 2 3"        of the headline;   RATE_SEED=100   of the learning rates' comparison
-#   RATES="1e-3 2e-3 4e-3 8e-3"   tried for each model;   NGT_RATE, VANILLA_RATE   used afterwards
-#   STEPS=6000 SHORT_STEPS=1500   of the headline, and of rates and ablations
-#   NAME=study_$DATASET  of the folders below runs/, checkpoints/ and logs/, and of the report
-#   ONLY                 runs whose name matches, as headline/rotary*
-#   SIZES="300000 3000000"   parameters of the other sizes, trained on 12 tokens a parameter
-#   FULL                 ablations to run in full as well, by name
-#   EXTRA_FLAGS          go to every training
+#   SEEDS="1 2 3"        seeds of the headline
+#   RATE_SEED=100        seed of the runs that compare learning rates
+#   RATES="1e-3 2e-3 4e-3 8e-3"   learning rates to try for each model
+#   NGT_RATE=4e-3 VANILLA_RATE=4e-3   learning rates of all other stages
+#   STEPS=6000           steps of the headline;   SHORT_STEPS=1500   of rates and ablations
+#   NAME=study_$DATASET  names the report and the folders below runs/, checkpoints/ and logs/
+#   ONLY                 only the runs whose name matches, such as headline/rotary*
+#   SIZES="300000 3000000"   parameters of the other sizes, trained on 12 tokens per parameter
+#   ABLATIONS            their names (default: the list below)
+#   FULL                 names of ablations that also run for all STEPS
+#   EXTRA_FLAGS          added to every training
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./setup_venv.sh
@@ -43,7 +46,7 @@ export OMP_NUM_THREADS=${THREADS:-1}
 for stage in $STAGES; do
     case "$stage" in
         rates | ablations | headline | full | sizes | evaluate | report) ;;
-        *) fail "STAGES has $stage: name some of rates, ablations, headline, full, sizes," \
+        *) fail "STAGES contains $stage, which is unknown: choose from rates, ablations, headline, full, sizes," \
             "evaluate, report" ;;
     esac
 done
@@ -57,20 +60,20 @@ case "$SIZE" in
             --gradient-accumulation-steps 2)
         parameters=25650000
         ;;
-    *) fail "SIZE=$SIZE: give small or 25m" ;;
+    *) fail "SIZE=$SIZE is unknown: give small or 25m" ;;
 esac
 
 corpus=(--dataset "$DATASET" --tokenizer bpe --bpe-vocab-size "$BPE_VOCAB_SIZE")
 [ -z "${DATA_PATH:-}" ] || corpus+=(--data-path "$DATA_PATH")
 read -r -a extra <<<"${EXTRA_FLAGS:-}"
 
-# a tenth of a learning rate, where its cosine ends
+# tenth RATE: prints a tenth of a learning rate, the value at which its cosine schedule ends
 tenth() { python -c "import sys; print(f'{float(sys.argv[1]) / 10:g}')" "$1"; }
 
-# add NAME SEED STEPS RATE FLAGS...: a run to the list of those that `train_all` starts
+# add NAME SEED STEPS RATE FLAGS...: adds a run to the list that `train_all` starts
 add() {
     local name=$NAME/$1 seed=$2 steps=$3 rate=$4
-    # shellcheck disable=SC2053  # a pattern is what is meant
+    # shellcheck disable=SC2053  # ONLY is a pattern
     [[ $1 == ${ONLY:-*} ]] || return 0
     shift 4
     jobs+=("$(printf '%q ' "$name" "${corpus[@]}" "${shape[@]}" --num-parameters "$parameters" \
@@ -80,14 +83,14 @@ add() {
         ${extra[@]+"${extra[@]}"})")
 }
 
-# train_one NAME FLAGS...: one run, its output in logs/NAME.log
+# train_one NAME FLAGS...: trains one run, with its output in logs/NAME.log
 train_one() {
     local name=$1
     shift
     mkdir -p "$(dirname "logs/$name.log")"
     if [ -e "logs/$name.flags" ] && [ "$(cat "logs/$name.flags")" != "$*" ]; then
         echo "error: runs/$name was trained with other flags (logs/$name.flags):" \
-            "give another NAME, or remove that run" >&2
+            "give another NAME, or delete that run and its flags file" >&2
         return 255
     fi
     echo "$*" >"logs/$name.flags"
@@ -96,7 +99,7 @@ train_one() {
         echo "$(date +%H:%M) $name: $(grep -h 'best validation loss' "logs/$name.log" | tail -n 1)"
     else
         echo "error: $name failed: $(tail -n 1 "logs/$name.log")" >&2
-        return 255 # ends xargs
+        return 255 # makes xargs stop, too
     fi
 }
 export -f train_one
@@ -107,7 +110,7 @@ train_all() {
     jobs=()
 }
 
-# set_size PARAMETERS: a narrower or wider model of as many layers and heads
+# set_size PARAMETERS: sets `shape`, a narrower or wider model with the same layers and heads
 set_size() {
     parameters=$1
     local width=128
@@ -116,11 +119,11 @@ set_size() {
     shape=(--hidden-dim "$width" --num-layers 4 --num-heads 4 --block-size 256 --batch-size 8)
 }
 
-# the ablations: a name and what it changes
+# ablation NAME: sets `flags`, what this ablation changes
 ablation() {
     case "$1" in
         default) flags=() ;;
-        default_seed_*) flags=(--seed "${1#default_seed_}") ;; # how far seeds differ
+        default_seed_*) flags=(--seed "${1#default_seed_}") ;; # shows how much seeds differ
         exponent_*[0-9]) flags=(--exponent "${1#exponent_}") ;;
         head_coord_dim_*) flags=(--head-coord-dim "${1#head_coord_dim_}") ;;
         coord_dim_*) flags=(--coord-dim "${1#coord_dim_}") ;;
@@ -134,7 +137,7 @@ ablation() {
         soft_radius_*) flags=(--use-soft-cutoff --radius "${1#soft_radius_}") ;;
         tolerance_*) flags=(--field-tolerance "${1#tolerance_}") ;;
         published) flags=(--law published --mass-in-value) ;;
-        *) fail "there is no ablation $1" ;;
+        *) fail "no ablation $1: see the names in run_study.sh" ;;
     esac
 }
 ABLATIONS=${ABLATIONS:-default default_seed_2 default_seed_3 no_retardation mass_in_value

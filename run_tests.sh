@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs the tests; an active environment is used as it is, else .venv is made.
+# Runs the tests in the active environment, or creates .venv if none is active.
 #
-#   bash run_tests.sh            what must pass everywhere, minutes on two CPU cores
-#   bash run_tests.sh --slow     what takes longer, too; other words go to pytest
+#   bash run_tests.sh            the tests that must pass everywhere, minutes on two CPU cores
+#   bash run_tests.sh --slow     also the slow tests; all arguments go to pytest
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./setup_venv.sh

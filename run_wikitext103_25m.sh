@@ -1,24 +1,26 @@
 #!/usr/bin/env bash
-# The experiment that NGT is known by: WikiText-103, BPE of 8192 tokens, about 25M parameters,
-# vanilla beside NGT with the mass in the value. Call it again and it goes on where it stopped.
+# The experiment of NGT's first release: WikiText-103, a BPE of 8192 tokens, about 25M parameters,
+# vanilla and NGT with the mass in the value. Call the script again to continue an interrupted run.
 #
-#   bash run_wikitext103_25m.sh                                  15,000 steps each: a GPU's job
-#   DATASET=text DATA_PATH=books/ bash run_wikitext103_25m.sh    the same on any corpus
-#   MAX_STEPS=50 BATCH_SIZE=2 bash run_wikitext103_25m.sh        as far as a laptop goes
+#   bash run_wikitext103_25m.sh                                  15,000 steps each, a job for a GPU
+#   DATASET=text DATA_PATH=books/ bash run_wikitext103_25m.sh    the same on any text
+#   MAX_STEPS=50 BATCH_SIZE=2 bash run_wikitext103_25m.sh        small enough for a laptop
 #   RUNS="vanilla ngt published" NPROC=4 bash run_wikitext103_25m.sh
 #
-# From the environment, with their defaults:
+# Settings, given as environment variables, with their defaults:
 #   RUNS="vanilla ngt"   also: rotary, ngt_mass_in_weight, published (the first release's law)
-#   NAME=w3_25m          of the folders below checkpoints/, logs/ and runs/, and of the report
-#   NPROC=1              processes, under torchrun
+#   NAME=w3_25m          names the report and the folders below checkpoints/, logs/ and runs/
+#   NPROC=1              processes; more than 1 run under torchrun
 #   DATASET=wikitext103 DATA_PATH TOKENIZER=bpe BPE_VOCAB_SIZE=8192 TOKENIZER_PATH
 #   HIDDEN_DIM=512 COORD_DIM=64 HEAD_COORD_DIM=16 NUM_LAYERS=8 NUM_HEADS=8 BLOCK_SIZE=512 DROPOUT=0
-#   MLP_DIM              of every model (default: 4 x HIDDEN_DIM for NGT, others as many parameters)
+#   MLP_DIM              of both models (default: 4 x HIDDEN_DIM for NGT; for vanilla the width that
+#                        gives it as many parameters)
 #   BATCH_SIZE=16 GRADIENT_ACCUMULATION_STEPS=2 MAX_STEPS=15000 LEARNING_RATE=6e-4
 #   MIN_LEARNING_RATE=6e-5 WEIGHT_DECAY=0.1 SEED=1337 DEVICE=auto
-#   WARMUP_STEPS         2 of 15 steps;   EVAL_INTERVAL, CHECKPOINT_INTERVAL  30 times in all
-#   EVAL_ITERS=16        of 16 windows each
-#   EXTRA_FLAGS          go to every training
+#   WARMUP_STEPS         (default: 2/15 of the steps)
+#   EVAL_INTERVAL        (default: 1/30 of the steps, at least 10);   CHECKPOINT_INTERVAL   the same
+#   EVAL_ITERS=16        times 16 validation windows
+#   EXTRA_FLAGS          added to every training
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./setup_venv.sh
@@ -27,8 +29,8 @@ NAME=${NAME:-w3_25m}
 RUNS=${RUNS:-vanilla ngt}
 NPROC=${NPROC:-1}
 MAX_STEPS=${MAX_STEPS:-15000}
-[[ $MAX_STEPS =~ ^[1-9][0-9]*$ ]] || fail "MAX_STEPS=$MAX_STEPS is no number of steps: give at least 1"
-[[ $NPROC =~ ^[1-9][0-9]*$ ]] || fail "NPROC=$NPROC is no number of processes: give at least 1"
+[[ $MAX_STEPS =~ ^[1-9][0-9]*$ ]] || fail "MAX_STEPS=$MAX_STEPS is not a number of steps: give at least 1"
+[[ $NPROC =~ ^[1-9][0-9]*$ ]] || fail "NPROC=$NPROC is not a number of processes: give at least 1"
 WARMUP_STEPS=${WARMUP_STEPS:-$((MAX_STEPS * 2 / 15))}
 EVAL_INTERVAL=${EVAL_INTERVAL:-$((MAX_STEPS < 300 ? 10 : MAX_STEPS / 30))}
 CHECKPOINT_INTERVAL=${CHECKPOINT_INTERVAL:-$EVAL_INTERVAL}
@@ -38,7 +40,7 @@ CHECKPOINT_INTERVAL=${CHECKPOINT_INTERVAL:-$EVAL_INTERVAL}
 : "${GRADIENT_ACCUMULATION_STEPS:=2}" "${LEARNING_RATE:=6e-4}" "${MIN_LEARNING_RATE:=6e-5}"
 : "${WEIGHT_DECAY:=0.1}" "${SEED:=1337}" "${DEVICE:=auto}" "${EVAL_ITERS:=16}"
 
-# collect NAME...: sets `flags` to the command line of those that have a value
+# collect NAME...: sets `flags` to the command-line flags of the variables that have a value
 collect() {
     local name
     flags=()
@@ -56,7 +58,7 @@ collect HIDDEN_DIM COORD_DIM HEAD_COORD_DIM NUM_LAYERS NUM_HEADS MLP_DIM BLOCK_S
 sizes=("${flags[@]}")
 read -r -a extra <<<"${EXTRA_FLAGS:-}"
 
-# describe RUN: sets `file`, its name, and `model`, its flags
+# describe RUN: sets `file` (the name of its files) and `model` (its flags)
 describe() {
     case "$1" in
         vanilla) file=vanilla_25m model=(--model vanilla) ;;
@@ -64,7 +66,8 @@ describe() {
         ngt) file=ngt_mass_in_value model=(--model ngt --mass-in-value) ;;
         ngt_mass_in_weight) file=ngt_mass_in_weight model=(--model ngt) ;;
         published) file=ngt_published model=(--model ngt --law published --mass-in-value) ;;
-        *) fail "RUNS has $1: name some of vanilla, rotary, ngt, ngt_mass_in_weight, published" ;;
+        *) fail "RUNS contains $1, which is unknown: choose from vanilla, rotary, ngt," \
+            "ngt_mass_in_weight, published" ;;
     esac
 }
 for run in $RUNS; do describe "$run"; done
@@ -73,7 +76,7 @@ use_environment requirements.txt
 launch=(python)
 [ "$NPROC" = 1 ] || launch=(torchrun --standalone --nproc-per-node "$NPROC")
 
-# train LAUNCHER... -- RUN FLAGS...
+# train LAUNCHER... -- RUN FLAGS...: trains one run, or continues it
 train() {
     local launcher=()
     while [ "$1" != -- ]; do launcher+=("$1") && shift; done
@@ -96,7 +99,7 @@ for run in $RUNS; do
     names+=("$NAME/$file")
     echo
     echo "== training $run (logs/$NAME/$file.log)"
-    # tee outlives Ctrl-C, so that the last lines are kept
+    # -i: tee ignores Ctrl-C, so that the log gets the last lines, too
     train "${launch[@]}" -- "$run" | tee -ia "logs/$NAME/$file.log"
 done
 echo

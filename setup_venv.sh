@@ -1,11 +1,13 @@
-# Sourced by the run_*.sh scripts: `use_environment FILE...` makes .venv where no environment is
-# active, and installs the requirements files unless these very files are installed already.
+# Sourced by the run_*.sh scripts: `use_environment FILE...` creates .venv if no environment is
+# active, and installs the requirements files unless they are installed already.
 
+# fail MESSAGE...: prints one error line and exits
 fail() {
     echo "error: $*" >&2
     exit 1
 }
 
+# find_python: prints the first Python of a supported version
 find_python() {
     local candidate
     for candidate in "${PYTHON:-}" python3.12 python3.11 python3 python; do
@@ -23,9 +25,9 @@ use_environment() {
     if [ -z "${VIRTUAL_ENV:-}" ]; then
         if [ ! -x .venv/bin/python ]; then
             python=$(find_python) || exit 1
-            echo "making .venv with $("$python" --version)"
+            echo "creating .venv with $("$python" --version)"
             "$python" -m venv .venv ||
-                fail "no virtual environment could be made: on Debian, apt install python3-venv"
+                fail "the virtual environment could not be created: on Debian, apt install python3-venv"
         fi
         export VIRTUAL_ENV="$PWD/.venv"
         export PATH="$VIRTUAL_ENV/bin:$PATH"
@@ -37,7 +39,7 @@ use_environment() {
         local files=() file
         for file in "$@"; do files+=(-r "$file"); done
         python -m pip install --disable-pip-version-check "${files[@]}" ||
-            fail "the packages could not be installed: see pip's message above, then call again"
+            fail "the packages could not be installed: see pip's message above, then try again"
         echo "$wanted" >>"$stamp"
     fi
 }

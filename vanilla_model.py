@@ -1,11 +1,14 @@
-"""The baseline: a GPT-2 style transformer with the skeleton of `model.py`.
+"""The baseline: a GPT-2 style transformer, written in parallel to `model.py`.
+
+A token has a hidden state `h`. One layer computes
 
     a = Attention(LayerNorm(h))
     h = h + a
     h = h + FeedForward(LayerNorm(h))
 
 Attention is PyTorch's scaled_dot_product_attention; positions are learned, rotary
-(Su et al. 2021, arXiv:2104.09864) or ALiBi (Press et al. 2022, arXiv:2108.12409).
+(Su et al. 2021, arXiv:2104.09864) or ALiBi (Press et al. 2022, arXiv:2108.12409). Letters in shapes
+as in `gravity/law.py`.
 """
 
 import math
@@ -35,12 +38,12 @@ class VanillaConfig(ModelConfig):
         if self.pos == "rotary" and self.hidden_dim // self.num_heads % 2:
             raise UsageError(
                 f"--pos rotary turns pairs of channels: --hidden-dim {self.hidden_dim} over "
-                f"--num-heads {self.num_heads} leaves an odd number a head"
+                f"--num-heads {self.num_heads} leaves an odd number per head"
             )
 
 
 def rotate(x, positions):
-    """Turn channel pairs of (B, H, T, D) by angles that grow with the position."""
+    """x (B, H, T, D) with its pairs of channels turned by angles that grow with the position."""
     half = x.shape[-1] // 2
     frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
     angle = positions[:, None].float() * frequency  # (T, half)
@@ -50,7 +53,7 @@ def rotate(x, positions):
 
 
 def alibi_slopes(num_heads):
-    """Geometric slopes, (H,): 2^(-8/n), 2^(-16/n), ...; for other counts as the paper's code."""
+    """ALiBi's slopes, (H,): 2^(-8/H), 2^(-16/H), ... if H is a power of two, else as its code."""
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * (n + 1) / power) for n in range(power)]
     slopes += [2 ** (-4 * (2 * n + 1) / power) for n in range(num_heads - power)]
@@ -58,7 +61,7 @@ def alibi_slopes(num_heads):
 
 
 class Attention(nn.Module):
-    """Causal scaled dot-product attention."""
+    """Causal scaled dot-product attention, over the hidden state alone."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -85,15 +88,15 @@ class Attention(nn.Module):
             distance = positions[:, None] - key_positions[None, :]  # (Tq, Tk)
             mask = -self.slopes[:, None, None] * distance
             mask = mask.masked_fill(distance < 0, -math.inf).to(q.dtype)  # (H, Tq, Tk)
-        elif k.shape[2] > q.shape[2] > 1:
-            mask = positions[:, None] >= key_positions[None, :]
+        elif k.shape[2] > q.shape[2] > 1:  # is_causal would match the first query to the first key
+            mask = positions[:, None] >= key_positions[None, :]  # (Tq, Tk)
         causal = mask is None and q.shape[2] > 1
         a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.dropout(self.out_proj(merge_heads(a)))
 
 
-class Block(nn.Module):
-    """Attend, think."""
+class Layer(nn.Module):
+    """One layer: attention, feed-forward."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -103,8 +106,10 @@ class Block(nn.Module):
         self.ffn = FeedForward(config)
 
     def forward(self, h, positions, kv_cache=None):
-        h = h + self.attn(self.norm1(h), positions, kv_cache)
-        return h + self.ffn(self.norm2(h))
+        a = self.attn(self.norm1(h), positions, kv_cache)
+        h = h + a
+        h = h + self.ffn(self.norm2(h))
+        return h
 
 
 class Vanilla(nn.Module):
@@ -117,25 +122,25 @@ class Vanilla(nn.Module):
         if config.pos == "learned":
             self.pos_emb = nn.Embedding(config.block_size, config.hidden_dim)
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(Block(config, n) for n in range(config.num_layers))
+        self.layers = nn.ModuleList(Layer(config, n) for n in range(config.num_layers))
         self.norm = nn.LayerNorm(config.hidden_dim)
         self.head = nn.Linear(config.hidden_dim, config.vocab_size, bias=config.head_bias)
         init_weights(self)
 
     @property
     def max_context(self):
-        """Tokens that fit one context: past its training length vanilla has learned nothing."""
+        """How many tokens fit into one context: nothing was learned past the training length."""
         return self.config.block_size
 
     def forward(self, tokens, kv_cache=None):
-        """Logits of the next token.
+        """Logits of the next token after each, (B, T, vocab_size).
 
         Args:
-            tokens: (B, T) ids.
-            kv_cache: a `generation.KVCache`; `tokens` then follow those it has seen.
+            tokens: ids, (B, T).
+            kv_cache: a `KVCache`; `tokens` then follow those that it has seen.
 
         Raises:
-            ValueError: where learned positions are given more than `block_size` tokens.
+            ValueError: if learned positions are given more than `block_size` tokens.
         """
         start = 0 if kv_cache is None else kv_cache.length
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)

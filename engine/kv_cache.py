@@ -1,17 +1,17 @@
-"""What attention still needs of the tokens seen so far."""
+"""The KV cache: what attention still needs of the tokens seen so far."""
 
 import copy
 import math
 
-MIN_CAPACITY = 256  # tokens
+MIN_CAPACITY = 256  # tokens for which a layer has memory at least
 
 
 class KVCache:
     """What attention still needs of the tokens seen so far.
 
-    `length` counts all tokens ever seen; a layer may have forgotten the oldest of them. Every
-    layer writes into memory that doubles when it is full, so a new token copies no old ones, and
-    that stays as it is once what is forgotten makes room for what is new.
+    `length` counts all tokens seen; a layer may have forgotten the oldest of them. Each layer's
+    memory doubles when it is full, so that a new token seldom copies old ones. It stops growing
+    as soon as forgotten tokens leave enough space for new ones.
     """
 
     def __init__(self):
@@ -21,14 +21,14 @@ class KVCache:
         self._windows = {}  # layer: see `forget_beyond`
 
     def append(self, layer, positions, *entries):
-        """Add new tokens to a layer and return all that it remembers.
+        """Add new tokens to a layer.
 
         Args:
-            positions: (T,) of the new tokens.
+            positions: those of the new tokens, (T,).
             entries: tensors of the new tokens, (B, H, T, C) or (B, T).
 
         Returns:
-            `(positions, *entries)` over all remembered tokens; views, good until the next call.
+            `(positions, *entries)` of all remembered tokens: views, valid until the next call.
         """
         new = (positions, *entries)
         memory = self._layers.get(layer)
@@ -37,10 +37,10 @@ class KVCache:
         return memory.append(new)
 
     def exchange(self, layer, entries):
-        """Keep the last of `entries`, (B, T, C), for a layer and return the one kept before.
+        """Keep the last of a layer's `entries`, (B, T, C), and return the one kept before.
 
         Returns:
-            (B, 1, C); the first of `entries` where none was kept.
+            (B, 1, C); the first of `entries` if none was kept.
         """
         before = self._newest.get(layer, entries[:, :1])
         self._newest[layer] = entries[:, -1:].clone()
@@ -65,21 +65,21 @@ class KVCache:
         memory.start = max(memory.start, memory.stop - count)
 
     def num_remembered(self, layer):
-        """Tokens that a layer still remembers."""
+        """How many tokens a layer still remembers."""
         return self._layers[layer].stop - self._layers[layer].start
 
     def most_remembered(self):
-        """Tokens that the layer with the longest memory remembers."""
+        """How many tokens the layer with the longest memory remembers."""
         return max(map(self.num_remembered, self._layers), default=0)
 
     def remembered(self, layer):
-        """`(positions, *entries)` of a layer; views, good until the next `append`."""
+        """`(positions, *entries)` of a layer: views, valid until the next `append`."""
         return self._layers[layer].remembered()
 
     def snapshot(self):
-        """This moment, at the cost of no copy: it shares memory that is only ever added to.
+        """A cache that stays as this one is now; shares its memory, to which tokens are only added.
 
-        Copy it deeply before anything is appended to it.
+        Make a deep copy of it before anything is appended to it.
         """
         cache = KVCache()
         cache.length, cache._newest = self.length, dict(self._newest)
@@ -88,13 +88,13 @@ class KVCache:
         return cache
 
     def num_bytes(self):
-        """Memory that the layers hold, in bytes."""
+        """How much memory the layers hold, in bytes."""
         entries = [entry for memory in self._layers.values() for entry in memory.entries]
         return sum(x.numel() * x.element_size() for x in (*entries, *self._newest.values()))
 
 
 class _Memory:
-    """Tensors with room for more tokens; those from `start` to `stop` are remembered."""
+    """Tensors with space for more tokens; those from `start` to `stop` are remembered."""
 
     def __init__(self, like):
         self.start = self.stop = self.capacity = 0
@@ -103,14 +103,14 @@ class _Memory:
     def append(self, new):
         count = len(new[0])
         if self.stop + count > self.capacity:
-            self._make_room(count)
+            self._grow(count)
         for entry, tokens in zip(self.entries, new, strict=True):
             entry.narrow(_token_dim(entry), self.stop, count).copy_(tokens)
         self.stop += count
         return self.remembered()
 
-    def _make_room(self, count):
-        """Move what is remembered to the front of new memory, larger where half is not free."""
+    def _grow(self, count):
+        """Move what is remembered to the front of new memory, larger unless half of it is free."""
         kept = self.stop - self.start
         if 2 * (kept + count) > self.capacity:
             self.capacity = max(MIN_CAPACITY, 2 * (kept + count))
@@ -128,4 +128,5 @@ class _Memory:
 
 
 def _token_dim(entry):
+    """Which dimension counts tokens in (T,), (B, T) and (B, H, T, C)."""
     return {1: 0, 2: 1, 4: 2}[entry.dim()]

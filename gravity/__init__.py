@@ -1,4 +1,4 @@
-"""The gravity operator: its law, and implementations for CPUs and CUDA."""
+"""The gravity operator: its law, and implementations for CPUs and CUDA GPUs."""
 
 from gravity.attention import gravity_attention
 from gravity.law import CUTOFFS, gravity_attention_reference, gravity_field

@@ -1,18 +1,8 @@
-"""The gravity operator: what pulls on a token, and how hard.
+"""Gravity attention for models: checks the arguments and picks the implementation.
 
-`gravity_attention` is the one door. It computes, per head,
-
-    r2[i,j] = |q_i - k_j|^2 + (time_scale * (t_i - t_j - time_offset))^2
-    field   = mass_j / (1 + r2) ** exponent
-    out_i   = sum_{j<=i} field * v_j / (sum_{j<=i} field + TINY)
-
-`gravity_attention_reference` is that formula and defines the truth; the paths behind the door
-(compiled for the CPU, Triton for CUDA, plain PyTorch everywhere else) give the same numbers without
-ever keeping a T x T matrix, and skip what is provably too far to matter.
-`published_gravity_attention` is the law of NGT's first release.
-
-The letters in shapes: B batch, H heads, T tokens (Tq queries, Tk keys), C coordinates a head,
-D width of a value.
+`law.py` has the formula. The compiled kernels for CPUs, the Triton kernels for CUDA and the blocks
+in plain PyTorch give the same numbers without ever keeping a T x T matrix, and skip what is
+provably too far away to matter. Letters in shapes as in `law.py`.
 """
 
 import functools
@@ -27,6 +17,7 @@ from system.errors import warn
 
 
 def _check(q, k, v, mass, law):
+    """Raise `ValueError` if shapes or settings do not fit."""
     batch, heads, num_queries, coords = q.shape
     num_keys = k.shape[2]
     if k.shape != (batch, heads, num_keys, coords) or v.shape[:3] != (batch, heads, num_keys):
@@ -69,22 +60,22 @@ def gravity_attention(
     query_positions=None,
     key_positions=None,
 ):
-    """Gravity attention: every token is pulled by itself and by earlier tokens.
+    """For each token the mean of the values v_j, weighted by the fields of `gravity_field`.
 
     Args:
         q, k, mass, time_scale, time_offset, exponent, radius, cutoff, query_positions,
-            key_positions: as `gravity_field`; positions must increase.
-        v: what a token hands on, (B, H, Tk, D).
-        mass_in_value: multiply values by the mass instead of fields.
-        field_tolerance: older sources are left out once together they provably weigh no more than
-            this share of what was summed; the output is then within
+            key_positions: as for `gravity_field`; positions must increase.
+        v: what a token passes on, (B, H, Tk, D).
+        mass_in_value: multiply values by the mass, not fields.
+        field_tolerance: older tokens are left out as soon as they provably weigh together at most
+            this share of the sum so far. The output is then within
             `2 * field_tolerance * max|v|` of the full sum. 0 leaves nothing out.
 
     Returns:
-        (B, H, Tq, D) in the dtype of `v`. A token that nothing reaches gets 0.
+        (B, H, Tq, D) in the dtype of `v`; 0 for a token that nothing reaches.
 
     Raises:
-        ValueError: where shapes or settings do not fit.
+        ValueError: if shapes or settings do not fit.
     """
     if query_positions is None and key_positions is None and q.shape[2] != k.shape[2]:
         raise ValueError("fewer queries than keys need query_positions and key_positions")
@@ -94,14 +85,14 @@ def gravity_attention(
         key_positions=positions_or_range(key_positions, k),
     )
     _check(q, k, v, mass, law)
-    if mass_in_value:
+    if mass_in_value:  # then the implementations need to know of only one place for the mass
         v = v * mass[:, None, :, None].to(v.dtype)
         mass = torch.ones_like(mass)
     return _attend(q, k, v, mass, law)
 
 
 def _attend(q, k, v, mass, law):
-    """The fastest path that takes these tensors."""
+    """The fastest implementation that takes these tensors."""
     if can_attend(q, v):
         return cpu_attention(q, k, v, mass, law)
     if q.is_cuda and triton_handles(q, k, v):
@@ -117,9 +108,9 @@ def _warn_of_no_triton():
 
 
 def step_around_when_compiling():
-    """Let torch.compile leave the operator alone, whose loops depend on data.
+    """Make torch.compile skip the operator, whose loops depend on data.
 
-    Called when something is to be compiled: the decorator alone takes two seconds to import.
+    Called before a model is compiled, not on import: the decorator alone takes two seconds to load.
     """
     global _attend
     _attend = torch.compiler.disable(_attend)

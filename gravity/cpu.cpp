@@ -612,5 +612,5 @@ void gravity_forward(const Problem *p) {
 void gravity_backward(const Problem *p) {
     p->exponent == 4 ? run_backward<4>(*p) : run_backward<0>(*p);
 }
-int64_t rows_of_a_block() { return ROWS; }
+int64_t rows_per_block() { return ROWS; }
 }

@@ -1,7 +1,7 @@
-"""The CPU's fast path of gravity attention: compiles `cpu.cpp` once and calls it.
+"""Gravity attention on CPUs in fp32 and bf16: compiles `cpu.cpp` once and calls its kernels.
 
-Needs a C++ compiler (`CXX`, else g++). The library is kept under the user's cache directory, named
-after everything that it was made from.
+Needs a C++ compiler (`CXX`, else g++). The library is kept in the user's cache directory. Its name
+is a hash of all it was made from, so a new source, compiler or processor makes a new one.
 """
 
 import atexit
@@ -22,7 +22,7 @@ from gravity.law import Law
 from system.errors import warn
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-# what -ffast-math would allow, but for infinities, NaN and the process-wide rounding mode
+# -ffast-math without the parts that break infinities and NaN or change the rounding of the process
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
@@ -33,6 +33,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class _Tensor(ctypes.Structure):
+    """`struct Tensor` of cpu.cpp."""
+
     _fields_ = [
         ("data", ctypes.c_void_p),
         ("batch_stride", ctypes.c_int64),
@@ -48,7 +50,7 @@ _RESULTS = ("result", "total", "first", "d_q", "d_k", "d_v", "d_mass", "d_law")
 
 
 class _Problem(ctypes.Structure):
-    """`struct Problem` of cpu.cpp, in its order."""
+    """`struct Problem` of cpu.cpp: the same fields in the same order."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in _SIZES),
@@ -71,7 +73,7 @@ def cache_directory():
 
 @functools.cache
 def library():
-    """The compiled kernels, or None with one warning where they cannot be had."""
+    """The compiled kernels, or None after one warning if they cannot be compiled or loaded."""
     if cpp_compiler() is None:
         warn(
             "no C++ compiler (g++): gravity runs in plain PyTorch, several times slower; "
@@ -82,19 +84,19 @@ def library():
         loaded = ctypes.CDLL(str(_compiled()))
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or ["no message"]
-        warn(f"{SOURCE.name} does not compile here, plain PyTorch is used: {lines[0]}")
+        warn(f"{SOURCE.name} does not compile here, so plain PyTorch is used: {lines[0]}")
         return None
     except OSError as error:
-        warn(f"{SOURCE.name} cannot be used here, plain PyTorch is: {error}")
+        warn(f"{SOURCE.name} cannot be loaded here, so plain PyTorch is used: {error}")
         return None
-    loaded.rows_of_a_block.restype = ctypes.c_int64
+    loaded.rows_per_block.restype = ctypes.c_int64
     return loaded
 
 
 def _compiled():
-    """Path of the library for this source, compiler and processor, made where it is missing."""
+    """The path of the library for this source, compiler and processor; compiled if missing."""
     command = [cpp_compiler(), *FLAGS]
-    # -dM names the compiler's version and all that -march=native found
+    # -dM lists the compiler's version and all processor features that -march=native found
     macros = subprocess.run(
         [*command, "-E", "-dM", "-x", "c++", os.devnull], check=True, capture_output=True, text=True
     ).stdout
@@ -102,9 +104,10 @@ def _compiled():
     name = f"gravity_cpu_{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     path = _folder_for(name) / name
     if not path.exists():
-        print(f"compiling {SOURCE.name}, once and for some seconds", file=sys.stderr, flush=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as workshop:
-            made = Path(workshop) / name
+        print(f"compiling {SOURCE.name}, once: takes some seconds", file=sys.stderr, flush=True)
+        # compiled elsewhere and then moved, so that no other process loads half a library
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / name
             subprocess.run(
                 [*command, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True
             )
@@ -113,13 +116,13 @@ def _compiled():
 
 
 def _folder_for(name):
-    """The cache directory, or one for this process alone where nothing can be kept."""
+    """The cache directory, or a temporary one for this process if that cannot be written."""
     try:
         folder = cache_directory()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if (folder / name).exists() or os.access(folder, os.W_OK):
             return folder
-    except (OSError, RuntimeError):  # a home that cannot be written, or none at all
+    except (OSError, RuntimeError):  # the home directory cannot be written, or there is none
         pass
     folder = tempfile.mkdtemp(prefix="newton-gravity-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -127,22 +130,24 @@ def _folder_for(name):
 
 
 def can_attend(q, v):
-    """Whether these tensors are for this path."""
+    """Whether the compiled kernels take these tensors, and there are any."""
     fits = q.device.type == "cpu" and q.dtype in DTYPES and v.dtype in DTYPES
     return fits and library() is not None
 
 
 def cpu_attention(q, k, v, mass, law):
-    """`gravity.gravity_attention` with checked arguments."""
+    """`gravity_attention` with checked arguments, on a CPU in fp32 or bf16."""
     return _CompiledGravity.apply(q, k, v, mass, *law)
 
 
 class _CompiledGravity(torch.autograd.Function):
+    """The kernels with their gradients; the backward kernel recomputes the fields."""
+
     @staticmethod
     def forward(ctx, q, k, v, mass, *law):
         law = Law(*law)
         batch, heads, queries, _ = q.shape
-        rows = library().rows_of_a_block()
+        rows = library().rows_per_block()
         result = torch.empty(batch, queries, heads, v.shape[-1], dtype=torch.float32)
         total = torch.empty(batch, heads, queries, dtype=torch.float32)
         first = torch.empty(batch, heads, -(-queries // rows), dtype=torch.int32)
@@ -182,10 +187,10 @@ class _CompiledGravity(torch.autograd.Function):
 
 
 class _Call:
-    """The arguments of a kernel, and the tensors that must live as long."""
+    """One call of a kernel: its arguments, and the tensors that they point into."""
 
     def __init__(self, q, k, v, mass, law):
-        self.alive = []
+        self.alive = []  # tensors that must not be freed before the call
         batch, heads, queries, coords = q.shape
         self.problem = _Problem(
             *(batch, heads, queries, k.shape[2], coords, v.shape[3]),
@@ -201,7 +206,7 @@ class _Call:
             self.pointers(radius=law.radius.double())
 
     def tensor(self, name, tensor):
-        """Set a (B, H, T, C) argument; only its last dimension must be contiguous."""
+        """Set a (B, H, T, C) argument; the kernel takes any strides but in the last dimension."""
         if tensor.stride(-1) != 1:
             tensor = tensor.contiguous()
         self.alive.append(tensor)
@@ -209,14 +214,14 @@ class _Call:
         setattr(self.problem, name, _Tensor(tensor.data_ptr(), *tensor.stride()[:3], int(is_bf16)))
 
     def pointers(self, **tensors):
-        """Set arguments that lie in memory as the kernel walks through them."""
+        """Set arguments that the kernel reads as plain arrays."""
         for name, tensor in tensors.items():
             tensor = tensor.contiguous()
             self.alive.append(tensor)
             setattr(self.problem, name, tensor.data_ptr())
 
     def run(self, kernel, **results):
-        """Call a kernel that writes into (or reads from) these tensors."""
+        """Call a kernel that writes into these tensors, or reads what the forward one wrote."""
         for name, tensor in results.items():
             setattr(self.problem, name, tensor.data_ptr())
         getattr(library(), kernel)(ctypes.byref(self.problem))

@@ -1,12 +1,7 @@
-"""The CUDA path of gravity attention: fused kernels, forward and backward.
+"""Gravity attention on CUDA GPUs: launches the Triton kernels of `cuda_*.py`.
 
-`triton_attention` takes what `blocked.blocked_attention` takes and gives the same numbers; `law.py`
-holds the formula, `attention.py` chooses the path, the kernels are in `cuda_*.py`. Here are the
-tables they read, the sizes of their blocks, and the autograd function around them. Nothing here
-waits for the device.
-
-The letters in shapes: B batch, H heads, Tq queries, Tk keys, C coordinates a head, D width of a
-value.
+Here are the tables that the kernels read, the sizes of their blocks, and the autograd function
+around them. Nothing here waits for the device. Letters in shapes as in `law.py`.
 """
 
 import math
@@ -24,17 +19,17 @@ except ImportError:  # PyTorch for the CPU comes without Triton
     forward_kernel = None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_WIDTH = 256  # of coordinates and of values: a tile of them has to fit on the chip
-NORM_BLOCK = 128
+MAX_WIDTH = 256  # of coordinates and of values: a tile of them must fit on the chip
+NORM_BLOCK = 128  # tokens per program of `norm_kernel`
 
 
 def triton_is_available():
-    """Whether Triton can be imported; the kernels need a CUDA device besides."""
+    """Whether Triton is installed; the kernels also need a CUDA device."""
     return forward_kernel is not None
 
 
 def triton_handles(q, k, v):
-    """Whether `triton_attention` can take these tensors: on a CUDA device, no float64, not huge."""
+    """Whether `triton_attention` takes these tensors: on CUDA, not float64, not too wide."""
     return (
         triton_is_available()
         and q.is_cuda
@@ -44,10 +39,10 @@ def triton_handles(q, k, v):
 
 
 class Launch(NamedTuple):
-    """How a kernel is cut up: rows of a query block and of a key block, warps, stages."""
+    """The sizes of a kernel's blocks and how many warps and pipeline stages run one."""
 
-    query: int
-    key: int
+    query: int  # tokens per query block
+    key: int  # tokens per key block
     warps: int
     stages: int
 
@@ -56,12 +51,12 @@ class Launch(NamedTuple):
 
 
 def launches(dtype, width, num_queries):
-    """Launches of the forward, the query-gradient and the key-gradient kernel.
+    """The `Launch` of the forward, the query-gradient and the key-gradient kernel.
 
-    The backward blocks divide the forward ones, so that all three meet the same pairs.
+    The backward blocks divide the forward ones, so that all three compute the same pairs.
 
     Args:
-        dtype: the wider of those of coordinates and values.
+        dtype: the wider type of coordinates and values.
         width: the larger of C and D, padded.
     """
     few = num_queries <= 16  # decoding
@@ -78,26 +73,26 @@ def launches(dtype, width, num_queries):
 
 
 def triton_attention(q, k, v, mass, law):
-    """`gravity.gravity_attention` with checked arguments on a CUDA device.
+    """`gravity_attention` with checked arguments, on a CUDA device.
 
     Args:
         q, k: (B, H, Tq, C), (B, H, Tk, C), any strides; fp32, bf16 or fp16.
         v: (B, H, Tk, D), any strides.
-        mass: (B, Tk), ones where the mass is in the values.
+        mass: (B, Tk), ones if the mass is in the values.
         law: a `law.Law`.
 
     Returns:
-        (B, H, Tq, D) in the dtype of v, laid out so that joining the heads costs nothing.
+        (B, H, Tq, D) in the dtype of v, laid out so that merging the heads costs nothing.
     """
     with torch.autocast(q.device.type, enabled=False):
         return _TritonGravity.apply(q, k, v, mass, *law)
 
 
 class _Times(NamedTuple):
-    """Where queries and keys stand in time, as the kernels read it."""
+    """Positions of queries and keys as the kernels read them."""
 
-    tq: torch.Tensor  # (Tq,) fp32, counted from the newest key
-    tk: torch.Tensor  # (Tk,) fp32
+    tq: torch.Tensor  # (Tq,) fp32, relative to the newest key
+    tk: torch.Tensor  # (Tk,) fp32, alike
     visible: torch.Tensor  # (Tq,) int32, how many keys are not later than a query
     first_seen: torch.Tensor  # (Tk,) int32, the first query that is not earlier than a key
 
@@ -126,7 +121,7 @@ def _squared_norm(x):
 
 
 def _padded(width):
-    """The power of two that a matrix product takes in place of a width."""
+    """The power of two to which a matrix product pads a width: at least 16."""
     return max(16, 1 << (width - 1).bit_length())
 
 
@@ -135,14 +130,14 @@ def _blocks(length, block):
 
 
 class _TritonGravity(torch.autograd.Function):
-    """The kernels with their gradients; tiles are recomputed in the backward pass."""
+    """The kernels with their gradients; the backward pass recomputes the tiles."""
 
     @staticmethod
     def forward(ctx, q, k, v, mass, *law):
         law = Law(*law)
         ctx.dtypes = [None if t is None else t.dtype for t in law.learned]
         ctx.fixed = law.fixed
-        # gradients are laid out as their inputs
+        # gradients get the strides of their inputs, which need not be kept for that
         ctx.like_q, ctx.like_k, ctx.like_v = (torch.empty_like(t, device="meta") for t in (q, k, v))
         with torch.cuda.device_of(q):
             saved, first_kept = attend(q, k, v, mass, law)
@@ -158,31 +153,31 @@ class _TritonGravity(torch.autograd.Function):
 
 
 class _Saved(NamedTuple):
-    """What the backward pass recomputes tiles from."""
+    """What the backward pass recomputes the tiles from."""
 
-    q: torch.Tensor  # (B, H, Tq, C), less the mean key in fp32
+    q: torch.Tensor  # (B, H, Tq, C); the mean key is subtracted if fp32
     q_norm: torch.Tensor  # (B, H, Tq) fp32
-    k: torch.Tensor  # (B, H, Tk, C), less the mean key in fp32
+    k: torch.Tensor  # (B, H, Tk, C), alike
     k_norm: torch.Tensor  # (B, H, Tk) fp32
     v: torch.Tensor  # (B, H, Tk, D)
     mass: torch.Tensor  # (B, Tk) fp32
-    tq: torch.Tensor
-    tk: torch.Tensor
+    tq: torch.Tensor  # (Tq,) fp32, as all four of `_Times`
+    tk: torch.Tensor  # (Tk,) fp32
     time_scale: torch.Tensor  # (H,) fp32
-    time_offset: torch.Tensor
-    radius: torch.Tensor  # time_scale where there is none
-    visible: torch.Tensor
-    first_seen: torch.Tensor
+    time_offset: torch.Tensor  # (H,) fp32
+    radius: torch.Tensor  # (H,) fp32; time_scale without a cutoff
+    visible: torch.Tensor  # (Tq,) int32
+    first_seen: torch.Tensor  # (Tk,) int32
     out: torch.Tensor  # (B, H, Tq, D)
     inverse_total: torch.Tensor  # (B, H, Tq) fp32, 1 / (sum of fields + TINY)
 
 
 def attend(q, k, v, mass, law):
-    """The forward pass, arguments as `triton_attention`.
+    """The forward pass; arguments as for `triton_attention`.
 
     Returns:
-        `_Saved`, and the key at which the sum of each query block ended,
-        (B, H, query blocks) int32: the pairs of the block with older keys are left out.
+        `(_Saved, first_kept)`: first_kept is the oldest key that each query block summed,
+        (B, H, query blocks) int32. The block's pairs with older keys are left out.
     """
     batch, heads, num_queries, _ = q.shape
     num_keys, width = v.shape[2:]
@@ -190,8 +185,8 @@ def attend(q, k, v, mass, law):
     q, k = q.to(coordinates), k.to(coordinates)
     if coordinates == torch.float32:
         # r2 does not change, but |q|^2 + |k|^2 - 2 q.k loses fewer digits near the origin; in 16
-        # bits rounding the difference would lose more than fp32 sums of the given numbers do
-        centre = k.mean(2, keepdim=True)
+        # bits rounding the difference would lose more than it gains
+        centre = k.mean(2, keepdim=True)  # (B, H, 1, C)
         q, k = q - centre, k - centre
     q_norm, k_norm = _squared_norm(q), _squared_norm(k)
     mass, time_scale, time_offset = (
@@ -208,10 +203,10 @@ def attend(q, k, v, mass, law):
         heads_reach = reach(time_scale, time_offset, radius)
     bounded = law.tolerance > 0 and num_keys > launch.key
     log_share = math.log2(law.tolerance * (2 * law.exponent - 1)) if bounded else 0.0
-    # heads beside each other: joining them is a view
+    # heads of a token side by side: merging them is a view
     out = torch.empty(batch, num_queries, heads, width, dtype=v.dtype, device=v.device)
     out = out.transpose(1, 2)
-    inverse_total = torch.empty_like(q_norm)
+    inverse_total = torch.empty_like(q_norm)  # (B, H, Tq)
     blocks = _blocks(num_queries, launch.query)
     first_kept = torch.empty(batch, heads, blocks, dtype=torch.int32, device=q.device)
     forward_kernel[(blocks * batch * heads,)](
@@ -259,8 +254,8 @@ def _backward(ctx, grad_out, mass, saved, first_kept):
         num_queries,
     )
     dq, dk, dv = (torch.empty_like(t, device=device) for t in (ctx.like_q, ctx.like_k, ctx.like_v))
-    delta = torch.empty_like(saved.inverse_total)
-    dmass = torch.empty_like(saved.k_norm)
+    delta = torch.empty_like(saved.inverse_total)  # (B, H, Tq), gradient times output
+    dmass = torch.empty_like(saved.k_norm)  # (B, H, Tk)
     blocks = _blocks(num_queries, for_query.query)
     per_head = torch.empty(
         3 if cutoff == "soft" else 2, blocks, batch, heads, dtype=torch.float32, device=device

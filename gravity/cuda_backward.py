@@ -1,4 +1,7 @@
-"""The Triton kernels of the backward pass: gradients of queries, and of keys and values."""
+"""The Triton kernels of the backward pass: gradients of queries, and of keys and values.
+
+Letters in shapes as in `cuda_tiles.py`.
+"""
 
 import triton
 import triton.language as tl
@@ -53,9 +56,13 @@ def _query_gradient(
     D: tl.constexpr,
     N: tl.constexpr,
 ):
-    """Add one key block to what the gradients of a query block's rows and of the scalars need.
+    """Add one key block to the sums from which a query block's gradients are made.
 
-    The slope is `-dL/dr2 * total / EXPONENT`: its row's 1 / total and the -EXPONENT come last.
+    The slope is `-dL/dr2 * total / EXPONENT`: the factors -EXPONENT and 1 / total come last, once
+    per row.
+
+    Returns:
+        dq_sum [M, C], slope_sum [M, SUM], lag_sum, lag2_sum and radius_sum [M].
     """
     n = block * N + tl.arange(0, N)
     k, v, k_norm, mass, tk = load_keys(
@@ -63,16 +70,16 @@ def _query_gradient(
         *(stride_vt, stride_vd, num_keys, MASKED, COORDS, WIDTH, C, D),
     )
     base = (q_norm[:, None] + k_norm[None, :]) - 2.0 * dot(q, tl.trans(k))  # [M, N]
-    lag = q_time[:, None] - time_scale * (tk - t_first)[None, :]
+    lag = q_time[:, None] - time_scale * (tk - t_first)[None, :]  # [M, N]
     u, inverse, power = softened_power(base, lag, edge, EXPONENT, BITS, CUTOFF)
     if MASKED:
         power = tl.where(tq[:, None] >= tk[None, :], power, 0.0)
-    gain = dot(g, tl.trans(v)) - delta[:, None]  # what a pull brings above the mean pull
-    slope = power * mass[None, :] * gain
+    gain = dot(g, tl.trans(v)) - delta[:, None]  # [M, N], g.v above its weighted mean
+    slope = power * mass[None, :] * gain  # [M, N]
     if CUTOFF == "soft":
         rho = tl.maximum((edge - u) * inverse_radius2, 0.0)
         at_edge = slope * rho  # one factor of rho: the cutoff is rho^2
-        radius_sum += tl.sum(at_edge * (u - 1.0), 1)
+        radius_sum += tl.sum(at_edge * (u - 1.0), 1)  # u - 1 is r2
         slope = at_edge * (rho * inverse + (2.0 / EXPONENT) * inverse_radius2)
     else:
         slope = slope * inverse
@@ -143,13 +150,13 @@ def query_gradient_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
 ):
-    """Gradients of one query block; M divides FORWARD_M.
+    """Gradients of one query block of one head; M divides FORWARD_M.
 
     Args:
-        delta_ptr: written for the other kernel, gradient times output of each row, (B, H, Tq).
+        delta_ptr: written for the other kernel, (B, H, Tq): g.out of each query.
         dq_ptr: written, (B, H, Tq, COORDS).
-        partial_ptr: written, what this block adds to the gradients of time_scale, time_offset and
-            radius, (3, query blocks, B, H).
+        partial_ptr: written, (3, query blocks, B, H): what each block adds to the gradients of
+            time_scale, time_offset and radius (radius under the soft cutoff only).
     """
     pid = tl.program_id(0)
     blocks = tl.cdiv(num_queries, M)
@@ -176,8 +183,8 @@ def query_gradient_kernel(
     grad_ptr += b * stride_gb + h * stride_gh
     g = load_rows(grad_ptr, rows, stride_gt, stride_gd, num_queries, True, WIDTH, D)  # [M, D]
     out_ptr += b * stride_ob + h * stride_oh
-    out = load_rows(out_ptr, rows, stride_ot, 1, num_queries, True, WIDTH, D)
-    delta = tl.sum(g.to(tl.float32) * out.to(tl.float32), 1)
+    out = load_rows(out_ptr, rows, stride_ot, 1, num_queries, True, WIDTH, D)  # [M, D]
+    delta = tl.sum(g.to(tl.float32) * out.to(tl.float32), 1)  # [M]
     tl.store(delta_ptr + query, delta, mask=real)
 
     k_ptr += b * stride_kb + h * stride_kh
@@ -213,14 +220,14 @@ def query_gradient_kernel(
             *(True, EXPONENT, BITS, CUTOFF, COORDS, WIDTH, C, D, N),
         )
 
-    factor = -EXPONENT * inverse_total
+    factor = -EXPONENT * inverse_total  # [M]
     dq = q.to(tl.float32) * (tl.sum(slope_sum, 1) / SUM)[:, None] - dq
     dq = dq * (2.0 * factor)[:, None]
     wide = rows.to(tl.int64)[:, None]
     place = b * stride_dqb + h * stride_dqh + wide * stride_dqt + c[None, :] * stride_dqc
     dq_mask = real[:, None] & (c < COORDS)[None, :]
     tl.store(dq_ptr + place, dq.to(dq_ptr.dtype.element_ty), mask=dq_mask)
-    # lag carries one factor of time_scale
+    # lag contains one factor of time_scale, which may be 0
     per_scale = 2.0 / tl.maximum(time_scale, 1e-30)
     partial = block * batch_heads + bh
     step = blocks.to(tl.int64) * batch_heads
@@ -270,7 +277,11 @@ def _key_gradient(
     FORWARD_M: tl.constexpr,
     M: tl.constexpr,
 ):
-    """Add one query block to what the gradients of a key block need; tiles lie keys by queries."""
+    """Add one query block to the sums from which a key block's gradients are made.
+
+    Returns:
+        dk_sum [N, C], dv_sum [N, D], slope_sum [N, SUM] and mass_sum [N].
+    """
     m = block * M + tl.arange(0, M)
     real = m < num_queries
     q = load_rows(q_ptr, m, stride_qt, stride_qc, num_queries, True, COORDS, C)  # [M, C]
@@ -281,17 +292,17 @@ def _key_gradient(
     q_time = time_scale * (tq - t_first - time_offset)
     delta = tl.load(delta_ptr + m, mask=real, other=0.0)
     inverse_total = tl.load(inverse_total_ptr + m, mask=real, other=0.0)
-    # the blocks that kept this key do not follow each other without gaps
+    # between blocks that kept this key there may be some that did not
     kept = tl.load(first_kept_ptr + block * M // FORWARD_M) <= first_key
     inverse_total = tl.where(kept, inverse_total, 0.0)
 
     base = (q_norm[None, :] + k_norm[:, None]) - 2.0 * dot(k, tl.trans(q))  # [N, M]
-    lag = q_time[None, :] - time_scale * (tk - t_first)[:, None]
+    lag = q_time[None, :] - time_scale * (tk - t_first)[:, None]  # [N, M]
     u, inverse, power = softened_power(base, lag, edge, EXPONENT, BITS, CUTOFF)
     if MASKED:
         power = tl.where(tq[None, :] >= tk[:, None], power, 0.0)
-    weight = power * inverse_total[None, :]
-    gain = dot(v, tl.trans(g)) - delta[None, :]
+    weight = power * inverse_total[None, :]  # [N, M], of a unit mass
+    gain = dot(v, tl.trans(g)) - delta[None, :]  # [N, M]
     if CUTOFF == "soft":
         rho = tl.maximum((edge - u) * inverse_radius2, 0.0)
         weight = weight * rho
@@ -369,14 +380,14 @@ def key_gradient_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
 ):
-    """Gradients of one key block; M divides FORWARD_M and N the forward pass's key block.
+    """Gradients of one key block of one head; M divides FORWARD_M, N the forward key block.
 
     Args:
-        first_seen_ptr: for each key, the first query that is not earlier, (Tk,).
+        first_seen_ptr: the first query that is not earlier than each key, (Tk,).
         dk_ptr, dv_ptr, dmass_ptr: written; (B, H, Tk, COORDS), (B, H, Tk, WIDTH), (B, H, Tk).
     """
     pid = tl.program_id(0)
-    block = pid // batch_heads  # the oldest keys have the most queries
+    block = pid // batch_heads  # the oldest first: they have the most queries
     bh = (pid % batch_heads).to(tl.int64)
     b, h = bh // heads, bh % heads
     first_key = block * N
@@ -406,7 +417,7 @@ def key_gradient_kernel(
     low = tl.load(first_seen_ptr + first_key) // M
     all_seen = tl.load(first_seen_ptr + tl.minimum(first_key + N, num_keys) - 1)
     middle = tl.minimum(tl.cdiv(all_seen, M), tl.cdiv(num_queries, M))
-    end = 0  # forward blocks from here on have not kept these keys
+    end = 0  # forward blocks from here on have left out these keys
     for start in range(low * M // FORWARD_M, forward_blocks, SEARCH):
         m = start + tl.arange(0, SEARCH)
         kept = tl.load(first_kept_ptr + m, mask=m < forward_blocks, other=2147483647)

@@ -1,4 +1,4 @@
-"""The Triton kernel of the forward pass."""
+"""The Triton kernel of the forward pass; letters in shapes as in `cuda_tiles.py`."""
 
 import triton
 import triton.language as tl
@@ -54,8 +54,8 @@ def _attend(
         *(stride_vt, stride_vd, num_keys, MASKED, COORDS, WIDTH, C, D),
     )
     base = (q_norm[:, None] + k_norm[None, :]) - 2.0 * dot(q, tl.trans(k))  # [M, N]
-    lag = q_time[:, None] - time_scale * (tk - t_first)[None, :]
-    u, _, field = softened_power(base, lag, edge, EXPONENT, BITS, CUTOFF)
+    lag = q_time[:, None] - time_scale * (tk - t_first)[None, :]  # [M, N]
+    u, _, field = softened_power(base, lag, edge, EXPONENT, BITS, CUTOFF)  # [M, N]
     if MASKED:
         field = tl.where(tq[:, None] >= tk[None, :], field, 0.0)
     field = field * mass[None, :]
@@ -118,19 +118,19 @@ def forward_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
 ):
-    """One query block of one head against its key blocks, newest first.
+    """Outputs of one query block of one head: its key blocks are added, newest first.
 
     Args:
-        visible_ptr: for each query, how many keys are not later, (Tq,).
-        reach_ptr: how many tokens back a head can feel, (H,) (where there is a cutoff).
-        max_mass_ptr: the largest mass, one number (where BOUNDED: by a tolerance).
+        visible_ptr: how many keys are not later than each query, (Tq,).
+        reach_ptr: how many tokens back each head feels anything, (H,); read with a cutoff only.
+        max_mass_ptr: the largest mass, one number; read if BOUNDED, that is with a tolerance.
         log_share: log2 of `tolerance * (2 * EXPONENT - 1)`.
-        out_ptr, inverse_total_ptr, first_kept_ptr: written; (B, H, Tq, WIDTH), (B, H, Tq) and
-            (B, H, query blocks), the key at which summing ended.
+        out_ptr, inverse_total_ptr, first_kept_ptr: written; (B, H, Tq, WIDTH), (B, H, Tq), and
+            (B, H, query blocks), the oldest key that was summed.
     """
     pid = tl.program_id(0)
     blocks = tl.cdiv(num_queries, M)
-    block = blocks - 1 - pid // batch_heads  # the longest rows first
+    block = blocks - 1 - pid // batch_heads  # the newest first: they have the most keys
     bh = (pid % batch_heads).to(tl.int64)
     b, h = bh // heads, bh % heads
     rows = block * M + tl.arange(0, M)
@@ -144,16 +144,16 @@ def forward_kernel(
     query = bh * num_queries + rows
     q_ptr += b * stride_qb + h * stride_qh
     q = load_rows(q_ptr, rows, stride_qt, stride_qc, num_queries, True, COORDS, C)  # [M, C]
-    q_norm = 1.0 + tl.load(q_norm_ptr + query, mask=real, other=0.0)
+    q_norm = 1.0 + tl.load(q_norm_ptr + query, mask=real, other=0.0)  # [M]
     tq = tl.load(tq_ptr + rows, mask=real, other=0.0)
     t_first = tl.load(tq_ptr + block * M)
-    q_time = time_scale * (tq - t_first - time_offset)
+    q_time = time_scale * (tq - t_first - time_offset)  # [M]
     k_ptr += b * stride_kb + h * stride_kh
     k_norm_ptr += bh * num_keys
     v_ptr += b * stride_vb + h * stride_vh
     mass_ptr += b * num_keys
     newest = tl.load(visible_ptr + tl.minimum(block * M + M, num_queries) - 1)
-    high = tl.load(visible_ptr + block * M) // N  # blocks below it are seen by every row
+    high = tl.load(visible_ptr + block * M) // N  # every row sees all blocks below it
 
     sums = tl.zeros([M, D], tl.float32)
     total = tl.zeros([M], tl.float32)
@@ -174,7 +174,7 @@ def forward_kernel(
         needed = provably_needed_from(total, tq, real, time_offset, log_window, EXPONENT)
         end = tl.maximum(low, blocks_before(tk_ptr, needed, high, N))
         chunk = 1
-        # a few searches, each after four times as many blocks; the loops between them are pipelined
+        # few searches, each after four times as many blocks: the loops between them are pipelined
         while high > end:
             stop = tl.maximum(high - chunk, end)
             for i in range(stop, high):
@@ -201,7 +201,7 @@ def forward_kernel(
         high = low
 
     inverse_total = 1.0 / (total + TINY)
-    out = sums * inverse_total[:, None]
+    out = sums * inverse_total[:, None]  # [M, D]
     place = b * stride_ob + h * stride_oh + rows.to(tl.int64)[:, None] * stride_ot + d[None, :]
     inside = real[:, None] & (d < WIDTH)[None, :]
     tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,30 +1,31 @@
-"""What the CUDA kernels of gravity attention share, in Triton; `cuda.py` launches them.
+"""Triton functions that the forward and the backward kernels share; `cuda.py` launches them.
 
-Shapes behind the comments: M queries and N keys of a tile, C padded coordinates, D padded width of
-a value. Every kernel recomputes the field from the same few rows and columns:
+Letters in shapes: M queries and N keys per tile, C padded coordinates, D padded width of a value.
+Every kernel recomputes the field of a tile in the same way:
 
     u     = max(|q|^2 + |k|^2 - 2 q.k, 0) + 1 + lag^2       lag = time_scale * (t_i - t_j - offset)
     power = u ** -exponent                                  the field is mass_j * power
 
-A row's norm carries the 1, so that a pair costs an addition, a fused multiply-add, a maximum, a
-subtraction, another fused multiply-add, one reciprocal and the squarings. The time of a tile is
-counted from the first query of its forward block: counted from 0 it would lose the digits of the
-nearest distances, and counted differently in the backward pass the weights of a row would not sum
-to 1 where a soft cutoff leaves little of them. For the same reason all kernels add in one order.
+The 1 is added to the norm of the query beforehand, so that a pair costs an addition, a fused
+multiply-add, a maximum, a subtraction, another fused multiply-add, one reciprocal and the
+squarings. The time of a tile is counted from the first query of its forward block. Counted from 0
+it would lose the digits of the nearest distances. Counted otherwise in the backward pass, the
+weights of a row would not sum to 1 if a soft cutoff leaves little of them; for the same reason all
+kernels add in the same order.
 """
 
 import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-LATER = tl.constexpr(1e12)  # the time of a key that does not exist: after every query
+LATER = tl.constexpr(1e12)  # the time of a key past the end: later than every query
 SUM = tl.constexpr(16)  # the narrowest matrix that a product takes
-SEARCH = tl.constexpr(128)  # blocks looked at together when the end of a loop is searched
+SEARCH = tl.constexpr(128)  # blocks compared at once to find the end of a loop
 
 
 @triton.jit
 def reciprocal(u):
-    """1 / u in one instruction; u is at least 1."""
+    """1 / u in one instruction, for u >= 1."""
     if INTERPRETED:
         return 1.0 / u
     else:
@@ -44,7 +45,7 @@ def dot(a, b):
 
 @triton.jit
 def add_weighted(sums, weights, values):
-    """sums + weights @ values; weights are fp32 and may be far too small for fp16."""
+    """sums + weights @ values; weights are fp32 and may be too small for fp16."""
     if INTERPRETED:
         return tl.dot(weights, values.to(tl.float32), sums)
     elif values.dtype == tl.float16:
@@ -55,10 +56,10 @@ def add_weighted(sums, weights, values):
 
 @triton.jit
 def add_row_sums(sums, weights, dtype: tl.constexpr):
-    """sums + the row sums of weights in each of its 16 columns.
+    """sums [M, SUM] + the row sums of weights [M, N], the same in each of the SUM columns.
 
-    `q * sum(slope) - slope @ k` cancels where q and k lie far from the origin: both of its terms
-    have to see the same rounded slopes, so 16-bit sums are a product with ones, too.
+    The terms of `q * sum(slope) - slope @ k` nearly cancel if q and k are far from the origin. Both
+    must see the same rounded slopes, so in 16 bits the sum is a product with ones.
     """
     if dtype == tl.float32:
         return sums + tl.sum(weights, 1)[:, None]
@@ -77,7 +78,7 @@ def load_rows(
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Rows of a (T, WIDTH) matrix, [rows, PADDED]; 0 past its end (where MASKED) and in padding."""
+    """Rows of a (T, WIDTH) matrix, [rows, PADDED]; 0 in padding and, if MASKED, past the end."""
     c = tl.arange(0, PADDED)
     place = ptr + rows.to(tl.int64)[:, None] * stride_t + c[None, :] * stride_c
     if MASKED and WIDTH < PADDED:
@@ -109,7 +110,7 @@ def load_keys(
     C: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Keys n of one head: k [N, C], v [N, D], and their norms, masses and times [N]."""
+    """Keys n of one head: k [N, C], v [N, D], and norms, masses and times, [N] each."""
     k = load_rows(k_ptr, n, stride_kt, stride_kc, num_keys, MASKED, COORDS, C)
     v = load_rows(v_ptr, n, stride_vt, stride_vd, num_keys, MASKED, WIDTH, D)
     if MASKED:
@@ -126,14 +127,15 @@ def load_keys(
 
 @triton.jit
 def softened_power(base, lag, edge, EXPONENT: tl.constexpr, BITS: tl.constexpr, CUTOFF):
-    """u, 1 / u and u ** -EXPONENT, 0 beyond a hard cutoff.
+    """u, 1 / u and u ** -EXPONENT, each shaped as a tile; the power is 0 beyond a hard cutoff.
 
     Args:
-        base: spatial part of r2, plus 1; rounding may have brought it below 1.
+        base: 1 plus the spatial part of r2; rounding may have brought it below 1.
+        lag: time_scale * (t_i - t_j - time_offset).
         edge: 1 + radius^2.
-        BITS: number of binary digits of EXPONENT.
+        BITS: how many binary digits EXPONENT has.
     """
-    # never nearer than the time alone allows: the bound on what is left out rests on it
+    # never nearer than the time alone allows: the proof of what is left out needs that
     u = tl.maximum(base, 1.0) + lag * lag
     inverse = reciprocal(u)
     power = inverse
@@ -171,7 +173,7 @@ def norm_kernel(
 
 @triton.jit
 def blocks_before(tk_ptr, time, high, N: tl.constexpr):
-    """How many of the first `high` key blocks lie before a time as a whole."""
+    """How many of the first `high` key blocks are wholly older than a time."""
     before = 0
     for start in range(0, high, SEARCH):
         n = start + tl.arange(0, SEARCH)
@@ -182,18 +184,15 @@ def blocks_before(tk_ptr, time, high, N: tl.constexpr):
 
 @triton.jit
 def provably_needed_from(total, tq, real, time_offset, log_window, EXPONENT: tl.constexpr):
-    """The time before which no source can matter to any row of a query block.
+    """The time before which no token can matter to any row of a query block.
 
-    Whatever the coordinates are, what is older than `n >= time_offset` tokens weighs together at
-    most `max_mass * time_scale^(-2p) * (n - time_offset)^(1 - 2p) / (2p - 1)`, the integral of the
-    field of time alone, where p is the exponent and n is rounded up to a whole token. The window
-    of a row is the n at which that is `tolerance * total`; a total of 0 proves nothing.
+    `law.proven_window` has the proof. A total of 0 proves nothing.
 
     Args:
-        total: sums of fields so far, [M]; further fields only add to them.
-        log_window: log2 of `n - time_offset` where the total is 1.
+        total: sums of fields so far, [M]; fields that follow only add to them.
+        log_window: log2 of `window - time_offset` for a total of 1.
     """
     log_row = log_window - tl.log2(total) * (1.0 / (2 * EXPONENT - 1))
-    window = time_offset + tl.exp2(log_row) * 1.0001  # what fp32 loses here is less
+    window = time_offset + tl.exp2(log_row) * 1.0001  # [M]; fp32 loses less than that here
     needed = tl.where(total > 0, tl.floor(tq - window), float("-inf"))
     return tl.min(tl.where(real, needed, float("inf")), 0)

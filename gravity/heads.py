@@ -1,4 +1,4 @@
-"""Heads apart and together, and the inverse of softplus."""
+"""Splitting into heads and merging them again, and the inverse of softplus."""
 
 import torch
 

@@ -1,4 +1,17 @@
-"""The law of gravity attention as a formula, and the bound on what may be skipped."""
+"""The law of gravity attention: the formula, and the proof of what may be skipped.
+
+Token i is pulled by itself and by the tokens before it. For each head,
+
+    r2_ij    = |q_i - k_j|^2 + (time_scale * (t_i - t_j - time_offset))^2
+    field_ij = mass_j / (1 + r2_ij)^exponent             for t_j <= t_i, else 0
+    out_i    = sum_j field_ij v_j / (sum_j field_ij + TINY)
+
+The hard cutoff sets the field to 0 if r2 > radius^2; the soft cutoff multiplies it by
+relu(1 - r2 / radius^2)^2. Every implementation in this folder computes this.
+
+Letters in shapes: B batch, H heads, T tokens (Tq queries, Tk keys), C coordinates per head, D width
+of a value.
+"""
 
 import math
 from typing import NamedTuple
@@ -6,12 +19,122 @@ from typing import NamedTuple
 import torch
 
 CUTOFFS = ("none", "hard", "soft")
+TINY = 1e-30  # added to every sum of fields, so that a token which nothing pulls gets 0, not NaN
+
+
+def gravity_field(
+    q,
+    k,
+    mass,
+    *,
+    time_scale,
+    time_offset,
+    exponent=4,
+    radius=None,
+    cutoff="none",
+    mass_in_value=False,
+    query_positions=None,
+    key_positions=None,
+):
+    """The field of every source at every query, (B, H, Tq, Tk); 0 if the key is later.
+
+    Args:
+        q: where each token looks from, (B, H, Tq, C), in units of the softening.
+        k: where each token pulls from, (B, H, Tk, C).
+        mass: (B, Tk), positive.
+        time_scale: softening units per token, (H,).
+        time_offset: tokens, (H,).
+        exponent: integer >= 1; 1 is Newton's inverse square with Plummer softening
+            (H. C. Plummer, MNRAS 71, 1911, https://doi.org/10.1093/mnras/71.5.460).
+        radius: softening units, (H,); given unless `cutoff` is "none".
+        cutoff: "none", "hard" or "soft".
+        mass_in_value: leave the mass out of the field.
+        query_positions, key_positions: integers, (Tq,), (Tk,); counted from 0 if None.
+    """
+    t_i = positions_or_range(query_positions, q)[:, None]  # (Tq, 1)
+    t_j = positions_or_range(key_positions, k)  # (Tk,)
+    age = (t_i - t_j).to(q.dtype)  # (Tq, Tk)
+    time_scale, time_offset = time_scale[:, None, None], time_offset[:, None, None]  # (H, 1, 1)
+    r2 = (q[:, :, :, None] - k[:, :, None]).square().sum(-1)  # (B, H, Tq, Tk)
+    r2 = r2 + (time_scale * (age - time_offset)).square()
+    field = 1 / (1 + r2) ** exponent  # (B, H, Tq, Tk)
+    if not mass_in_value:
+        field = mass[:, None, None, :] * field
+    if cutoff == "hard":
+        field = field * (r2 <= radius[:, None, None].square())
+    elif cutoff == "soft":
+        field = field * torch.relu(1 - r2 / radius[:, None, None].square()).square()
+    return field * (age >= 0)
+
+
+def gravity_attention_reference(q, k, v, mass, *, mass_in_value=False, **law):
+    """The formula as it stands, with a T x T matrix and plain autograd: the other paths' truth.
+
+    Args:
+        v: (B, H, Tk, D); the others as for `gravity_field`.
+        mass_in_value: multiply values by the mass, not fields.
+
+    Returns:
+        (B, H, Tq, D).
+    """
+    field = gravity_field(q, k, mass, mass_in_value=mass_in_value, **law)  # (B, H, Tq, Tk)
+    if mass_in_value:
+        v = v * mass[:, None, :, None]
+    return field @ v / (field.sum(-1, keepdim=True) + TINY)
+
+
+def positions_or_range(given, points):
+    """The given positions of points (B, H, T, C), or 0, 1, ..., T - 1 if None are given, (T,)."""
+    return torch.arange(points.shape[2], device=points.device) if given is None else given
+
+
+def reach(time_scale, time_offset, radius):
+    """How many tokens back each head feels anything, (H,); beyond that the field is exactly 0.
+
+    r2 is at least its time term, which is larger than radius^2 for all tokens more than
+    `time_offset + radius / time_scale` tokens back. One more token allows for rounding.
+    """
+    return time_offset + radius / time_scale + 1
+
+
+def proven_window(smallest_sum, time_scale, time_offset, exponent, max_mass, tolerance):
+    """How many tokens back a head must look so that all older tokens together cannot matter.
+
+    The proof, for n >= time_offset: wherever a token is in space, r2 is at least its time term, so
+    the field of a token d tokens back is at most
+
+        max_mass * (time_scale * (d - time_offset))^(-2 * exponent).
+
+    No two tokens have the same position, and the bound falls as d grows. So all tokens with d > n
+    weigh together less than the integral of the bound from n on,
+
+        max_mass * time_scale^(-2 * exponent) * (n - time_offset)^(-p) / p,  p = 2 * exponent - 1.
+
+    The window is the n at which this is `tolerance * smallest_sum`. Fields that are added later
+    only make the sum larger, so what lies beyond the window stays below that share of it. The
+    output is a mean of values: leaving out that share moves it by at most 2 * tolerance * max|v|.
+
+    Args:
+        smallest_sum: the smallest sum of fields so far, over all queries that use the window.
+        max_mass: the largest mass of any token.
+
+    Returns:
+        A float of at least `time_offset`; inf if the sum is 0 or NaN, which proves nothing.
+    """
+    if not smallest_sum > 0 or not time_scale > 0:
+        return math.inf
+    p = 2 * exponent - 1
+    # in logarithms, because the powers overflow
+    log_window = math.log(max_mass / p) - math.log(tolerance) - math.log(smallest_sum)
+    log_window = (log_window - (p + 1) * math.log(time_scale)) / p  # log(n - time_offset)
+    # a factor of 1 + 1e-6 is more than rounding loses; exp would overflow beyond 709
+    return time_offset + math.exp(log_window) * (1 + 1e-6) if log_window < 700 else math.inf
 
 
 class Law(NamedTuple):
     """What every implementation of gravity attention is given besides q, k, v and mass.
 
-    The learned tensors come first: as inputs of an autograd function, after q, k, v and mass.
+    `Function.apply` takes it unpacked, `*law`: autograd sees only tensors that are direct inputs.
     """
 
     time_scale: torch.Tensor  # (H,)
@@ -32,100 +155,3 @@ class Law(NamedTuple):
     def fixed(self):
         """All that needs no gradients; `Law(*learned, *fixed)` is the law again."""
         return self[3:]
-
-
-def positions_or_range(given, points):
-    """The given positions of points (B, H, T, C), or 0, 1, ..., T - 1 if None are given, (T,)."""
-    return torch.arange(points.shape[2], device=points.device) if given is None else given
-
-
-def gravity_field(
-    q,
-    k,
-    mass,
-    *,
-    time_scale,
-    time_offset,
-    exponent=4,
-    radius=None,
-    cutoff="none",
-    mass_in_value=False,
-    query_positions=None,
-    key_positions=None,
-):
-    """The field of every source at every query, written as the formula.
-
-    Args:
-        q: where tokens look from, (B, H, Tq, C), in units of the softening.
-        k: where tokens pull from, (B, H, Tk, C).
-        mass: (B, Tk), positive.
-        time_scale, time_offset: (H,), softening units a token and tokens.
-        exponent: integer >= 1; 1 is Newton's inverse square with Plummer softening
-            (H. C. Plummer, MNRAS 71, 1911).
-        radius: (H,) in softening units, for `cutoff` "hard" (0 beyond it) or "soft"
-            (times relu(1 - r2/radius^2)^2).
-        mass_in_value: leave the mass out of the field.
-        query_positions, key_positions: (Tq,), (Tk,) integers; counted from 0 where None.
-
-    Returns:
-        (B, H, Tq, Tk); 0 where the key is later than the query.
-    """
-    t_query = positions_or_range(query_positions, q)
-    t_key = positions_or_range(key_positions, k)
-    distance = (t_query[:, None] - t_key[None, :]).to(q.dtype)  # (Tq, Tk)
-    scale, offset = time_scale[:, None, None], time_offset[:, None, None]
-    r2 = (q[:, :, :, None] - k[:, :, None]).square().sum(-1)  # (B, H, Tq, Tk)
-    r2 = r2 + (scale * (distance - offset)).square()
-    field = 1 / (1 + r2) ** exponent
-    if not mass_in_value:
-        field = mass[:, None, None, :] * field
-    if cutoff == "hard":
-        field = field * (r2 <= radius[:, None, None].square())
-    elif cutoff == "soft":
-        field = field * torch.relu(1 - r2 / radius[:, None, None].square()).square()
-    return field * (distance >= 0)
-
-
-def gravity_attention_reference(q, k, v, mass, *, mass_in_value=False, **law):
-    """Gravity attention as the formula, T x T and plain autograd. Arguments as `gravity_field`.
-
-    Returns:
-        (B, H, Tq, D).
-    """
-    field = gravity_field(q, k, mass, mass_in_value=mass_in_value, **law)
-    if mass_in_value:
-        v = v * mass[:, None, :, None]
-    return field @ v / (field.sum(-1, keepdim=True) + TINY)
-
-
-TINY = 1e-30  # added to every sum of fields: nothing in reach means output 0, never NaN
-
-
-def reach(time_scale, time_offset, radius):
-    """How many tokens back a head can feel anything: beyond it the field is exactly 0, (H,).
-
-    `time_offset + radius / time_scale`, with one token of slack for rounding.
-    """
-    return time_offset + radius / time_scale + 1
-
-
-def proven_window(smallest_sum, time_scale, time_offset, exponent, max_mass, tolerance):
-    """How many tokens back must be kept so that all older ones together cannot matter.
-
-    Whatever the coordinates are, what is older than `n` tokens weighs together at most
-    `max_mass * sum_{d>n} (1 + (time_scale*(d - time_offset))^2)^-exponent`, and for
-    `n >= time_offset` the integral from n of `(time_scale*(d - time_offset))^(-2*exponent)` is
-    more than that sum. The window is the n at which that integral is `tolerance * smallest_sum`.
-
-    Args:
-        smallest_sum: the least sum of fields kept so far; further fields only add to it.
-
-    Returns:
-        A float of at least `time_offset`; inf where the sum is 0 or NaN.
-    """
-    if not smallest_sum > 0 or not time_scale > 0:
-        return math.inf
-    p = 2 * exponent - 1
-    log_window = math.log(max_mass / p) - math.log(tolerance) - math.log(smallest_sum)
-    log_window = (log_window - (p + 1) * math.log(time_scale)) / p
-    return time_offset + math.exp(log_window) * (1 + 1e-6) if log_window < 700 else math.inf

@@ -1,4 +1,7 @@
-"""The law of the first release: its operator, tile by tile, and its attention layer."""
+"""The law of NGT's first release: its operator, computed in tiles, and its attention layer.
+
+Letters in shapes as in `law.py`.
+"""
 
 import math
 
@@ -27,19 +30,26 @@ def published_gravity_attention(
     query_positions=None,
     key_positions=None,
 ):
-    """The law of NGT's first release: a softmax over repelling, mass-weighted scores.
+    """The law of NGT's first release: a softmax over repelling scores, weighted by mass.
 
-    `score = -gamma / (r2 + 1e-6) + bias`, times `m_i m_j` unless `mass_in_value`, times
-    `relu(1 - r2/radius^2)` under the soft cutoff, masked beyond the radius under the hard one.
+        r2_ij    = |q_i - k_j|^2
+        score_ij = (bias - gamma / (r2_ij + 1e-6)) * mass_i * mass_j
+        out_i    = sum_j softmax_j(score_ij) v_j                  over t_j <= t_i
+
+    The soft cutoff multiplies the score by relu(1 - r2 / radius^2), the hard one leaves out what is
+    beyond the radius.
 
     Args:
-        q, k: one and the same point of each token, (B, H, Tq, C) and (B, H, Tk, C).
+        q, k: the same point of each token, (B, H, Tq, C) and (B, H, Tk, C).
         v: (B, H, Tk, D).
         query_mass, key_mass: (B, Tq), (B, Tk).
         gamma, bias: (H,).
-        radius: one number for all heads.
-        use_rsqrt: compute 1/r2 as a squared reciprocal root.
-        dropout: probability with which a weight is dropped.
+        radius: one number for all heads; not read without a cutoff.
+        cutoff: "none", "hard" or "soft".
+        mass_in_value: multiply values by the mass, not scores.
+        use_rsqrt: compute 1/r2 as the square of a reciprocal root.
+        dropout: probability of dropping a weight.
+        query_positions, key_positions: (Tq,), (Tk,) integers that increase; from 0 if None.
 
     Returns:
         (B, H, Tq, D) in the dtype of `v`.
@@ -58,11 +68,11 @@ def published_gravity_attention(
         )
 
 
-PUBLISHED_TILE = 1 << 18  # pairs of a tile, so that what is computed from it stays in the cache
+PUBLISHED_TILE = 1 << 18  # pairs per tile: few enough that its tensors stay in the cache
 
 
 def _published_tiles(settings, q, k):
-    """`(batch, rows, number of keys)` of the tiles: all heads, a block of queries, all its past."""
+    """Yield `(batch, rows, number of keys)` per tile: all heads, some queries, all their keys."""
     t_query, t_key = settings[-2:]
     batch, heads, queries, _ = q.shape
     rows = max(16, min(128, PUBLISHED_TILE // max(1, heads * k.shape[2])))
@@ -73,16 +83,22 @@ def _published_tiles(settings, q, k):
 
 
 def _published_tile(settings, number, q, k, v, query_mass, key_mass, gamma, bias, radius):
-    """One tile by plain autograd. Positions and the tile's number (for dropout) as given."""
+    """The output of one tile, (1, H, rows, D), in plain PyTorch.
+
+    Args:
+        number: the tile's number: with the seed it repeats the same dropout in the backward pass.
+        q, k, v, query_mass, key_mass: those of the tile; `settings` has its positions.
+    """
     cutoff, mass_in_value, use_rsqrt, dropout, seed, t_query, t_key = settings
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     distance = t_query[:, None] - t_key[None, :]  # (Tq, Tk)
     q, k = q.to(accumulate), k.to(accumulate)
-    centre = k.detach().mean(2, keepdim=True)
+    # r2 does not change, but |q|^2 + |k|^2 - 2 q.k loses fewer digits near the origin
+    centre = k.detach().mean(2, keepdim=True)  # (1, H, 1, C)
     q, k = q - centre, k - centre
     r2 = q.square().sum(-1)[..., None] + k.square().sum(-1)[:, :, None, :]
     r2 = torch.baddbmm(r2[0], q[0], k[0].transpose(-1, -2), alpha=-2)[None].clamp(min=0)
-    r2 = r2.masked_fill(distance == 0, 0)  # (1, H, Tq, Tk)
+    r2 = r2.masked_fill(distance == 0, 0)  # (1, H, Tq, Tk); a token's own distance is exactly 0
     inverse = torch.rsqrt(r2 + 1e-6).square() if use_rsqrt else 1 / (r2 + 1e-6)
     score = bias[:, None, None] - gamma[:, None, None] * inverse
     if not mass_in_value:
@@ -102,7 +118,7 @@ def _published_tile(settings, number, q, k, v, query_mass, key_mass, gamma, bias
 
 
 class _PublishedRows(torch.autograd.Function):
-    """The published law tile by tile; the backward pass computes each tile anew."""
+    """The published law, tile by tile; the backward pass recomputes each tile."""
 
     @staticmethod
     def forward(ctx, settings, q, k, v, query_mass, key_mass, gamma, bias, radius):
@@ -110,9 +126,9 @@ class _PublishedRows(torch.autograd.Function):
         batch, heads, queries, _ = q.shape
         # heads of a token side by side, as the next layer reads them
         out = v.new_empty(batch, queries, heads, v.shape[-1]).transpose(1, 2)
-        for number, where in enumerate(_published_tiles(settings, q, k)):
-            tile_settings, tile = _published_inputs(settings, where, inputs)
-            out[where[0], :, where[1]] = _published_tile(tile_settings, number, *tile)
+        for number, (b, row, keys) in enumerate(_published_tiles(settings, q, k)):
+            tile_settings, tile = _published_inputs(settings, inputs, b, row, keys)
+            out[b, :, row] = _published_tile(tile_settings, number, *tile)
         ctx.settings = settings
         ctx.save_for_backward(*inputs)
         return out
@@ -126,10 +142,9 @@ class _PublishedRows(torch.autograd.Function):
         ]
         d_q, d_k, d_v, d_query_mass, d_key_mass, *per_head = grads
         with torch.autocast(grad_out.device.type, enabled=False):
-            for number, where in enumerate(_published_tiles(ctx.settings, *inputs[:2])):
-                settings, tile = _published_inputs(ctx.settings, where, inputs)
+            for number, (b, row, keys) in enumerate(_published_tiles(ctx.settings, *inputs[:2])):
+                settings, tile = _published_inputs(ctx.settings, inputs, b, row, keys)
                 tile = [x.detach().requires_grad_() for x in tile]
-                b, row, keys = where
                 with torch.enable_grad():
                     out = _published_tile(settings, number, *tile)
                 found = torch.autograd.grad(out, tile, grad_out[b, :, row], materialize_grads=True)
@@ -143,23 +158,17 @@ class _PublishedRows(torch.autograd.Function):
         return None, *(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
 
 
-def _published_inputs(settings, where, inputs):
+def _published_inputs(settings, inputs, b, row, keys):
     """Settings and inputs of one tile."""
-    b, row, keys = where
     *others, t_query, t_key = settings
     q, k, v, query_mass, key_mass, *per_head = inputs
-    return (*others, t_query[row], t_key[:keys]), (
-        q[b, :, row],
-        k[b, :, :keys],
-        v[b, :, :keys],
-        query_mass[b, row],
-        key_mass[b, :keys],
-        *per_head,
-    )
+    masses = query_mass[b, row], key_mass[b, :keys]
+    tensors = q[b, :, row], k[b, :, :keys], v[b, :, :keys], *masses, *per_head
+    return (*others, t_query[row], t_key[:keys]), tensors
 
 
 class PublishedGravityAttention(nn.Module):
-    """The pull under `--law published`: the first release's softmax over one point a head."""
+    """Attention under `--law published`: the first release's softmax, one point per head."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -173,7 +182,7 @@ class PublishedGravityAttention(nn.Module):
         self.radius_raw = nn.Parameter(softplus_inverse(config.radius))
 
     def reset_geometry(self):
-        """Start with points a few units apart, where the law's scores differ."""
+        """Start with points a few units apart, at which the law's scores differ."""
         self.coord_proj_attn.reset_parameters()
 
     @property
@@ -181,12 +190,12 @@ class PublishedGravityAttention(nn.Module):
         return None if self.config.cutoff == "none" else F.softplus(self.radius_raw.float())
 
     def points(self, z):
-        """One point a head for both sides, (B, H, T, head_coord_dim) twice."""
+        """The same points for queries and keys, (B, H, T, head_coord_dim) twice."""
         x = split_heads(self.coord_proj_attn(z), self.config.num_heads)
         return x, x
 
     def law(self):
-        """The keyword arguments of `gravity.published_gravity_attention` for this layer."""
+        """The keyword arguments of `published_gravity_attention` for this layer."""
         return dict(
             gamma=F.softplus(self.gamma_raw.float()),
             bias=self.gravity_bias.float(),
@@ -210,15 +219,7 @@ class PublishedGravityAttention(nn.Module):
         key_positions, key_mass = positions, mass
         if kv_cache is not None:
             key_positions, k, v, key_mass = kv_cache.append(self.layer, positions, k, v, mass)
-        pull = published_gravity_attention(
-            q,
-            k,
-            v,
-            mass,
-            key_mass,
-            dropout=self.config.dropout if self.training else 0.0,
-            query_positions=positions,
-            key_positions=key_positions,
-            **self.law(),
-        )
-        return self.out_proj(merge_heads(pull))
+        law = self.law() | {"query_positions": positions, "key_positions": key_positions}
+        dropout = self.config.dropout if self.training else 0.0
+        a = published_gravity_attention(q, k, v, mass, key_mass, dropout=dropout, **law)
+        return self.out_proj(merge_heads(a))

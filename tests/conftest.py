@@ -1,24 +1,28 @@
-"""What the tests share: the repository's place, small corpora, and running a script for real."""
+"""What all tests share: the repository's folder, small corpora, and running a script."""
 
 import os
 import shutil
 import signal
 from pathlib import Path
 
+from script_runner import ONE_THREAD, run_script
+
+os.environ.update(ONE_THREAD)  # before PyTorch reads it, and for every process that a test starts
+
 import pytest
 import torch
 
 from gravity import attention, blocked, cpu
 from gravity.tiles import PackedInputs
-from script_runner import run_script
+from system.machine import cpu_multiplies_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+needs_bf16 = pytest.mark.skipif(
+    not cpu_multiplies_bf16(), reason="this CPU does not multiply bf16 in hardware"
+)
 
-
-# a job started in the background of a script ignores Ctrl-C, and so would all that it starts
-signal.signal(signal.SIGINT, signal.default_int_handler)
 # pytest's readline exports the size of its terminal, which is not that of terminals in tests
 for name in ("COLUMNS", "LINES"):
     os.environ.pop(name, None)
@@ -36,12 +40,21 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(skip)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Let every process that a test starts begin with the default of each signal.
+
+    nohup ignores a closed terminal, a script ignores Ctrl-C in its background jobs, and a process
+    inherits what its parent ignores. A handler is not inherited, so pytest itself goes on ignoring.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+
+
 @pytest.fixture(autouse=True)
 def seeded_and_single_threaded():
-    """Tensors here are small: a second thread only waits, and the tests run on both cores.
-
-    A training in this process flushes denormals; the next test shall not find that.
-    """
+    """Undo what an earlier test may have set: threads, or denormals that a training flushes."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     torch.set_flush_denormal(False)
@@ -56,7 +69,7 @@ def in_tmp(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tiny_shakespeare():
-    """The real tiny Shakespeare; skips where it does not lie beside the repository."""
+    """The path of the real tiny Shakespeare; skips if it is not beside the repository."""
     path = SHARED / "tinyshakespeare.txt"
     if not path.exists():
         pytest.skip("tiny Shakespeare is not beside the repository")
@@ -65,7 +78,7 @@ def tiny_shakespeare():
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks so small that a few dozen tokens make many, ragged at the end."""
+    """Make blocks so small that a few dozen tokens fill several, the last one partly."""
 
     def set_blocks(rows=5, pairs=70, chunk=7):
         monkeypatch.setattr(blocked, "tile_rows", lambda matrices: rows)
@@ -79,7 +92,7 @@ def small_blocks(monkeypatch):
 
 @pytest.fixture(params=["compiled", "pytorch"])
 def either_path(request, monkeypatch):
-    """With the compiled kernels, and with the blocked path alone, for fp32 and bf16."""
+    """Run a test with the compiled kernels, and again with only the blocked path."""
     if request.param == "pytorch":
         monkeypatch.setattr(attention, "can_attend", lambda q, v: False)
     elif cpu.library() is None:
@@ -88,7 +101,7 @@ def either_path(request, monkeypatch):
 
 @pytest.fixture
 def visited(monkeypatch):
-    """A list that grows by the number of pairs each time that a tile of the field is computed."""
+    """A list of how many pairs each computed tile of the field has."""
     pairs = []
     inverse = PackedInputs.inverse
 
@@ -110,7 +123,7 @@ SENTENCES = (
 
 @pytest.fixture
 def small_text(tmp_path):
-    """A text file of 24,000 characters that has something to learn."""
+    """The path of a text of 24,000 characters from which a model can learn."""
     path = tmp_path / "small.txt"
     text = "".join(SENTENCES[(7 * n * n + n) % len(SENTENCES)] for n in range(1000))
     path.write_text(text[:24000], encoding="utf-8")
@@ -121,7 +134,7 @@ def run(*command, cwd, stdin="", check=None, env=None):
     """Run a script of the repository in a new process.
 
     Args:
-        check: the exit code to insist on.
+        check: the exit code that the script must have; None allows any.
 
     Returns:
         The `CompletedProcess` with text output.
@@ -133,13 +146,13 @@ def run(*command, cwd, stdin="", check=None, env=None):
 
 
 def left_behind():
-    """What lies in data/ besides empty lock files."""
+    """The files in data/, except empty lock files."""
     files = [path for path in Path("data").rglob("*") if path.is_file()]
     return [path for path in files if path.parent != Path("data/locks") or path.stat().st_size]
 
 
 def error_line(result):
-    """The one line that a user sees of an error."""
+    """The only error line that the user sees."""
     assert "Traceback" not in result.stderr, result.stderr
     lines = [line for line in result.stderr.splitlines() if "error:" in line]
     assert len(lines) == 1, result.stderr

@@ -1,4 +1,4 @@
-"""train_shakespeare.py as it is, which also notes every finished step in the file STEPS_FILE."""
+"""Runs train_shakespeare.py and writes the number of every finished step to the file STEPS_FILE."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ take_step = Trainer.step
 
 
 def counted_step(self):
-    """A step; its number is on disk before anything else happens."""
+    """Take a step and write its number to the file at once, so that a kill cannot lose it."""
     result = take_step(self)
     with open(os.environ["STEPS_FILE"], "a", encoding="utf-8") as file:
         file.write(f"{self.iter}\n")

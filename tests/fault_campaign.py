@@ -1,26 +1,25 @@
-"""Kills trainings with SIGKILL at random moments, resumes them, and compares what comes out with
-runs that were never disturbed.
+"""Kills trainings with SIGKILL at random moments, resumes them, and compares the results with
+undisturbed runs.
 
 python tests/fault_campaign.py --kills 50
 """
 
 import argparse
 import json
-import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from engine.checkpoint import read_checkpoint
+from script_runner import StartedScript
+from small_runs import same
 from system.errors import UserError
 
 CHECKPOINT_INTERVAL = 7
@@ -30,6 +29,7 @@ SMALL = (
     *("--batch-size", 4, "--gradient-accumulation-steps", 2),
     *("--dropout", 0.1, "--warmup-steps", 20, "--device", "cpu"),
     *("--eval-interval", 25, "--eval-iters", 1, "--checkpoint-interval", CHECKPOINT_INTERVAL),
+    *("--sample-tokens", 4),
 )
 VARIANTS = {
     "newton": ("--use-soft-cutoff", "--repulsion-interval", 3),
@@ -42,29 +42,26 @@ RESUMED = ("model_state", "optimizer_state", "scheduler_state", "iter", "best_va
 
 
 def training(folder, name, flags):
-    """A training process, to go on where an earlier one of that name was killed."""
-    command = [Path(__file__).parent / "counted_training.py", *SMALL, *flags]
-    command += ["--data-path", "text.txt", "--checkpoint-path", f"{name}.pt", "--run-name", name]
-    return subprocess.Popen(
-        [sys.executable, *map(str, command), "--resume"],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "STEPS_FILE": f"{name}.steps"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    """A training process that continues the run of that name if there is one."""
+    arguments = [*SMALL, *flags, "--data-path", "text.txt", "--resume"]
+    arguments += ["--checkpoint-path", f"{name}.pt", "--run-name", name]
+    steps_file = {"STEPS_FILE": f"{name}.steps"}
+    return StartedScript("tests/counted_training.py", arguments, folder, env=steps_file)
 
 
 def finished(process):
-    """What a training says that ends by itself."""
-    output, _ = process.communicate(timeout=300)
+    """Wait for the end of a training, which must succeed."""
+    output, errors = process.communicate(timeout=300)
     if process.returncode:
-        raise RuntimeError(f"a training ended with {process.returncode}: {output}")
-    return output
+        raise RuntimeError(f"a training ended with {process.returncode}: {output}{errors}")
 
 
 def saved_step(folder, name):
-    """The step that a resumed run starts from. Raises `UserError` where a file is damaged."""
+    """The step that a resumed run starts from.
+
+    Raises:
+        UserError: if a checkpoint is damaged.
+    """
     steps = [0]
     for kind in ("best", "last"):
         path = folder / f"{name}.pt_{kind}.pt"
@@ -74,14 +71,14 @@ def saved_step(folder, name):
 
 
 def last_step(folder, name):
-    """The last step that was finished before the kill, saved or not."""
+    """The last step that was finished before the kill, saved or not; 0 if there is none."""
     path = folder / f"{name}.steps"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return int(lines[-1]) if lines else 0
 
 
 def rows(folder, name):
-    """Evaluations, without what a clock or a memory gauge says."""
+    """The evaluations of a run, without times and memory."""
     kept = []
     for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -89,22 +86,11 @@ def rows(folder, name):
     return kept
 
 
-def same(a, b):
-    """Whether two checkpoints' parts are bit-identical."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
-
-
 def wait_for_kill(process, folder, name, until, while_writing):
-    """Kill a training at a moment, or at the first checkpoint that it is writing after that.
+    """Kill a training at the time `until`, or while it next writes a checkpoint after that.
 
     Returns:
-        "step", "writing", or None where it ended first.
+        "writing" if a half-written checkpoint is left, else "step"; None if it ended first.
     """
     while time.monotonic() < until + 30:
         if process.poll() is not None:
@@ -120,22 +106,23 @@ def wait_for_kill(process, folder, name, until, while_writing):
 
 
 def campaign(folder, variant, kills, seed=0, say=lambda line: None, steps=STEPS):
-    """Kill one run `kills` times, let it end, and compare it with an undisturbed one.
+    """Kill one run `kills` times, let it end, and compare it with an undisturbed run.
 
-    Every second kill waits for the moment in which a checkpoint is being written.
+    Every second kill waits until a checkpoint is being written.
 
     Returns:
-        A dict: `kills`; `in_writing`, those that left a checkpoint half written; `resumes`;
-        `most_repeated`, steps done again after one kill; `damaged` checkpoints after a kill;
-        `mismatches` of weights, optimizer, random numbers or evaluations at the end.
+        A dict of counts: `kills`; `in_writing`, kills that left a checkpoint half written;
+        `resumes`; `most_repeated`, the most steps repeated after one kill; `damaged` checkpoints
+        after a kill; `mismatches` of weights, optimizer, random numbers or evaluations at the end.
     """
     folder = Path(folder)
     (folder / "text.txt").write_text(SENTENCE * 300)
     flags = (*VARIANTS[variant], "--max-steps", steps)
     clock = random.Random(f"{variant} {seed}")
     whole, cut = f"{variant}_whole", f"{variant}_cut"
+    process = training(folder, whole, flags)
     started = time.monotonic()
-    finished(training(folder, whole, flags))
+    finished(process)
     duration = time.monotonic() - started
     counts = ("kills", "in_writing", "resumes", "most_repeated", "damaged", "mismatches")
     result = dict.fromkeys(counts, 0)
@@ -158,7 +145,7 @@ def campaign(folder, variant, kills, seed=0, say=lambda line: None, steps=STEPS)
             result["damaged"] += 1
             break
         result["most_repeated"] = max(result["most_repeated"], repeated)
-        say(f"{variant}: {how} {last_step(folder, cut)}, {repeated} to be done again")
+        say(f"{variant}: killed at {how} {last_step(folder, cut)}, {repeated} steps to repeat")
     result["resumes"] += saved_step(folder, cut) > 0
     finished(training(folder, cut, flags))
     ours, expected = (read_checkpoint(folder / f"{name}.pt_last.pt") for name in (cut, whole))
@@ -168,12 +155,14 @@ def campaign(folder, variant, kills, seed=0, say=lambda line: None, steps=STEPS)
 
 
 def main():
-    """Run the campaign over all variants; returns 1 where anything differed."""
+    """Run the campaign over all variants; returns 1 if anything differed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=50, help="in all (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    parser.add_argument("--kills", type=int, default=50, help="total number (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the random moments (default: %(default)s)"
+    )
     args = parser.parse_args()
     total = {}
     for number, variant in enumerate(VARIANTS):

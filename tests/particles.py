@@ -6,7 +6,7 @@ CUTOFFS = ("none", "hard", "soft")
 
 
 def squared_distances(data):
-    """r2 of all pairs in float64 from one difference tensor, (B, H, Tq, Tk), positions 0..T-1."""
+    """r2 of all pairs in float64 from a difference tensor, (B, H, Tq, Tk), for positions 0..T-1."""
     q, k = data["q"].detach().double(), data["k"].detach().double()
     t_query = torch.arange(q.shape[2], dtype=torch.float64)
     t_key = torch.arange(k.shape[2], dtype=torch.float64)
@@ -16,7 +16,7 @@ def squared_distances(data):
 
 
 def radius_between(data):
-    """A radius per head that lets about half of all pairs in and lies on the edge of none."""
+    """A radius per head, (H,), that includes about half of all pairs and is not close to any r2."""
     r2 = squared_distances(data)
     radii = []
     for head in range(r2.shape[1]):
@@ -31,7 +31,7 @@ def radius_between(data):
 
 
 def particles(tokens, heads=2, batch=2, coords=4, width=3, cutoff="none", spread=1.0, dtype=None):
-    """Random operator arguments in float64 (or `dtype`)."""
+    """Random arguments of the operator, in float64 unless `dtype` says otherwise."""
     real = torch.float64
     data = {
         "q": spread * torch.randn(batch, heads, tokens, coords, dtype=real),
@@ -48,7 +48,7 @@ def particles(tokens, heads=2, batch=2, coords=4, width=3, cutoff="none", spread
 
 
 def leaves(data):
-    """Copies that ask for gradients."""
+    """Copies that require gradients."""
     return {name: tensor.detach().clone().requires_grad_() for name, tensor in data.items()}
 
 
@@ -68,7 +68,7 @@ def output_and_gradients(function, data, upstream, **settings):
 
 
 def assert_close(found, truth, relative, floor):
-    """Every tensor within `relative` of the largest entry of its truth, plus `floor`."""
+    """Assert that errors are at most `relative` of the truth's largest entry, plus `floor`."""
     assert found.keys() == truth.keys()
     for name, expected in truth.items():
         assert found[name].isfinite().all(), name
@@ -78,7 +78,7 @@ def assert_close(found, truth, relative, floor):
 
 
 def published_by_hand(data, radius, cutoff, mass_in_value):
-    """Design 1.2 from a difference tensor and a softmax written out, in float64."""
+    """The published law in float64, with a difference tensor and the softmax written out."""
     x, mass = data["x"], data["mass"]
     r2 = ((x[:, :, :, None, :] - x[:, :, None, :, :]) ** 2).sum(-1)
     score = -data["gamma"][:, None, None] / (r2 + 1e-6) + data["bias"][:, None, None]

@@ -1,17 +1,21 @@
 """Runs the repository's scripts in processes of their own, without importing PyTorch each time.
 
-A server process (the standard library's forkserver) imports what is slow to import and nothing of
-the repository; each run is a fork of it that has its own directory, environment, standard streams
-and exit code, as from the shell.
+A server process (the standard library's forkserver) imports what is slow to import, and nothing of
+the repository. Each run is a fork of that server with its own directory, environment, standard
+streams and exit code, as from the shell.
 """
 
+import atexit
 import contextlib
+import functools
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import tempfile
 import traceback
+from multiprocessing import forkserver
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
 
@@ -24,12 +28,8 @@ IMPORTED_AHEAD = [
     "tokenizers",
     "tiktoken",
 ]
-
-
-def _forkserver():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED_AHEAD)
-    return context
+# one thread per process, because the tests run on all cores; a spinning thread would take a core
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def run_script(script, arguments, cwd, stdin="", env=None, timeout=300):
@@ -41,31 +41,79 @@ def run_script(script, arguments, cwd, stdin="", env=None, timeout=300):
     Raises:
         subprocess.TimeoutExpired: the run is killed then.
     """
-    command = [str(ROOT / script), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    with tempfile.TemporaryDirectory() as folder:
-        streams = [Path(folder) / name for name in ("stdin", "stdout", "stderr")]
-        streams[0].write_text(stdin, encoding="utf-8")
-        # the server starts with the first process and takes its environment from here
-        before = os.environ.copy()
-        os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parent))
-        try:
-            process = _forkserver().Process(
-                target=_script, args=(command, str(cwd), environment, streams)
-            )
-            process.start()
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
-        process.join(timeout)
-        if process.is_alive():
-            process.kill()
-            raise TimeoutExpired(command, timeout)
-        output, errors = (path.read_text(encoding="utf-8") for path in streams[1:])
-    return CompletedProcess(command, process.exitcode, output, errors)
+    process = StartedScript(script, arguments, cwd, stdin, env)
+    try:
+        output, errors = process.communicate(timeout)
+    except TimeoutExpired:
+        process.kill()
+        raise
+    return CompletedProcess(process.args, process.returncode, output, errors)
 
 
-def _script(command, cwd, environment, streams):
+class StartedScript:
+    """A script that runs in a process of its own, with the methods of `subprocess.Popen`.
+
+    Args:
+        script: its path, absolute or below the repository.
+        prepare: called in the new process before the script; it must be picklable.
+    """
+
+    def __init__(self, script, arguments, cwd, stdin="", env=None, prepare=None):
+        self.args = [str(ROOT / script), *map(str, arguments)]
+        self._folder = tempfile.TemporaryDirectory()
+        self._streams = [Path(self._folder.name) / name for name in ("stdin", "stdout", "stderr")]
+        self._streams[0].write_text(stdin, encoding="utf-8")
+        environment = {**os.environ, **ONE_THREAD, **(env or {})}
+        self._process = _server().Process(
+            target=_script, args=(self.args, str(cwd), environment, self._streams, prepare)
+        )
+        self._process.start()
+        self.pid = self._process.pid
+        atexit.register(self.kill)  # a test that fails leaves nothing running
+
+    @property
+    def returncode(self):
+        return self._process.exitcode
+
+    def poll(self):
+        return self.returncode
+
+    def wait(self, timeout=None):
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise TimeoutExpired(self.args, timeout)
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout=None):
+        """`(stdout, stderr)` of the script, once it has ended."""
+        self.wait(timeout)
+        atexit.unregister(self.kill)
+        return tuple(path.read_text(encoding="utf-8") for path in self._streams[1:])
+
+
+@functools.cache
+def _server():
+    """The multiprocessing context of the server, which is started here."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED_AHEAD)
+    before = os.environ.copy()
+    os.environ.update(ONE_THREAD, PYTHONPATH=str(Path(__file__).parent))
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
+
+
+def _script(command, cwd, environment, streams, prepare):
     """In the fork: become the script."""
     os.chdir(cwd)
     os.environ.clear()
@@ -81,6 +129,8 @@ def _script(command, cwd, environment, streams):
         str(ROOT),
         *(x for x in sys.path if not Path(x or ".").resolve().is_relative_to(ROOT / "tests")),
     ]
+    if prepare:
+        prepare()
     code = 0
     try:
         runpy.run_path(command[0], run_name="__main__")

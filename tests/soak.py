@@ -1,4 +1,4 @@
-"""Trains for a long time at small size and watches what a process may not let grow.
+"""Trains small models for a long time and checks that memory and open files do not grow.
 
 python tests/soak.py --minutes 60
 """
@@ -23,12 +23,12 @@ SMALL = (
     *("--eval-interval", 50, "--eval-iters", 2, "--checkpoint-interval", 50),
 )
 MODELS = {"ngt": (), "vanilla": ("--model", "vanilla")}
-WARM_UP = 0.2  # of the time
-SLACK = 0.02  # of the memory
+WARM_UP = 0.2  # share of the time that is not measured
+SLACK = 0.02  # allowed growth of the memory, as a share
 
 
 def start(folder, name):
-    """A training that ends when it is told to."""
+    """Start a training that ends only when it is asked to; returns its process."""
     command = [ROOT / "train_shakespeare.py", *SMALL, *MODELS[name], "--data-path", "text.txt"]
     command += ["--checkpoint-path", f"{name}.pt", "--run-name", name]
     with open(Path(folder) / f"{name}.log", "w") as log:
@@ -42,35 +42,35 @@ def start(folder, name):
 
 
 def resident_bytes(pid):
-    """Memory of a process now, pages of files it maps left out (Linux)."""
+    """The memory of a process in bytes, without the files that it maps (Linux)."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return sum(int(x.split()[1]) * 1024 for x in lines if x.startswith("RssAnon"))
 
 
 def open_files(pid):
-    """How many file descriptors a process has."""
+    """The number of file descriptors of a process (Linux)."""
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
 def event_bytes(folder, name):
-    """What the run has written for TensorBoard."""
+    """The size in bytes of everything in the run's folder."""
     run = Path(folder) / "runs" / name
     return sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
 
 
 def steps_of(folder, name):
-    """The last evaluation's step."""
+    """The step of the last evaluation; 0 if there is none."""
     lines = (Path(folder) / "runs" / name / "metrics.jsonl").read_text().splitlines()
     return int(lines[-1].split('"step": ')[1].split(",")[0]) if lines else 0
 
 
 def soak(folder, name, seconds, say=lambda line: None):
-    """Train so long, then ask it to stop.
+    """Train for `seconds`, then ask the training to stop.
 
     Returns:
-        A dict: `steps`, `memory` and `memory_after_warm_up` (bytes, medians of the last and the
-        first samples after the warm-up), `growth` (their ratio, less 1), `files_after_warm_up` and
-        `files` (open ones, likewise), `run_bytes`, `exit_code`.
+        A dict: `steps`; `memory_after_warm_up` and `memory` (bytes, medians of the first and the
+        last quarter of the samples after the warm-up); `growth` (their ratio minus 1);
+        `files_after_warm_up` and `files` (open files, in the same way); `run_bytes`; `exit_code`.
     """
     folder = Path(folder)
     (folder / "text.txt").write_text(SENTENCE * 300)
@@ -107,12 +107,12 @@ def soak(folder, name, seconds, say=lambda line: None):
 
 
 def main():
-    """Soak each model in turn; returns 1 where something grew."""
+    """Train one model after the other; returns 1 if anything grew."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--minutes", type=float, default=60.0, help="of each model (default: %(default)s)")
+    add("--minutes", type=float, default=60.0, help="per model (default: %(default)s)")
     add("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="(default: both)")
     args = parser.parse_args()
     grown = 0

@@ -33,7 +33,7 @@ UNLIMITED = [*NEWTON, "vanilla rotary", "vanilla alibi"]
 
 
 def in_chunks(model, tokens, sizes):
-    """Logits of tokens fed through one KV cache, piece by piece."""
+    """`(logits, cache)` of tokens that are fed through one KV cache in pieces."""
     cache, start, logits = KVCache(), 0, []
     for size in sizes:
         logits.append(model(tokens[:, start : start + size], kv_cache=cache))
@@ -45,7 +45,7 @@ def in_chunks(model, tokens, sizes):
 @pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
 def test_cached_equals_uncached(name):
-    """Chunks of 1, 2, 5, 13, ... through the cache give the logits of one pass, to 1e-4."""
+    """Pieces of 1, 2, 5, 13, ... tokens through the cache give the logits of one pass, to 1e-4."""
     model = lively(name)
     length = 3 * BLOCK if name in UNLIMITED else BLOCK
     tokens = ids(length, batch=2)
@@ -60,7 +60,7 @@ def test_cached_equals_uncached(name):
 @pytest.mark.parametrize("name", [n for n in NEWTON if n != "newton none"])
 @torch.no_grad()
 def test_newton_with_a_radius_forgets(name, monkeypatch):
-    """The cache stops growing, and the output stays that of a pass that forgets nothing."""
+    """The cache stops growing, and the logits equal those of a pass that forgets nothing."""
     monkeypatch.setattr(kv_cache, "MIN_CAPACITY", 2)
     model = lively(name)
     tokens = ids(5 * BLOCK)
@@ -72,12 +72,12 @@ def test_newton_with_a_radius_forgets(name, monkeypatch):
         memory.append(cache.num_bytes())
     assert sizes[0] < sizes[5] < sizes[-1] and memory[0] < memory[5] < memory[-1]
     assert len(set(sizes[20:])) == 1 and len(set(memory[50:])) == 1
-    # what is held is at most twice what is remembered, and the new token
+    # memory is at most twice what is remembered, including the new token
     assert memory[-1] <= memory[0] / 2 * 2 * (sizes[-1] + 1)
     assert (torch.cat(logits, 1) - full).abs().max() < 1e-4
     # radius / time_scale + offset + slack of the farthest head, in tokens of q, k, v and mass
     assert 1 + RADIUS / 0.25 <= sizes[-1] <= 1 + RADIUS / 0.25 + 3
-    # what is kept matters: with half of it gone, the last logits are others
+    # what is remembered matters: without half of it the logits differ
     for layer in range(2):
         cache.keep_newest(layer, 4)
     other = model(tokens[:, -1:], kv_cache=cache)
@@ -101,7 +101,7 @@ def test_the_window_is_computed_once_per_layer_and_cache(monkeypatch):
 
 @torch.no_grad()
 def test_cache_without_a_radius_keeps_everything():
-    """Without a cutoff every token is remembered, for ever."""
+    """Without a cutoff every token is remembered."""
     model, cache, sizes = lively("newton none"), KVCache(), []
     for _ in range(40):
         model(ids(1), kv_cache=cache)
@@ -112,7 +112,7 @@ def test_cache_without_a_radius_keeps_everything():
 @pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
 def test_logits_do_not_see_the_future(name):
-    """Other tokens from t on leave logits before t alone, and change those from t on."""
+    """Other tokens from t on do not change logits before t, and change those from t on."""
     model = lively(name)
     tokens = ids(BLOCK)
     first = model(tokens)
@@ -138,8 +138,8 @@ def test_no_absolute_position(name):
 @pytest.mark.parametrize("name", ["newton hard", "newton soft"])
 @torch.no_grad()
 def test_a_prefix_out_of_reach_is_not_felt(name):
-    """Two layers reach at most 2 * 14 tokens back: what stands before changes nothing, neither
-    what it says nor how long it is."""
+    """Two layers reach at most 2 * 14 tokens back: older tokens change nothing, and neither does
+    their number."""
     model = lively(name)
     tail = ids(45)
     alone = model(tail)[:, 30:]
@@ -150,7 +150,7 @@ def test_a_prefix_out_of_reach_is_not_felt(name):
 
 
 def test_rotary_turns_pairs_and_knows_distance_only():
-    """Complex numbers turned by e^(i t theta); products depend on the difference of positions."""
+    """Pairs turn as complex numbers by e^(i t theta); products depend on distances only."""
     x = torch.randn(2, 3, 7, 8)
     t = torch.tensor([0, 1, 2, 5, 9, 30, 100])
     pairs = torch.complex(x[..., :4].double(), x[..., 4:].double())
@@ -180,7 +180,7 @@ def test_alibi_slopes_are_the_papers():
 @pytest.mark.parametrize("pos", ["learned", "alibi"])
 @torch.no_grad()
 def test_vanilla_attention_is_the_textbooks(pos):
-    """One softmax a row in Python, with the distance times the slope taken off for ALiBi."""
+    """A softmax per row in Python; ALiBi subtracts the slope times the distance."""
     attention = Attention(VanillaConfig(**SMALL, mlp_dim=32, pos=pos), 0)
     h = torch.randn(1, 9, 24)
     q, k, v = (p(h)[0] for p in (attention.q_proj, attention.k_proj, attention.v_proj))
@@ -213,8 +213,8 @@ def test_repulsion_is_a_double_loop():
 
 
 def test_repulsion_of_a_sample():
-    """Over 64 tokens: any sample of equally distant points has the same energy, and a generator
-    repeats its sample."""
+    """Beyond 64 tokens: all samples of equally distant points have the same energy, and the same
+    seed repeats a sample."""
     corners = torch.eye(100)[None]  # all |z_i - z_j|^2 = 2
     assert float(repulsion_loss(corners, torch.full((1, 100), 3.0))) == pytest.approx(9 / 2)
     z, mass = torch.randn(2, 100, 4, requires_grad=True), torch.ones(2, 100)
@@ -228,7 +228,7 @@ def test_repulsion_of_a_sample():
 
 
 def test_repulsion_at_its_edges():
-    """One token: 0, with a graph. Points that coincide: 1e6, gradients finite."""
+    """One token gives 0 with a gradient; points that coincide give finite gradients."""
     z = torch.randn(2, 1, 4, requires_grad=True)
     loss = repulsion_loss(z, torch.ones(2, 1))
     loss.backward()
@@ -245,8 +245,8 @@ def test_repulsion_at_its_edges():
 
 @torch.no_grad()
 def test_geometry_is_what_the_blocks_saw():
-    """Masses are softplus of the embedding; one set of coordinates before and after each block,
-    each normalised, the last of them `z`."""
+    """Masses are softplus of the embedding. There are coordinates before the first layer and after
+    each, all normalised; the last are `z`."""
     model, tokens = lively("newton soft"), ids(11, batch=2)
     logits, geometry = model(tokens, return_geometry=True)
     torch.testing.assert_close(logits, model(tokens))
@@ -266,7 +266,7 @@ def test_geometry_is_what_the_blocks_saw():
 @pytest.mark.parametrize("vocab_size", [66, 2048, 8192])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_compare_equal_sizes(preset, vocab_size, monkeypatch):
-    """NGT under either law has the parameters of the vanilla model it is compared with, +-1 %."""
+    """NGT has as many parameters under either law as its vanilla counterpart, within 1 %."""
     for initialiser in ("normal_", "constant_", "zeros_", "kaiming_uniform_", "uniform_"):
         monkeypatch.setattr(torch.nn.init, initialiser, lambda tensor, *a, **k: tensor)
     counts = {}
@@ -306,7 +306,7 @@ def test_presets_compare_equal_sizes(preset, vocab_size, monkeypatch):
     ids=str,
 )
 def test_sizes_that_cannot_be(config, wrong, named):
-    """A UsageError that names the flag; the same config without the fault is accepted."""
+    """Impossible sizes raise a UsageError that names the flag; without them the config is valid."""
     config(**SMALL)
     with pytest.raises(UsageError, match=named):
         config(**SMALL | wrong)
@@ -314,7 +314,7 @@ def test_sizes_that_cannot_be(config, wrong, named):
 
 @pytest.mark.parametrize("name", [*PUBLISHED, "vanilla learned"])
 def test_absolute_positions_end(name):
-    """Models with a table of positions refuse more tokens than it has, cached or not."""
+    """Models with a table of positions refuse more tokens than it has, with a cache or without."""
     model, cache = lively(name), KVCache()
     with pytest.raises(ValueError, match="block_size"):
         model(ids(BLOCK + 1))
@@ -325,7 +325,7 @@ def test_absolute_positions_end(name):
 
 @pytest.mark.parametrize("name", ["newton soft", "published soft", "vanilla alibi"])
 def test_every_parameter_learns(name):
-    """The loss of a text moves each parameter, the last block's coordinates through repulsion."""
+    """Every parameter gets a gradient, the last layer's coordinates through repulsion."""
     model = lively(name).train()
     tokens = ids(BLOCK, batch=3)
     if name in VANILLA:
@@ -348,6 +348,6 @@ def test_every_parameter_learns(name):
 
 
 def test_config_is_plain():
-    """A config survives the trip through a dict, as a checkpoint makes it."""
+    """A config becomes a dict and is restored from it, as in a checkpoint."""
     for config in (NGTConfig(**NGT_SMALL, law="published"), VanillaConfig(**SMALL, pos="alibi")):
         assert type(config)(**dataclasses.asdict(config)) == config

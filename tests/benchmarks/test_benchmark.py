@@ -15,7 +15,7 @@ import benchmark
 from benchmark import make_parser
 from benchmarks import attention, models, timing
 from benchmarks.training import first_release_attention, make_trainer, step_bytes
-from conftest import ROOT, error_line, run
+from conftest import ROOT, error_line, needs_bf16, run
 from engine.flops import training_flops
 from gravity.published import published_gravity_attention
 
@@ -42,7 +42,7 @@ def numbers_of(in_tmp, *words):
     return numbers
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=needs_bf16)])
 def test_train_writes_what_was_promised(in_tmp, dtype):
     numbers = numbers_of(in_tmp, "train", *TINY, "--dtype", dtype)
     promised = "ngt_tokens_per_s vanilla_tokens_per_s ratio ngt_peak_bytes vanilla_peak_bytes"

@@ -1,4 +1,4 @@
-"""What the fast paths leave out: the proven bound, the radius, forgotten keys, rounding."""
+"""What the implementations leave out: the proven bound, the radius, forgotten keys, rounding."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ LAW_TENSORS = ("time_scale", "time_offset", "radius")
 
 
 def test_strided_inputs():
-    """Tensors as a model hands them over: heads split from one projection, not contiguous."""
+    """Tensors as models pass them: heads split from one projection, not contiguous."""
     data = particles(21, heads=3)
     strided = {
         n: t.transpose(1, 2).contiguous().transpose(1, 2) for n, t in data.items() if n in "qkv"
@@ -30,7 +30,7 @@ def test_strided_inputs():
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-6])
 @pytest.mark.parametrize("exponent", [1, 4, 8, 16])
 def test_proven_window(exponent, tolerance):
-    """What is older weighs less than the tolerance, by math.fsum; and it is not much too long."""
+    """Older tokens weigh less than the tolerance, by math.fsum; half the window is too short."""
     for scale, offset in itertools.product((0.0035, 0.35, 3.0, 30.0), (0.0, 1.0, -2.5, 40.25)):
         for smallest in (30.0, 1.0, 1e-4, 1e-12):
             window = proven_window(smallest, scale, offset, exponent, 1.7, tolerance)
@@ -59,7 +59,7 @@ def test_no_window_without_a_sum():
 
 
 def skipping_cases(kind):
-    """Data on which much is skipped, and on which a loose rule would go wrong."""
+    """Data of which much is skipped, and which would expose a bound that is too loose."""
     data = particles(200, heads=3, batch=2)
     data["time_scale"] = torch.tensor([4.0, 1.5, 0.6], dtype=torch.float64)
     if kind == "large":
@@ -75,7 +75,7 @@ def skipping_cases(kind):
     elif kind == "positive offset":
         data["time_offset"] = torch.tensor([30.5, 17.0, 3.25], dtype=torch.float64)
     elif kind == "old against new":
-        # all that is older than 40 tokens agrees with the query and disagrees in its values
+        # all tokens older than 40 are near the query and have the opposite values
         data["q"], data["k"] = torch.zeros_like(data["q"]), torch.zeros_like(data["k"])
         data["mass"] = torch.ones_like(data["mass"])
         data["v"] = torch.ones_like(data["v"])
@@ -90,8 +90,8 @@ def skipping_cases(kind):
     ["plain", "large", "clustered", "negative offset", "positive offset", "old against new"],
 )
 def test_tolerance_bounds_the_error(kind, exponent, tolerance, small_blocks, visited):
-    """What is left out moves no output by more than 2 * tolerance * max|v|, nor gradients by more
-    than what operator.md derives, while fewer tiles are computed."""
+    """Fewer tiles are computed; outputs move by at most 2 * tolerance * max|v|, and gradients by at
+    most the bounds below, which follow from it."""
     small_blocks(8, 64, 8)
     data = skipping_cases(kind)
     if exponent == 2:  # falls slowly
@@ -104,7 +104,7 @@ def test_tolerance_bounds_the_error(kind, exponent, tolerance, small_blocks, vis
     )
     skipping = sum(visited)
     output_and_gradients(gravity_attention, data, upstream, **settings)
-    if (kind, exponent) != ("negative offset", 2):  # its sums are as small as what is left out
+    if (kind, exponent) != ("negative offset", 2):  # its sums are too small to skip much
         assert skipping < 0.9 * (sum(visited) - skipping)
 
     largest = data["v"].norm(dim=-1).amax()
@@ -124,7 +124,7 @@ def test_tolerance_bounds_the_error(kind, exponent, tolerance, small_blocks, vis
 
 
 def test_tolerance_leaves_out_only_what_it_may(small_blocks, visited):
-    """Old sources with opposite values show that something was dropped, and no more than stated."""
+    """Old sources with opposite values show that something is left out, and how much at most."""
     small_blocks(8, 64, 8)
     data = skipping_cases("old against new")
     full = gravity_attention_reference(**data)
@@ -139,13 +139,13 @@ def test_tolerance_leaves_out_only_what_it_may(small_blocks, visited):
 
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-4, 1e-6])
 def test_tolerance_where_new_sources_underflow(tolerance, small_blocks):
-    """Rows whose newest sources have a field of 0, or nearly, must look on, however far back."""
+    """Queries whose newest sources have almost no field must look on, however far back."""
     small_blocks(8, 64, 8)
     data = particles(96, heads=3, batch=2, spread=0.1)
     data["time_scale"] = torch.tensor([0.3, 0.01, 0.002], dtype=torch.float64)
     newest, exponent = data["k"][1, :, 36:], 64
-    # one batch entry is plain; in the other the newest 60 sources are out of sight: their fields
-    # are 0, 1e-300, or about as small as the bound on all that is older
+    # one batch entry is plain; in the other the newest 60 sources are far away: their fields are 0,
+    # 1e-300, or about as small as the bound on all older ones
     for distance, largest in ((1e3, 0.0), (110.0, 1e-298), (0.7, 1e-15)):
         newest[...] = distance
         full = gravity_attention_reference(**data, exponent=exponent)
@@ -162,8 +162,8 @@ def test_tolerance_where_new_sources_underflow(tolerance, small_blocks):
 
 
 def test_tolerance_where_the_bound_falls_steeply(small_blocks):
-    """The oldest source kept is at the peak of the time term, the next one 1e-16 below it; what
-    the query sees of the new ones is less still, so the old one must be visited."""
+    """The oldest source that is kept has the strongest field in time, the next one 1e-16 of it. The
+    fields of the new ones are weaker still, so the old one must be visited."""
     small_blocks(8, 128, 16)
     tokens = 32
     data = particles(tokens, heads=1, batch=1)
@@ -198,7 +198,7 @@ def test_tolerance_counts_mass(small_blocks):
 @pytest.mark.parametrize("mass_in_value", [False, True])
 @pytest.mark.parametrize("cutoff", ["hard", "soft"])
 def test_radius_skips_and_changes_nothing(cutoff, mass_in_value, small_blocks, visited):
-    """Heads drop out of a query block once all older sources are out of reach; same numbers."""
+    """A head leaves a query block as soon as all older sources are out of reach; same numbers."""
     data = particles(60, heads=3)
     data["time_scale"] = torch.tensor([2.0, 0.7, 0.05], dtype=torch.float64)
     data["radius"] = torch.tensor([6.01, 5.02, 4.03], dtype=torch.float64)
@@ -219,7 +219,7 @@ def test_decoding_equals_the_rows_of_the_full_result(cutoff, mass_in_value, smal
     data = particles(50, heads=3, cutoff=cutoff)
     settings = dict(cutoff=cutoff, mass_in_value=mass_in_value)
     full = gravity_attention_reference(**data, **settings)
-    t = torch.arange(50) + 1000  # only differences of positions count
+    t = torch.arange(50) + 1000  # only differences of positions matter
     for newest in (1, 3, 17):
         rows = gravity_attention(
             **data | {"q": data["q"][:, :, -newest:]},
@@ -232,7 +232,7 @@ def test_decoding_equals_the_rows_of_the_full_result(cutoff, mass_in_value, smal
 
 @pytest.mark.parametrize("cutoff", ["hard", "soft"])
 def test_keys_out_of_reach_may_be_forgotten(cutoff, small_blocks):
-    """`reach` is far enough that older keys may go, and near enough to be worth it."""
+    """Keys beyond `reach` can be forgotten, and `reach` is short enough to be worth it."""
     data = particles(80, heads=2)
     data["time_scale"] = torch.tensor([0.9, 0.4], dtype=torch.float64)
     data["time_offset"] = torch.tensor([1.5, -2.0], dtype=torch.float64)
@@ -258,7 +258,7 @@ def test_keys_out_of_reach_may_be_forgotten(cutoff, small_blocks):
 @pytest.mark.parametrize("exponent", [1, 4, 8])
 def test_bf16(exponent, cutoff, small_blocks, either_path):
     """bf16 inputs against float64 on the same rounded numbers: 1e-2, gradients 3e-2 of the norm,
-    per-head scalars 1e-1 (sums of pairs that nearly cancel)."""
+    per-head numbers 1e-1 (sums over pairs that nearly cancel)."""
     small_blocks(32, 4000, 48)
     data = particles(80, heads=3, coords=16, width=16, spread=0.5, dtype=torch.float32)
     if cutoff == "soft":

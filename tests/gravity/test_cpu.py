@@ -17,8 +17,8 @@ pytestmark = pytest.mark.skipif(cpu.cpp_compiler() is None, reason="no C++ compi
 
 
 @pytest.fixture
-def oldest_met(monkeypatch):
-    """For each forward pass the oldest key that each block of queries met, (B, H, blocks)."""
+def oldest_visited(monkeypatch):
+    """For each forward pass the oldest key that each block of queries visited, (B, H, blocks)."""
     found = []
     run_kernel = cpu._Call.run
 
@@ -39,7 +39,7 @@ def long_particles(tokens, **settings):
 @pytest.mark.parametrize("cutoff", CUTOFFS)
 @pytest.mark.parametrize("tokens", [47, 48, 49, 191, 193, 500])
 def test_equals_reference_over_many_blocks(tokens, cutoff, mass_in_value):
-    """Around the kernels' own block sizes, widths that fill no vector, values of width 40."""
+    """Lengths around the kernels' block sizes, and widths that do not fill a vector."""
     data = long_particles(tokens, heads=3, cutoff=cutoff, spread=0.4)
     upstream = torch.randn_like(data["v"])
     settings = dict(cutoff=cutoff, mass_in_value=mass_in_value)
@@ -54,31 +54,31 @@ def test_equals_reference_over_many_blocks(tokens, cutoff, mass_in_value):
 
 
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-4])
-def test_tolerance_skips_within_its_bound(tolerance, oldest_met):
+def test_tolerance_skips_within_its_bound(tolerance, oldest_visited):
     data = long_particles(900, heads=3, spread=0.3)
     data["time_scale"] = torch.tensor([0.9, 0.3, 0.001])
     truth = gravity_attention_reference(**double(data))
     found = gravity_attention(**data, field_tolerance=tolerance)
     limit = 2 * tolerance * float(data["v"].abs().max()) + 1e-5
     assert (found - truth).abs().max() <= limit
-    last_block = oldest_met[0][0, :, -1]
+    last_block = oldest_visited[0][0, :, -1]
     assert last_block[0] > 700 and last_block[1] > 300 and last_block[2] == 0
     gravity_attention(**data)
-    assert (oldest_met[1] == 0).all()
+    assert (oldest_visited[1] == 0).all()
 
 
-def test_skipping_is_exact_beyond_a_radius(oldest_met):
+def test_skipping_is_exact_beyond_a_radius(oldest_visited):
     data = long_particles(700, heads=2, spread=0.3)
     data |= {"time_scale": torch.tensor([0.5, 0.04]), "radius": torch.tensor([8.0, 8.0])}
     upstream = torch.randn_like(data["v"])
     for cutoff in ("hard", "soft"):
-        oldest_met.clear()
+        oldest_visited.clear()
         truth = output_and_gradients(
             gravity_attention_reference, double(data), upstream.double(), cutoff=cutoff
         )
         found = output_and_gradients(gravity_attention, data, upstream, cutoff=cutoff)
         assert_close(found, truth, 5e-5, 1e-4)
-        assert (oldest_met[0][0, :, -1] > torch.tensor([550, 250])).all()
+        assert (oldest_visited[0][0, :, -1] > torch.tensor([550, 250])).all()
 
 
 @pytest.mark.parametrize("low", [torch.float32, torch.bfloat16])
@@ -104,10 +104,10 @@ def test_decoding_with_gaps_in_the_positions(newest, low):
 
 @pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-4])
 def test_a_decoding_step_leaves_out_within_its_bound(tolerance):
-    """One query may also leave values unread that weigh too little: both together keep to it."""
+    """One query also skips values that weigh too little; both together stay within the bound."""
     data = long_particles(900, heads=3, spread=0.3)
     data["time_scale"] = torch.tensor([0.9, 0.3, 0.001])
-    data["v"][:, :, :-30] *= -1  # so that what is left out is missed
+    data["v"][:, :, :-30] *= -1  # so that leaving out changes the output
     t = torch.arange(900)
     last = data | {"q": data["q"][:, :, -1:]}
     positions = dict(query_positions=t[-1:], key_positions=t)
@@ -121,7 +121,7 @@ def test_a_decoding_step_leaves_out_within_its_bound(tolerance):
 
 
 def test_threads_do_not_matter():
-    """One matrix and three threads: queries are split, the numbers are the same."""
+    """One head on three threads: queries are split, the numbers are the same."""
     data = long_particles(600, heads=1)
     upstream = torch.randn_like(data["v"])
     one = output_and_gradients(gravity_attention, data, upstream, field_tolerance=1e-6)
@@ -142,7 +142,7 @@ def test_heads_split_from_one_projection_and_a_transposed_value():
 
 
 def test_nan_stays_nan():
-    """A broken weight must show in the loss, not be skipped as far away."""
+    """A broken weight must show in the loss, not be skipped like a token far away."""
     data = long_particles(300, heads=1)
     data["k"][0, 0, 10] = float("nan")
     out = gravity_attention(**data, field_tolerance=1e-4)
@@ -158,7 +158,7 @@ def test_rounding_mode_of_the_process_is_left_alone():
 
 @pytest.mark.parametrize("case", ["none", "broken"])
 def test_without_a_working_compiler_one_warning(case, tmp_path):
-    """Plain PyTorch takes over, once and aloud, with the same numbers."""
+    """Plain PyTorch takes over after one warning, with the same numbers."""
     compiler = tmp_path / "c++"
     if case == "broken":
         compiler.write_text("#!/bin/sh\necho 'error: no such luck' >&2\nexit 1\n")
@@ -183,7 +183,7 @@ def test_without_a_working_compiler_one_warning(case, tmp_path):
 
 
 def test_the_library_is_made_once_and_survives_a_read_only_home(tmp_path):
-    """A second process compiles nothing; where nothing can be kept it still works."""
+    """A second process compiles nothing; without a folder to keep the library it still works."""
     environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     command = [sys.executable, "-c", "from gravity import cpu; print(cpu.library()._name)"]
 

@@ -1,7 +1,7 @@
-"""The CUDA kernels: run by Triton's interpreter on the CPU, compiled for a GPU, and on a real one.
+"""The CUDA kernels: run by Triton's interpreter on the CPU, compiled for a GPU, and run on one.
 
-Whether kernels are interpreted is settled when Triton is imported. So both the interpreter and the
-compiler work in processes of their own, and nothing of them reaches the tests beside these.
+Importing Triton decides whether kernels are interpreted. So the interpreter and the compiler each
+work in a process of their own, which leaves other tests alone.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ def process(interpreted):
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """Call a function of this file where Triton interprets its kernels."""
+    """Calls a function of this file in the process in which Triton interprets its kernels."""
     with process(interpreted=True) as executor:
         yield lambda function, *args, **settings: executor.submit(
             function, *args, **settings
@@ -51,7 +51,7 @@ def interpreted():
 
 
 def particles(length, heads=2, batch=1, coords=5, width=6, queries=None, seed=0):
-    """Tensors of the operator in float64, holding numbers that float32 can hold."""
+    """Arguments of the operator in float64, with numbers that fp32 can hold."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -70,7 +70,7 @@ def particles(length, heads=2, batch=1, coords=5, width=6, queries=None, seed=0)
 
 
 def set_blocks(forward, query_gradient, key_gradient):
-    """Small blocks, given as (rows of a query block, of a key block): few tokens make many."""
+    """Use small blocks, so that few tokens make many: (tokens per query block, per key block)."""
     from gravity import cuda
 
     cut = [cuda.Launch(*blocks, 4, 1) for blocks in (forward, query_gradient, key_gradient)]
@@ -79,7 +79,7 @@ def set_blocks(forward, query_gradient, key_gradient):
 
 
 def arguments(data, law, mass_in_value, tolerance, positions):
-    """What `gravity_attention` hands on to a path."""
+    """What `gravity_attention` passes to an implementation."""
     v, mass = data["v"], data["mass"]
     if mass_in_value:
         v = v * mass[:, None, :, None].to(v.dtype)
@@ -100,7 +100,7 @@ def kept_pairs(*args):
 
 
 def reference(data, law, mass_in_value, positions, kept=None):
-    """The formula in float64, over all pairs or those kept."""
+    """The formula in float64, over all pairs or over those kept."""
     law = law | {"query_positions": positions[0], "key_positions": positions[1]}
     law |= {name: data.get(name) for name in ("time_scale", "time_offset", "radius")}
     q, k, v, mass = (data[name] for name in ("q", "k", "v", "mass"))
@@ -113,7 +113,7 @@ def reference(data, law, mass_in_value, positions, kept=None):
 
 
 def absolute_terms(data, law, mass_in_value, positions, upstream, output):
-    """Sums of the absolute terms that make up the gradients of the per-head scalars, (H,) each."""
+    """Sums of the absolute terms of the gradients of per-head numbers, (H,) each."""
     scale, offset = (data[n].detach()[:, None, None] for n in ("time_scale", "time_offset"))
     mass = torch.ones_like(data["mass"]) if mass_in_value else data["mass"].detach()
     v = data["v"].detach()
@@ -153,7 +153,7 @@ def errors(
     arrange=lambda tensor: tensor,
     upstream=None,
 ):
-    """How far the kernels are from float64 over the same pairs, by the name of what was computed.
+    """Errors of the kernels against float64 over the same pairs, by the name of what is computed.
 
     Args:
         dtype: of q, k, v; the reference gets the numbers that it can hold.
@@ -161,10 +161,9 @@ def errors(
         arrange: gives q, k, v their strides.
 
     Returns:
-        Relative norms, those of per-head scalars relative to their absolute terms; besides
-        "skipped", the share of causal pairs left out, "weight", the largest sum of fields left
-        out relative to the sum kept, and "beyond", the largest error against the sum over all
-        pairs, over max|v|.
+        Relative norms; for per-head numbers relative to their absolute terms. With a tolerance also
+        "skipped", the share of causal pairs left out; "weight", the largest sum of fields left out
+        relative to the sum kept; "beyond", the largest error against all pairs, over max|v|.
     """
     from gravity.cuda import triton_attention
 
@@ -220,7 +219,7 @@ def errors(
 
 
 def assert_small(found, limit=1e-5, scalars=1e-5):
-    """All that `errors` measured over the same pairs lies below a limit."""
+    """Assert that all errors over the same pairs are below a limit."""
     for name, error in found.items():
         if name not in ("skipped", "weight", "beyond"):
             small = scalars if name in ("time_scale", "time_offset", "radius") else limit
@@ -248,7 +247,7 @@ def test_output_and_gradients(interpreted, cutoff, length):
 @pytest.mark.parametrize("mass_in_value", [False, True])
 @pytest.mark.parametrize("exponent", EXPONENTS)
 def test_exponents(interpreted, exponent, mass_in_value):
-    """Every exponent with both places of the mass."""
+    """Every exponent, with the mass in the weight and in the value."""
     data = particles(19, seed=3)
     blocks = ((32, 16), (32, 16), (16, 16))
     found = interpreted(
@@ -258,7 +257,7 @@ def test_exponents(interpreted, exponent, mass_in_value):
 
 
 def split_from_a_projection(tensor):
-    """The same numbers with the strides of heads that were split from one wide projection."""
+    """The same numbers with the strides of heads split from one wide projection."""
     batch, heads, length, width = tensor.shape
     wide = torch.zeros(batch, length, heads, 3 * width + 1, dtype=tensor.dtype)
     wide[..., width : 2 * width] = tensor.transpose(1, 2)
@@ -266,7 +265,7 @@ def split_from_a_projection(tensor):
 
 
 def test_strided_inputs(interpreted):
-    """Heads split from a projection, and the upstream gradient of a plain sum, without strides."""
+    """Heads split from a projection, and an upstream gradient with strides of 0."""
     ones = torch.ones(()).expand(2, 2, 19, 6)
     data = particles(19, batch=2)
     for upstream in (None, ones):
@@ -278,13 +277,13 @@ def test_strided_inputs(interpreted):
 
 @pytest.mark.parametrize("coords, width", [(16, 32), (1, 1), (17, 20)])
 def test_widths(interpreted, coords, width):
-    """Widths that fill a tile, that pad it, and that need two of the smallest ones."""
+    """Widths that fill a tile, that are padded, and that need two of the smallest tiles."""
     found = interpreted(errors, particles(21, coords=coords, width=width, seed=4), "soft")
     assert_small(found)
 
 
 def test_far_from_the_origin(interpreted):
-    """Offsets of all coordinates and of all times change nothing."""
+    """Adding a number to all coordinates, or to all times, changes nothing."""
     data = particles(40)
     data["q"], data["k"] = data["q"] + 30, data["k"] + 30
     positions = (torch.arange(40) + 10**6, torch.arange(40) + 10**6)
@@ -303,12 +302,12 @@ def test_decoding(interpreted, cutoff):
 
 
 def windowed(length, kind="plain"):
-    """Data whose fields fall off fast in time."""
+    """Data whose fields fall fast with time."""
     data = particles(length, heads=3, seed=6)
     data["time_scale"] = torch.tensor([4.0, 1.5, 0.6]).double()
     if kind == "positive offset":
         data["time_offset"] = torch.tensor([30.5, 17.0, 3.25]).double()
-    elif kind == "old against new":  # what is old agrees with the query and differs in its value
+    elif kind == "old against new":  # old tokens are near the query and have other values
         data["q"], data["k"] = torch.zeros_like(data["q"]), torch.zeros_like(data["k"])
         data["v"] = torch.ones_like(data["v"])
         data["v"][:, :, : length // 2] = -1
@@ -320,7 +319,7 @@ def windowed(length, kind="plain"):
     [("plain", 1e-2), ("plain", 1e-4), ("positive offset", 1e-2), ("old against new", 1e-3)],
 )
 def test_what_is_left_out(interpreted, kind, tolerance):
-    """Within the proven bound, and the backward pass keeps the same pairs."""
+    """Errors are within the proven bound, and the backward pass keeps the same pairs."""
     blocks = ((32, 16), (32, 16), (16, 16))
     found = interpreted(errors, windowed(70, kind), tolerance=tolerance, blocks=blocks)
     assert_small(found, limit=3e-5, scalars=3e-5)
@@ -330,7 +329,7 @@ def test_what_is_left_out(interpreted, kind, tolerance):
 
 
 def test_what_is_left_out_between_gaps(interpreted):
-    """Positions with gaps: the bound may not count on one source for each age."""
+    """Positions with gaps: the bound holds without a source for every age."""
     data = windowed(60)
     tk = torch.cumsum(torch.randint(1, 5, (60,), generator=torch.Generator().manual_seed(3)), 0)
     blocks = ((16, 16), (16, 16), (16, 16))
@@ -345,7 +344,7 @@ def test_what_is_left_out_between_gaps(interpreted):
 
 @pytest.mark.parametrize("cutoff", ["hard", "soft"])
 def test_beyond_the_radius(interpreted, cutoff):
-    """What lies beyond the radius's reach is left out exactly."""
+    """What is beyond the reach of the radius is left out, and changes nothing."""
     data = windowed(70)
     data["time_offset"] = torch.tensor([0.5, 1.0, -3.0]).double()
     blocks = ((32, 16), (32, 16), (16, 16))
@@ -356,7 +355,7 @@ def test_beyond_the_radius(interpreted, cutoff):
 
 
 def in_empty_space(cutoff):
-    """Output and gradients of tokens that nothing reaches, as the largest absolute number."""
+    """The largest absolute number in the output and gradients of tokens that nothing reaches."""
     from gravity.cuda import triton_attention
 
     set_blocks((16, 16), (16, 16), (16, 16))
@@ -372,12 +371,12 @@ def in_empty_space(cutoff):
 
 @pytest.mark.parametrize("cutoff", ["hard", "soft"])
 def test_nothing_in_reach(interpreted, cutoff):
-    """No force: 0 and no gradient, never NaN."""
+    """Without any pull the output is 0 and has no gradient; it is never NaN."""
     assert interpreted(in_empty_space, cutoff) == 0
 
 
 def kept_after_underflow():
-    """First kept keys where all fields are too small for fp32, and where they are not."""
+    """Whether all pairs are kept if the fields fit into fp32, and if all underflow."""
     set_blocks((16, 16), (16, 16), (16, 16))
     data = {name: tensor.float() for name, tensor in windowed(60).items() if name != "radius"}
     data["time_scale"], data["time_offset"] = torch.full((3,), 2000.0), torch.zeros(3)
@@ -389,13 +388,13 @@ def kept_after_underflow():
 
 
 def test_stops_only_where_something_was_summed(interpreted):
-    """Nothing is left out beside a sum of 0: two underflows prove nothing."""
+    """Nothing is left out while the sum is 0: an underflow proves nothing."""
     assert interpreted(kept_after_underflow) == (False, True)
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 2e-2), (torch.float16, 5e-3)])
 def test_16_bits(interpreted, dtype, limit):
-    """Loosely: the interpreter multiplies 16-bit numbers as fp32 and rounds towards 0."""
+    """With wide limits: the interpreter multiplies 16-bit numbers as fp32 and rounds towards 0."""
     data = particles(33, coords=16, width=16)
     found = interpreted(errors, data, "soft", dtype=dtype, tolerance=1e-4)
     assert_small(found, limit=limit, scalars=limit)
@@ -455,7 +454,7 @@ def check_compiled(cases):
         for dtype, cutoff, coords, width, launches in cases:
             kernels = executor.submit(compiled, dtype, cutoff, coords, width, launches).result()
             for shared, ptx in kernels:
-                assert shared <= 99 * 1024  # what the smallest of the last generations has
+                assert shared <= 99 * 1024  # what the smallest recent GPUs have
                 assert ptx.count("rcp.approx.ftz") > ptx.count("div.full")  # rows may be divided
                 if dtype != torch.float32:
                     assert "wgmma.mma_async" in ptx
@@ -467,7 +466,7 @@ SMALL = ((16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2))
 
 
 def test_compiles_for_a_gpu():
-    """The kernels as they are launched in 16 bits; fp32 with tiles that compile fast."""
+    """The kernels as launched in 16 bits, and in fp32 with small tiles, which compile faster."""
     check_compiled([(torch.bfloat16, "soft", 16, 64, None), (torch.float32, "hard", 16, 16, SMALL)])
 
 
@@ -503,7 +502,7 @@ def test_gpu_16_bits(dtype, cutoff, width):
 
 @ON_GPU
 def test_gpu_at_16384_tokens():
-    """Against rows and columns that the formula can afford: the last queries, all their keys."""
+    """The last queries with all their keys, which the formula has memory for."""
     from gravity.cuda import triton_attention, triton_handles
 
     length, rows = 16384, 256
@@ -546,7 +545,7 @@ def test_gpu_never_waits_for_the_device():
 
 
 def test_without_triton_one_warning(monkeypatch, capsys):
-    """On a GPU without Triton the plain path takes over, and says so once."""
+    """On a GPU without Triton plain PyTorch takes over, after one warning."""
     on_gpu = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.float32)
     monkeypatch.setattr(attention, "triton_handles", lambda *_: False)
     monkeypatch.setattr(attention, "triton_is_available", lambda: False)

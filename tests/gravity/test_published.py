@@ -1,4 +1,4 @@
-"""The first release's law against the formula, written out with a difference tensor."""
+"""The published law against its formula, written out with a difference tensor."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def published(data, radius, **settings):
 @pytest.mark.parametrize("mass_in_value", [False, True])
 @pytest.mark.parametrize("cutoff", CUTOFFS)
 def test_published_law(cutoff, mass_in_value, use_rsqrt):
-    """The first release's law equals design 1.2 written out, forward and gradients."""
+    """Outputs and gradients equal those of the formula written out."""
     data = published_particles()
     radius = None if cutoff == "none" else torch.tensor(2.503, dtype=torch.float64)
     upstream = torch.randn_like(data["v"])
@@ -56,7 +56,7 @@ def test_published_law(cutoff, mass_in_value, use_rsqrt):
 
 @pytest.mark.parametrize("cutoff", CUTOFFS)
 def test_published_law_is_causal_and_decodes(cutoff):
-    """The future changes nothing; the newest queries alone give the same rows."""
+    """Later tokens change nothing; the newest queries alone give the same rows."""
     data = published_particles()
     settings = dict(cutoff=cutoff, radius=None if cutoff == "none" else 2.503)
     first = published(data, **settings)
@@ -83,7 +83,7 @@ def test_published_law_is_causal_and_decodes(cutoff):
 
 
 def test_published_law_in_fp32_with_all_its_digits():
-    """Distances by norms and products must not lose what the difference tensor kept."""
+    """Distances from norms and products keep the digits of the difference tensor."""
     data = published_particles(tokens=64)
     data["x"] = data["x"] + 40
     single = {n: x.float() for n, x in data.items()}

@@ -1,8 +1,9 @@
-"""Training under torchrun, against the same training in one process."""
+"""Training on several ranks, compared with the same training in one process."""
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ import torch
 
 from conftest import ROOT, run
 from engine.checkpoint import read_checkpoint
+from script_runner import StartedScript
+from small_runs import assert_same_run
 
 STEPS = 50
 SMALL = (
@@ -19,17 +22,17 @@ SMALL = (
     *("--block-size", 16, "--batch-size", 8, "--gradient-accumulation-steps", 2),
     *("--max-steps", STEPS, "--warmup-steps", 5, "--repulsion-interval", 3),
     *("--eval-interval", 10, "--eval-iters", 2, "--checkpoint-interval", 5, "--device", "cpu"),
+    *("--sample-tokens", 4),
 )
 
 
 def torchrun(cwd, ranks, *flags, restarts=0):
-    """The process of a training over several ranks."""
+    """Start a training on several ranks; returns torchrun's process."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launch += ["--nproc_per_node", ranks, "--max-restarts", restarts]
     return subprocess.Popen(
         [str(word) for word in (*launch, ROOT / "train_shakespeare.py", *SMALL, *flags)],
         cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -41,6 +44,25 @@ def finish(process, code=0):
     output, _ = process.communicate(timeout=120)
     assert process.returncode == code, output
     return output
+
+
+def on_ranks(cwd, ranks, *flags):
+    """Train to the end over several ranks, with torchrun's environment but without torchrun, which
+    would import PyTorch in every process; returns what they print."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = []
+    for rank in range(ranks):
+        env = {
+            name: str(value) for name, value in (shared | dict(RANK=rank, LOCAL_RANK=rank)).items()
+        }
+        processes.append(StartedScript("train_shakespeare.py", (*SMALL, *flags), cwd, env=env))
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert all(process.returncode == 0 for process in processes), outputs
+    return "".join(output for output, _ in outputs)
 
 
 def named(name):
@@ -66,7 +88,7 @@ def weights(cwd, name):
     ids=["newton", "vanilla", "published"],
 )
 def test_any_number_of_ranks_gives_one_curve(flags, in_tmp, small_text, request):
-    """Losses of 1, 2 and 4 ranks agree to 1e-5 over 50 steps; so does a sharded optimizer's."""
+    """Losses of 1, 2 and 4 ranks agree to 1e-5 over 50 steps, also with a sharded optimizer."""
     run("train_shakespeare.py", *SMALL, *flags, *named("one"), cwd=in_tmp, check=0)
     expected = curve(in_tmp, "one")
     assert expected[-1]["step"] == STEPS and expected[-1]["val_loss"] < expected[0]["val_loss"]
@@ -74,8 +96,8 @@ def test_any_number_of_ranks_gives_one_curve(flags, in_tmp, small_text, request)
     if flags or request.config.getoption("--slow"):
         others["four"] = (4, ())
     for name, (ranks, more) in others.items():
-        output = finish(torchrun(in_tmp, ranks, *flags, *more, *named(name)))
-        assert output.count("best validation loss") == 1  # rank 0 alone speaks
+        output = on_ranks(in_tmp, ranks, *flags, *more, *named(name))
+        assert output.count("best validation loss") == 1  # only rank 0 prints
         found = curve(in_tmp, name)
         assert [row["step"] for row in found] == [row["step"] for row in expected]
         for key in ("train_loss", "val_loss"):
@@ -84,7 +106,7 @@ def test_any_number_of_ranks_gives_one_curve(flags, in_tmp, small_text, request)
 
 
 def killed(cwd, name, *flags, restarts):
-    """What a run says whose second rank is killed after its first checkpoint."""
+    """Kill the second rank after the first checkpoint; returns what the run prints."""
     process = torchrun(cwd, 2, *flags, *named(name), restarts=restarts)
     last = cwd / f"{name}.pt_last.pt"
     deadline = time.monotonic() + 90
@@ -95,12 +117,23 @@ def killed(cwd, name, *flags, restarts):
     return finish(process, code=0 if restarts else 1)
 
 
+def test_resuming_on_two_ranks_is_bit_identical(in_tmp, small_text):
+    """With a sharded optimizer, and dropout whose random numbers differ from rank to rank."""
+    flags = ("--dropout", 0.1, "--shard-optimizer", "--no-use-cosine-schedule", "--max-steps")
+    on_ranks(in_tmp, 2, *flags, 40, *named("whole"))
+    on_ranks(in_tmp, 2, *flags, 20, *named("cut"))
+    assert "resuming at step 20" in on_ranks(in_tmp, 2, *flags, 40, "--resume", *named("cut"))
+    whole, cut = (read_checkpoint(in_tmp / f"{name}.pt_last.pt") for name in ("whole", "cut"))
+    assert_same_run(whole, cut)
+
+
 LONGER = ("--max-steps", 200, "--dropout", 0.1, "--shard-optimizer", "--eval-interval", 100)
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_is_replaced(in_tmp, small_text):
-    """With --max-restarts the run carries on from its last checkpoint, and ends bit-identical to
-    one that was never disturbed, dropout, sharded optimizer and all."""
+    """With --max-restarts the run continues from its last checkpoint, and its weights are
+    bit-identical to an undisturbed run's, with dropout and a sharded optimizer."""
     finish(torchrun(in_tmp, 2, *LONGER, *named("whole")))
     assert "resuming at step" in killed(in_tmp, "cut", *LONGER, restarts=1)
     ours, expected = weights(in_tmp, "cut"), weights(in_tmp, "whole")
@@ -109,7 +142,7 @@ def test_a_rank_that_dies_is_replaced(in_tmp, small_text):
 
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_run(in_tmp, small_text):
-    """Within a minute, with its cause; one process goes on with what two have written."""
+    """Within 90 seconds, naming the cause; one process can resume what two have written."""
     started = time.monotonic()
     assert "SIGKILL" in killed(in_tmp, "cut", *LONGER, restarts=0)
     assert time.monotonic() - started < 90
@@ -120,7 +153,7 @@ def test_a_rank_that_dies_ends_the_run(in_tmp, small_text):
 
 
 def ranks_of(launcher):
-    """Process numbers of the launcher's trainings, the first started first."""
+    """The process ids of the launcher's trainings, in the order of their start."""
     listing = subprocess.run(
         ["ps", "-o", "pid=", "--ppid", str(launcher)], capture_output=True, text=True, check=True
     ).stdout.split()
@@ -144,7 +177,7 @@ def test_half_of_torchruns_environment(in_tmp, small_text):
 
 @pytest.mark.slow
 def test_ctrl_c_under_torchrun_saves(in_tmp, small_text):
-    """The terminal tells every process, and torchrun tells its own again: that is one request."""
+    """The terminal signals every process, and torchrun signals its own again: one request."""
     process = torchrun(in_tmp, 2, "--max-steps", 100_000, *named("cut"))
     last = in_tmp / "cut.pt_last.pt"
     deadline = time.monotonic() + 90
@@ -160,7 +193,7 @@ def test_ctrl_c_under_torchrun_saves(in_tmp, small_text):
 
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all(in_tmp, small_text):
-    """Whenever it comes, in an evaluation for example: what one was told, all must agree on."""
+    """At any time, also during an evaluation: all ranks agree to stop."""
     flags = ("--max-steps", 100_000, "--eval-interval", 2, "--eval-iters", 60)
     for name in ("one", "two", "three"):
         process = torchrun(in_tmp, 2, *flags, *named(name), "--sample-tokens", 0)
@@ -177,10 +210,10 @@ def test_a_signal_to_one_rank_stops_all(in_tmp, small_text):
 
 @pytest.fixture
 def two_hosts():
-    """Two network namespaces with a cable between them; skips where none may be made.
+    """Two network namespaces with a cable between them; skips if they are not allowed.
 
     Yields:
-        The words that run a command on each, and the first one's address.
+        The prefix of a command that runs on each, and the address of the first.
     """
     names, address = [f"ngt{os.getpid()}{end}" for end in "ab"], "10.99.87.1"
 
@@ -205,7 +238,7 @@ def two_hosts():
 
 
 def on_a_host(cwd, host, number, address):
-    """The process of a training on one of two hosts, which goes on where there is a checkpoint."""
+    """Start a training on one of two hosts, which resumes if there is a checkpoint."""
     launch = [*host, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
     launch += ["--nproc_per_node", "1", "--node_rank", number]
     launch += ["--master_addr", address, "--master_port", "29511"]
@@ -222,7 +255,7 @@ def on_a_host(cwd, host, number, address):
 
 @pytest.mark.slow
 def test_two_hosts_give_the_curve_of_one_process(two_hosts, in_tmp, small_text):
-    """Two nodes that see each other over a network alone, each with a directory of its own."""
+    """Two nodes that share only a network; each has its own directory."""
     run("train_shakespeare.py", *SMALL, *named("one"), cwd=in_tmp, check=0)
     hosts, address = two_hosts
     for number in range(2):
@@ -238,7 +271,7 @@ def test_two_hosts_give_the_curve_of_one_process(two_hosts, in_tmp, small_text):
     assert [row["step"] for row in found] == [row["step"] for row in expected]
     for row, other in zip(found, expected, strict=True):
         assert row["val_loss"] == pytest.approx(other["val_loss"], abs=1e-5)
-    assert not (in_tmp / "host1" / "runs").exists()  # the first rank alone writes
-    # the second host would start anew where the first goes on
+    assert not (in_tmp / "host1" / "runs").exists()  # only the first rank writes
+    # called again, the first host would resume and the second would start anew
     outputs = [finish(process, code=1) for process in start()]
     assert any("on a file system that all of them share" in output for output in outputs)

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 
@@ -13,9 +10,10 @@ import pytest
 import torch
 
 import train_shakespeare
-from conftest import ROOT, error_line, run
+from conftest import error_line, run
 from data import eval_batches
 from engine.checkpoint import load_model, read_checkpoint
+from script_runner import StartedScript
 from small_runs import assert_same_run, same
 from system.errors import run_script
 from text.token_files import open_token_data
@@ -28,6 +26,7 @@ SMALL = (
     *("--num-heads", 2, "--mlp-dim", 48, "--block-size", 16, "--batch-size", 4),
     *("--eval-interval", 20, "--eval-iters", 2, "--checkpoint-interval", 15),
     *("--warmup-steps", 10, "--dropout", 0.1, "--gradient-accumulation-steps", 2),
+    *("--sample-tokens", 4),
 )
 NGT = ("--repulsion-interval", 7, "--use-soft-cutoff")
 
@@ -83,17 +82,12 @@ def test_resuming_is_bit_identical(kind, in_tmp, small_text):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_resumes_bit_identical(number, code, in_tmp, small_text):
     """A run stopped by a signal and resumed, against one that was never interrupted."""
-    flags = [*SMALL, *NGT, "--data-path", small_text, "--max-steps", 240]
+    flags = [*SMALL, *NGT, "--data-path", small_text, "--max-steps", 160]
     flags = [str(flag) for flag in flags]
     train_whole = [*flags, "--checkpoint-path", "c/whole"]
     run("train_shakespeare.py", *train_whole, cwd=in_tmp, check=0)
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train_shakespeare.py", *flags, "--checkpoint-path", "c/cut"],
-        cwd=in_tmp,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    cut = (*flags, "--checkpoint-path", "c/cut")
+    process = StartedScript("train_shakespeare.py", cut, in_tmp)
     metrics = in_tmp / "runs" / "cut" / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
@@ -103,7 +97,7 @@ def test_a_stopped_run_resumes_bit_identical(number, code, in_tmp, small_text):
     assert process.returncode == code, output
     assert "--resume" in output
     stopped_at = read_checkpoint("c/cut_last.pt")["iter"]
-    assert 20 <= stopped_at < 240
+    assert 20 <= stopped_at < 160
     run("train_shakespeare.py", "--resume", "--checkpoint-path", "c/cut", cwd=in_tmp, check=0)
     assert_same_run(read_checkpoint("c/whole_last.pt"), read_checkpoint("c/cut_last.pt"))
     assert curve(in_tmp / "runs" / "whole") == curve(in_tmp / "runs" / "cut")
@@ -112,13 +106,7 @@ def test_a_stopped_run_resumes_bit_identical(number, code, in_tmp, small_text):
 def test_sigusr1_writes_a_checkpoint_and_training_continues(in_tmp, small_text):
     flags = (*SMALL, *NGT, "--data-path", small_text, "--max-steps", 3000)
     flags = [*flags, "--checkpoint-interval", 3000, "--checkpoint-path", "c/x"]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train_shakespeare.py", *map(str, flags)],
-        cwd=in_tmp,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    process = StartedScript("train_shakespeare.py", flags, in_tmp)
     metrics, last = in_tmp / "runs" / "x" / "metrics.jsonl", in_tmp / "c" / "x_last.pt"
     deadline = time.monotonic() + 60
     while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:

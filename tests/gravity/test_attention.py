@@ -1,4 +1,4 @@
-"""The gravity operator against plain loops, finite differences and float64 autograd."""
+"""Gravity attention against plain loops, finite differences and float64 autograd."""
 
 import math
 
@@ -21,7 +21,7 @@ EXPONENTS = (1, 3, 4, 8)
 
 
 def loop(q, k, v, mass, time_scale, time_offset, exponent, radius, cutoff, mass_in_value, t_q, t_k):
-    """Design 1.1 as three Python loops over numbers."""
+    """The formula of law.py as Python loops over numbers."""
     batch, heads, queries, coords = q.shape
     out = torch.zeros(batch, heads, queries, v.shape[-1], dtype=torch.float64)
     for b in range(batch):
@@ -53,7 +53,7 @@ def loop(q, k, v, mass, time_scale, time_offset, exponent, radius, cutoff, mass_
 @pytest.mark.parametrize("mass_in_value", [False, True])
 @pytest.mark.parametrize("cutoff", CUTOFFS)
 def test_both_paths_equal_three_loops(cutoff, mass_in_value, small_blocks):
-    """Reference and blocked path are the formula of design 1.1, gaps between positions included."""
+    """The reference and the blocked path equal the loops, also with gaps between positions."""
     data = particles(9, cutoff=cutoff)
     t = torch.tensor([3, 4, 5, 9, 10, 17, 18, 19, 40])
     if cutoff != "none":
@@ -71,7 +71,7 @@ def test_both_paths_equal_three_loops(cutoff, mass_in_value, small_blocks):
 @pytest.mark.parametrize("mass_in_value", [False, True])
 @pytest.mark.parametrize("cutoff", CUTOFFS)
 def test_gradients_are_finite_differences(cutoff, mass_in_value, path, small_blocks):
-    """gradcheck of both paths for every input, the radius of the soft cutoff included."""
+    """gradcheck of both for every input, including the radius of the soft cutoff."""
     small_blocks(3, 24, 4)
     data = particles(7, heads=2, batch=2, coords=2, width=2, cutoff=cutoff)
     names = [n for n in data if not (n == "radius" and cutoff == "hard")]
@@ -98,8 +98,8 @@ def test_gradients_are_finite_differences(cutoff, mass_in_value, path, small_blo
 def test_blocked_equals_reference(
     tokens, heads, exponent, cutoff, mass_in_value, small_blocks, visited, monkeypatch
 ):
-    """Forward and all gradients, in float64 tightly and in fp32, with ragged blocks; in fp32 the
-    compiled kernels too."""
+    """Outputs and all gradients in float64 and in fp32, with blocks cut off at the end; in fp32 the
+    compiled kernels, too."""
     if tokens == 65:
         small_blocks(19, 900, 23)
     settings = dict(exponent=exponent, cutoff=cutoff, mass_in_value=mass_in_value)
@@ -114,7 +114,7 @@ def test_blocked_equals_reference(
     assert_close(exact, truth, 1e-10, 1e-12)
     compiled = output_and_gradients(gravity_attention, single, upstream, **settings)
     law = {n for n in truth if n in ("time_scale", "time_offset", "radius")}
-    for names, limit in ((truth.keys() - law, 2e-5), (law, 1e-4)):  # fp32 sums of either sign
+    for names, limit in ((truth.keys() - law, 2e-5), (law, 1e-4)):  # fp32 sums whose terms cancel
         parts = ({n: x for n, x in tensors.items() if n in names} for tensors in (compiled, truth))
         assert_close(*parts, limit, limit)
     monkeypatch.setattr(attention, "can_attend", lambda q, v: False)
@@ -126,7 +126,7 @@ def test_blocked_equals_reference(
 
 @pytest.mark.parametrize("cutoff", CUTOFFS)
 def test_blocked_equals_reference_with_its_own_block_sizes(cutoff):
-    """700 tokens in the blocks that users run, some heads out of reach of the oldest ones."""
+    """700 tokens in blocks of the real sizes, some heads out of reach of the oldest tokens."""
     data = particles(700, batch=1)
     if cutoff != "none":
         data["radius"] = torch.tensor([4.7, 60.3], dtype=torch.float64)
@@ -141,7 +141,7 @@ def test_blocked_equals_reference_with_its_own_block_sizes(cutoff):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("cutoff", ["hard", "soft"])
 def test_a_token_that_nothing_reaches(cutoff, dtype, path, small_blocks, either_path):
-    """With an offset the own pull lies beyond the radius: output exactly 0, gradients finite."""
+    """With an offset a token is beyond its own radius: output exactly 0, gradients finite."""
     data = particles(20, heads=2, dtype=dtype)
     data["time_scale"] = torch.ones(2, dtype=dtype)
     data["time_offset"] = torch.tensor([5.5, -5.5], dtype=dtype)
@@ -162,7 +162,7 @@ def test_a_token_that_nothing_reaches(cutoff, dtype, path, small_blocks, either_
 
 
 def test_output_is_continuous_when_the_last_source_leaves():
-    """Under the soft cutoff a lone source on its way out of the radius fades to 0, not to NaN."""
+    """Under the soft cutoff a single source that leaves the radius fades to 0, not to NaN."""
     one = torch.ones(1, dtype=torch.float64)
     for gap in (1e-2, 1e-5, 1e-8, 1e-12, 0.0):
         out = gravity_attention(
@@ -182,7 +182,7 @@ def test_output_is_continuous_when_the_last_source_leaves():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("cutoff", CUTOFFS)
 def test_the_future_changes_nothing(cutoff, dtype, small_blocks, either_path):
-    """Other q, k, v and masses after position t leave outputs up to t as they are."""
+    """Other q, k, v and masses after position t do not change outputs up to t."""
     data = particles(40, heads=2, cutoff=cutoff, dtype=dtype)
     first = gravity_attention(**data, cutoff=cutoff, field_tolerance=1e-6)
     for t in (0, 6, 22, 38):
@@ -197,7 +197,7 @@ def test_the_future_changes_nothing(cutoff, dtype, small_blocks, either_path):
 
 
 def test_the_future_gets_no_gradient(small_blocks):
-    """An output at t has exactly no gradient at later tokens."""
+    """The gradient of an output at t is exactly 0 at later tokens."""
     inputs = leaves(particles(30, heads=2))
     gravity_attention(**inputs)[:, :, 13].sum().backward()
     for name in "qkv":
@@ -232,7 +232,7 @@ def test_the_future_gets_no_gradient(small_blocks):
     ),
 )
 def test_what_does_not_fit_is_refused(wrong):
-    """ValueError for shapes and settings that cannot be meant; the same call without them works."""
+    """Shapes and settings that do not fit raise ValueError; the same call without them works."""
     good = particles(6, dtype=torch.float32)
     assert gravity_attention(**good).shape == (2, 2, 6, 3)
     with pytest.raises(ValueError):
