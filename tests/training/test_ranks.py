@@ -52,13 +52,11 @@ def on_ranks(cwd, ranks, *flags):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    env = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = []
     for rank in range(ranks):
-        env = {
-            name: str(value) for name, value in (shared | dict(RANK=rank, LOCAL_RANK=rank)).items()
-        }
+        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         processes.append(StartedScript("train_shakespeare.py", (*SMALL, *flags), cwd, env=env))
     outputs = [process.communicate(timeout=120) for process in processes]
     assert all(process.returncode == 0 for process in processes), outputs
