@@ -27,7 +27,8 @@ MODULES = (".py", ".cpp", ".js", ".css", ".html", ".sh")
 LAYERS = (
     "system",
     "gravity text web",
-    "data model vanilla_model",
+    "data model",
+    "vanilla_model",  # its feed-forward and its checks are those of model.py
     "engine",
     "training talk coords",
     "reporting benchmarks",
