@@ -79,7 +79,19 @@ def fresh_model(preset, kind, device, block_size=None):
 
 
 def some_tokens(args, network, tokenizer, checkpoint, count):
-    """Token ids of real text for a checkpoint, random ones for a fresh model."""
+    """Token ids of real text for a checkpoint, random ones for a fresh model.
+
+    The text is that of --text, or else the validation text of the checkpoint's training.
+
+    Args:
+        tokenizer, checkpoint: from `newton_model`.
+
+    Returns:
+        An int64 tensor, (count,).
+
+    Raises:
+        UserError: if the text cannot be read or is too short.
+    """
     if tokenizer is None:
         generator = torch.Generator().manual_seed(1)
         return torch.randint(network.config.vocab_size, (count,), generator=generator)

@@ -115,7 +115,7 @@ def test_a_torn_last_line(in_tmp, capsys):
     path.write_text(path.read_text() + '{"step": 30, "val_lo')
     make_report("a")
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "runs/a/metrics.jsonl" in error and "torn" in error
+    assert error.count("\n") == 1 and "runs/a/metrics.jsonl" in error and "incomplete" in error
     lines = Path("reports/r.csv").read_text().splitlines()
     assert len(lines) == 3
 
