@@ -11,6 +11,11 @@ EVAL_WINDOWS_PER_ITER = 16  # windows per unit of --eval-iters
 def check_long_enough(tokens, block_size, split, data):
     """Check that a split holds at least one window and its last target.
 
+    Args:
+        tokens: the split's ids, (N,).
+        split: its name, for the message.
+        data: the `TokenData` that it belongs to.
+
     Raises:
         UserError: if it does not.
     """
@@ -53,6 +58,7 @@ def eval_batches(tokens, block_size, eval_iters, batch_size):
 
 
 def _windows(tokens, starts, block_size):
+    """Inputs and targets from the given starts, (len(starts), block_size) int64 each."""
     index = np.asarray(starts)[:, None] + np.arange(block_size + 1)
     windows = torch.from_numpy(tokens[index].astype(np.int64))
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()

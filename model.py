@@ -36,7 +36,10 @@ NEAREST_TIME_SCALE = 0.35  # softenings per token, of each layer's first head at
 
 @dataclass
 class ModelConfig:
-    """The settings that both kinds of model have. Each field is also a flag."""
+    """The settings that both kinds of model have.
+
+    Every field made by `setting` is also a flag of training, except vocab_size.
+    """
 
     vocab_size: int = setting(MISSING, "tokens of the vocabulary, set by the tokenizer", whole)
     block_size: int = setting(64, "tokens of a training window", whole)
@@ -53,7 +56,7 @@ class ModelConfig:
     dropout: float = setting(
         0.0, "dropout on embeddings and on the outputs of attention and feed-forward", share
     )
-    tie_head: bool = True
+    tie_head: bool = True  # the output layer shares its matrix with the token embedding
 
     def __post_init__(self):
         check_settings(self)
@@ -118,6 +121,7 @@ class NGTConfig(ModelConfig):
 
     @property
     def cutoff(self):
+        """The argument of the operator: one of `gravity.law.CUTOFFS`."""
         if not self.use_radius_cutoff:
             return "none"
         return "soft" if self.use_soft_cutoff else "hard"
@@ -147,7 +151,7 @@ class FeedForward(nn.Module):
 class GravityAttention(nn.Module):
     """Attention under `--law newton`: the pull of earlier tokens, by `gravity/law.py`.
 
-    A head looks from `q = P z` and is pulled from `k = S z`; time is one more dimension of space.
+    A head looks from `q = P z`, tokens pull from `k = S z`; time is one more dimension of space.
     With retardation, k is partly that of the token before (`retarded`), so that one layer can find
     what once followed a token like this one.
     """
@@ -173,6 +177,7 @@ class GravityAttention(nn.Module):
     @torch.no_grad()
     def reset_geometry(self):
         """Start with distances of about 1 softening, and heads that look 3 to 300 tokens back."""
+        # PyTorch's start gives |q - k|^2 of about 2/3 per coordinate; 8 makes it 1.3 for 16 of them
         for proj in (self.probe_proj, self.source_proj):
             proj.reset_parameters()
             proj.weight /= math.sqrt(8)
@@ -219,6 +224,7 @@ class GravityAttention(nn.Module):
         """
         if self.retardation is None:
             return source
+        # a text's first token has none before it, so its own place is used twice
         first = source[:, :1] if kv_cache is None else kv_cache.exchange(self.layer, source)
         before = torch.cat([first, source[:, :-1]], 1)
         return torch.lerp(source, before, self.retardation.to(source.dtype))
@@ -243,10 +249,19 @@ class GravityAttention(nn.Module):
         return {name: getattr(self, name) for name in names}
 
     def forward(self, h, z, mass, positions, kv_cache=None):
+        """What each token receives from those before it and from itself, (B, T, hidden_dim).
+
+        Args:
+            h: (B, T, hidden_dim), normalised.
+            z: (B, T, coord_dim).
+            mass: (B, T).
+            positions: (T,) integers that increase.
+            kv_cache: a `KVCache`; what it remembers pulls too.
+        """
         q, k = self.points(z, kv_cache)
         v = split_heads(self.v_proj(h), self.config.num_heads)
         tolerance = self.config.field_tolerance
-        if tolerance is None:  # 16-bit values are rounded more coarsely than 1e-4
+        if tolerance is None:  # 16-bit values lose more than 1e-4 by their rounding
             tolerance = 1e-4 if v.dtype in (torch.bfloat16, torch.float16) else 1e-6
         key_positions = positions
         if kv_cache is not None:
@@ -272,6 +287,7 @@ class Layer(nn.Module):
         self.coord_norm = nn.LayerNorm(config.coord_dim)
 
     def forward(self, h, z, mass, positions, kv_cache=None):
+        """The new h (B, T, hidden_dim) and z (B, T, coord_dim); arguments as for the attention."""
         a = self.attn(self.norm1(h), z, mass, positions, kv_cache)
         h = h + a
         h = h + self.ffn(self.norm2(h))
@@ -363,7 +379,7 @@ class NGT(nn.Module):
 
 
 def check_context(model, length):
-    """Raise `ValueError` if a model with absolute positions is given more tokens than those."""
+    """Raise `ValueError` if a model has fewer positions than `length` tokens need."""
     if model.max_context is not None and length > model.max_context:
         raise ValueError(f"{length} tokens do not fit block_size {model.max_context} of this model")
 

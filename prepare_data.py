@@ -3,7 +3,7 @@
 from system.cli import script_parser
 from system.errors import run_script
 from text.preparation import check_tokenizer_file, prepare_data
-from training.config import DEFAULTS, PRESETS
+from training.config import CORPUS, resolve
 from training.options import add_corpus_flags
 
 EXAMPLES = """examples:
@@ -13,30 +13,15 @@ EXAMPLES = """examples:
   python prepare_data.py --dataset text --data-path books/ --tokenizer bpe --bpe-vocab-size 4096
 """
 
-DATASET = "wikitext103"
-
 
 def main(argv=None):
     """Prepare the corpus; returns the exit code."""
     parser = script_parser(__doc__, EXAMPLES)
-    add_corpus_flags(parser, DATASET)
+    add_corpus_flags(parser, default_dataset="wikitext103")
     args = parser.parse_args(argv)
     check_tokenizer_file(args.tokenizer_path, args.bpe_vocab_size)
-    dataset = args.dataset or DATASET
-    preset = DEFAULTS | PRESETS[dataset]
-
-    def chosen(name):
-        given = getattr(args, name)
-        return preset[name] if given is None else given
-
-    data = prepare_data(
-        dataset,
-        args.data_path,
-        chosen("tokenizer"),
-        chosen("bpe_vocab_size"),
-        args.tokenizer_path,
-        chosen("tiktoken_encoding"),
-    )
+    config = resolve(args)
+    data = prepare_data(**{name: config[name] for name in CORPUS})
     print(f"ready: {data.meta['source']}")
     for name, split in data.meta["splits"].items():
         print(f"  {name:6} {split['tokens']:>12,} tokens  {split['bytes']:>12,} bytes")

@@ -1,4 +1,4 @@
-"""Train a Newton Gravity Transformer, or the vanilla one it is compared with, on any corpus."""
+"""Train a Newton Gravity Transformer, or the vanilla one it is compared with, on any text."""
 
 import sys
 
@@ -10,10 +10,10 @@ from training.stop_request import ignore_requests_to_save
 
 EXAMPLES = """examples:
   python train_shakespeare.py                               NGT on Shakespeare, minutes on a CPU
-  python train_shakespeare.py --model vanilla               what it is compared with
+  python train_shakespeare.py --model vanilla               the baseline, a vanilla transformer
   python train_shakespeare.py --resume                      continue where it stopped
   python train_shakespeare.py --dataset text --data-path book.txt --checkpoint-path checkpoints/b.pt
-  torchrun --nproc_per_node=2 train_shakespeare.py --batch-size 12      the same batches, shared out
+  torchrun --nproc_per_node=2 train_shakespeare.py --batch-size 12      2 processes share each batch
 """
 
 

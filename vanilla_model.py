@@ -31,7 +31,7 @@ class VanillaConfig(ModelConfig):
     """Everything that shapes a vanilla transformer."""
 
     pos: str = setting("learned", "how a vanilla model knows order", choices=POSITIONS)
-    head_bias: bool = False
+    head_bias: bool = False  # True only for checkpoints of the first release that have one
 
     def __post_init__(self):
         super().__post_init__()
@@ -53,7 +53,11 @@ def rotate(x, positions):
 
 
 def alibi_slopes(num_heads):
-    """ALiBi's slopes, (H,): 2^(-8/H), 2^(-16/H), ... if H is a power of two, else as its code."""
+    """ALiBi's slopes, (H,): 2^(-8/H), 2^(-16/H), ... if H is a power of two.
+
+    Otherwise those of the next smaller power of two, then every other one of twice as many heads,
+    as in the authors' code.
+    """
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * (n + 1) / power) for n in range(power)]
     slopes += [2 ** (-4 * (2 * n + 1) / power) for n in range(num_heads - power)]
@@ -75,6 +79,13 @@ class Attention(nn.Module):
             self.register_buffer("slopes", alibi_slopes(config.num_heads), persistent=False)
 
     def forward(self, h, positions, kv_cache=None):
+        """What each token receives from those before it and from itself, (B, T, hidden_dim).
+
+        Args:
+            h: (B, T, hidden_dim), normalised.
+            positions: (T,) integers that increase.
+            kv_cache: a `KVCache`; what it remembers is attended to as well.
+        """
         heads = self.config.num_heads
         q, k = split_heads(self.q_proj(h), heads), split_heads(self.k_proj(h), heads)
         v = split_heads(self.v_proj(h), heads)
@@ -96,7 +107,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """One layer: attention, feed-forward."""
+    """One layer: attention and feed-forward."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -106,10 +117,10 @@ class Layer(nn.Module):
         self.ffn = FeedForward(config)
 
     def forward(self, h, positions, kv_cache=None):
+        """The new h, (B, T, hidden_dim); arguments as for the attention."""
         a = self.attn(self.norm1(h), positions, kv_cache)
         h = h + a
-        h = h + self.ffn(self.norm2(h))
-        return h
+        return h + self.ffn(self.norm2(h))
 
 
 class Vanilla(nn.Module):

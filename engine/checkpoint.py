@@ -34,10 +34,12 @@ FIRST_RELEASE_KEYS = KEYS - {"format_version"}
 
 
 def best_path(path):
+    """The checkpoint with the lowest validation loss, for --checkpoint-path `path`."""
     return Path(f"{path}_best.pt")
 
 
 def last_path(path):
+    """The newest checkpoint, for --checkpoint-path `path`."""
     return Path(f"{path}_last.pt")
 
 

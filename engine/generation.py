@@ -1,4 +1,4 @@
-"""Generates token ids: sampling, and a stream over one KV cache. Text is handled elsewhere."""
+"""Generates token ids: sampling, and a stream over one KV cache. It knows nothing of text."""
 
 import copy
 import math

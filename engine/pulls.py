@@ -28,6 +28,7 @@ def listen(model, heard):
     """
     hooks = contextlib.ExitStack()
     for layer in model.layers:
+        # inputs[0] is the hidden state, on which no pull depends
         hook = layer.attn.register_forward_pre_hook(lambda attn, inputs: heard(attn, *inputs[1:]))
         hooks.callback(hook.remove)
     return hooks
@@ -41,8 +42,8 @@ def layer_pulls(attn, z, mass, positions, kv_cache=None):
             batch size 1. With a cache only under the law newton.
 
     Yields:
-        `(rows, shares)`: a slice of the new tokens, and (num_heads, rows, N), where the N sources
-        are all that the layer remembers, up to the last token of the slice. Rows sum to 1, or are
+        `(rows, shares)`: a slice of the new tokens, and (num_heads, rows, N). The N sources are all
+        that the layer remembers, up to the last token of the slice. Rows sum to 1, or are
         0 if no source reaches the token.
     """
     key_mass, key_positions = mass, positions
@@ -57,22 +58,20 @@ def layer_pulls(attn, z, mass, positions, kv_cache=None):
             key_positions = torch.cat([old_positions, positions])
     num_old = len(key_positions) - len(positions)
     step = max(1, PULL_PAIRS // (len(key_positions) * q.shape[1]))
+    shares_of = _published_weights if attn.config.law == "published" else _newton_shares
     for start in range(0, len(positions), step):
         rows = slice(start, min(start + step, len(positions)))
         keys = slice(num_old + rows.stop)  # no later token pulls these
-        shares = _published_weights if attn.config.law == "published" else _newton_shares
-        yield (
-            rows,
-            shares(
-                attn,
-                q[:, :, rows].float(),
-                k[:, :, keys].float(),
-                mass[:, rows].float(),
-                key_mass[:, keys].float(),
-                query_positions=positions[rows],
-                key_positions=key_positions[keys],
-            )[0],
+        shares = shares_of(
+            attn,
+            q[:, :, rows].float(),
+            k[:, :, keys].float(),
+            mass[:, rows].float(),
+            key_mass[:, keys].float(),
+            query_positions=positions[rows],
+            key_positions=key_positions[keys],
         )
+        yield rows, shares[0]
 
 
 def _newton_shares(attn, q, k, query_mass, key_mass, **positions):

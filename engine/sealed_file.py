@@ -21,7 +21,7 @@ END_OF_ZIP_SIZE = 22
 
 
 class DamagedArchive(Exception):
-    """The file's bytes are not what was written; the message says what is wrong, after its name."""
+    """The file's bytes are not what was written; the message continues after the file's name."""
 
 
 def check_may_be_replaced(path):
@@ -114,7 +114,7 @@ def check_archive(path):
     Archives from other programs have no seal; for them we rely on the zip's own checksums.
 
     Raises:
-        DamagedArchive: if it is truncated, changed, no archive, or unpacks to more than its size.
+        DamagedArchive: if it is truncated, changed, no archive, or claims more bytes than it has.
         OSError: if it cannot be read.
     """
     size = os.path.getsize(path)
@@ -125,7 +125,7 @@ def check_archive(path):
                 raise DamagedArchive("is compressed, as no checkpoint is")
             # entries that overlap in the file would use memory many times its size
             if sum(entry.file_size for entry in entries) > size:
-                raise DamagedArchive("unpacks to more than it is")
+                raise DamagedArchive("claims to hold more bytes than it has")
             if _is_sealed(path, size):
                 return
             damaged = archive.testzip()

@@ -10,35 +10,10 @@ import functools
 import torch
 
 from gravity.blocked import blocked_attention
-from gravity.cpu import can_attend, cpu_attention
+from gravity.cpu import cpu_attention, cpu_handles
 from gravity.cuda import triton_attention, triton_handles, triton_is_available
 from gravity.law import CUTOFFS, Law, positions_or_range
 from system.errors import warn
-
-
-def _check(q, k, v, mass, law):
-    """Raise `ValueError` if shapes or settings do not fit."""
-    batch, heads, num_queries, coords = q.shape
-    num_keys = k.shape[2]
-    if k.shape != (batch, heads, num_keys, coords) or v.shape[:3] != (batch, heads, num_keys):
-        raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit"
-        )
-    if mass.shape != (batch, num_keys):
-        raise ValueError(f"mass is {tuple(mass.shape)}, expected {(batch, num_keys)}")
-    if law.time_scale.shape != (heads,) or law.time_offset.shape != (heads,):
-        raise ValueError(f"time_scale and time_offset must have shape {(heads,)}")
-    if not isinstance(law.exponent, int) or law.exponent < 1:
-        raise ValueError(f"exponent must be an integer of at least 1, not {law.exponent!r}")
-    if law.cutoff not in CUTOFFS:
-        raise ValueError(f"cutoff must be one of {CUTOFFS}, not {law.cutoff!r}")
-    if (law.cutoff == "none") != (law.radius is None):
-        raise ValueError("a radius is given exactly when cutoff is 'hard' or 'soft'")
-    if law.radius is not None and law.radius.shape != (heads,):
-        raise ValueError(f"radius must have shape {(heads,)}")
-    for length, positions in ((num_queries, law.query_positions), (num_keys, law.key_positions)):
-        if positions.shape != (length,):
-            raise ValueError(f"positions are {tuple(positions.shape)}, expected {(length,)}")
 
 
 def gravity_attention(
@@ -82,17 +57,42 @@ def gravity_attention(
         key_positions=positions_or_range(key_positions, k),
     )
     _check(q, k, v, mass, law)
-    if mass_in_value:  # then the implementations need to know of only one place for the mass
+    if mass_in_value:  # handled here, so that the implementations need only one place for the mass
         v = v * mass[:, None, :, None].to(v.dtype)
         mass = torch.ones_like(mass)
     return _attend(q, k, v, mass, law)
 
 
+def _check(q, k, v, mass, law):
+    """Raise `ValueError` if shapes or settings do not fit."""
+    batch, heads, num_queries, coords = q.shape
+    num_keys = k.shape[2]
+    if k.shape != (batch, heads, num_keys, coords) or v.shape[:3] != (batch, heads, num_keys):
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit"
+        )
+    if mass.shape != (batch, num_keys):
+        raise ValueError(f"mass is {tuple(mass.shape)}, expected {(batch, num_keys)}")
+    if law.time_scale.shape != (heads,) or law.time_offset.shape != (heads,):
+        raise ValueError(f"time_scale and time_offset must have shape {(heads,)}")
+    if not isinstance(law.exponent, int) or law.exponent < 1:
+        raise ValueError(f"exponent must be an integer of at least 1, not {law.exponent!r}")
+    if law.cutoff not in CUTOFFS:
+        raise ValueError(f"cutoff must be one of {CUTOFFS}, not {law.cutoff!r}")
+    if (law.cutoff == "none") != (law.radius is None):
+        raise ValueError("a radius is given exactly when cutoff is 'hard' or 'soft'")
+    if law.radius is not None and law.radius.shape != (heads,):
+        raise ValueError(f"radius must have shape {(heads,)}")
+    for length, positions in ((num_queries, law.query_positions), (num_keys, law.key_positions)):
+        if positions.shape != (length,):
+            raise ValueError(f"positions are {tuple(positions.shape)}, expected {(length,)}")
+
+
 def _attend(q, k, v, mass, law):
     """The fastest implementation that takes these tensors."""
-    if can_attend(q, v):
+    if cpu_handles(q, v):
         return cpu_attention(q, k, v, mass, law)
-    if q.is_cuda and triton_handles(q, k, v):
+    if triton_handles(q, k, v):
         return triton_attention(q, k, v, mass, law)
     if q.is_cuda and not triton_is_available():
         _warn_of_no_triton()
@@ -104,10 +104,11 @@ def _warn_of_no_triton():
     warn("Triton is not installed: gravity runs in plain PyTorch, slower (pip install triton)")
 
 
-def step_around_when_compiling():
+def exclude_from_compilation():
     """Make torch.compile skip the operator, whose loops depend on data.
 
-    Called before a model is compiled, not on import: the decorator alone takes two seconds to load.
+    Call it before a model is compiled. It is not done on import, because `torch.compiler.disable`
+    alone takes two seconds to load.
     """
     global _attend
     _attend = torch.compiler.disable(_attend)

@@ -19,7 +19,7 @@ CHUNK_STEP, LONGEST_CHUNK = 64, 1024  # keys that a block of queries visits at o
 
 
 def tile_rows(matrices):
-    """Queries per block, for so many (batch, head) matrices: few matrices make taller tiles."""
+    """Queries per block: more if there are few (batch, head) matrices to fill a tile with."""
     return 64 if matrices >= 16 else 128 if matrices >= 8 else 256
 
 
@@ -76,7 +76,7 @@ def _forward_pass(packed):
         (H * B, Tq, 1); visited, the tiles as `(first head, rows, columns)`.
     """
     height = tile_rows(packed.heads * packed.batch)
-    num_queries, width = len(packed.tq), packed.value.shape[2]
+    num_queries, width = len(packed.tq), packed.value.shape[2]  # width: D + 1, the mass included
     # heads of a token side by side, as the next layer reads them
     shape = (packed.batch, num_queries, packed.heads, width - 1)
     out = torch.empty(shape, dtype=packed.out_dtype, device=packed.tq.device).transpose(1, 2)
@@ -124,7 +124,11 @@ def _add_tile(packed, sums, heads, rows, columns):
 
 
 def _what_is_left(packed, sums, rows, end):
-    """The first head that must still visit keys before `end`, and the key to start from."""
+    """What a block of queries must visit next.
+
+    Returns:
+        `(first, begin)`: heads before `first` are done, the others visit keys `begin` to `end`.
+    """
     oldest = packed.query_positions[rows[0]]
     begins = [0] * packed.heads
     if packed.tolerance > 0:  # what holds for the smallest sum of fields holds for all rows
@@ -165,7 +169,7 @@ def _backward_pass(packed, grad_out, out, total, visited):
     lag = torch.empty(num_queries, dtype=torch.float64, device=out.device)
     for rows, tiles in itertools.groupby(visited, key=lambda tile: tile[1]):
         row = slice(*rows)
-        push = _push(packed, grad_out[:, :, row], out[:, :, row], total[:, row])
+        grad_sums = _gradient_of_sums(packed, grad_out[:, :, row], out[:, :, row], total[:, row])
         # moments are taken about the block's middle, so that they lose no digits late in a text
         middle = (packed.query_positions[rows[0]] + packed.query_positions[rows[1] - 1]) / 2
         lag[row] = packed.tq[row] - middle
@@ -175,8 +179,8 @@ def _backward_pass(packed, grad_out, out, total, visited):
             moments = torch.stack([t, t * t], -1)  # (columns, 2)
             for heads in _head_groups(packed, first, rows, columns):
                 block = packed.matrices(heads)
-                weight, slope, in_radius = _slopes(packed, push[block], heads, rows, columns)
-                d_value[block, column] += packed.value_product(weight.mT, push[block])
+                weight, slope, in_radius = _slopes(packed, grad_sums[block], heads, rows, columns)
+                d_value[block, column] += packed.value_product(weight.mT, grad_sums[block])
                 source, probe = packed.source[block, column], packed.probe[block, row]
                 source[..., coords + 2 :] = moments
                 d_probe[block, row] += packed.product(slope, source)
@@ -198,7 +202,7 @@ def _backward_pass(packed, grad_out, out, total, visited):
     )
 
 
-def _push(packed, grad_out, out, total):
+def _gradient_of_sums(packed, grad_out, out, total):
     """Gradient of a block's two sums, `field @ m v` and `field @ m`: `(g, -g.out) / total`.
 
     Returns:
@@ -207,14 +211,17 @@ def _push(packed, grad_out, out, total):
     g, out = grad_out.transpose(1, 2), out.transpose(1, 2)  # as they lie in memory
     product = torch.mul(g, out, out=packed.buffer("product", g.shape))
     delta = product.sum(-1).permute(2, 0, 1)  # (H, B, rows)
-    push = packed.buffer("push", (packed.heads, packed.batch, g.shape[1], g.shape[3] + 1))
-    push[..., :-1] = packed.sorted(grad_out.transpose(0, 1))
-    torch.neg(packed.sorted(delta), out=push[..., -1])
-    return push.flatten(0, 1).div_(total).to(packed.value.dtype)
+    grad_sums = packed.buffer("grad_sums", (packed.heads, packed.batch, g.shape[1], g.shape[3] + 1))
+    grad_sums[..., :-1] = packed.sorted(grad_out.transpose(0, 1))
+    torch.neg(packed.sorted(delta), out=grad_sums[..., -1])
+    return grad_sums.flatten(0, 1).div_(total).to(packed.value.dtype)
 
 
-def _slopes(packed, push, heads, rows, columns):
-    """What a tile's gradients are made of.
+def _slopes(packed, grad_sums, heads, rows, columns):
+    """The factors that a tile's gradients are computed from.
+
+    Args:
+        grad_sums: from `_gradient_of_sums`, (heads * B, rows, D + 1).
 
     Returns:
         `(weight, slope, d_radius)`: the field without the mass, and dL/dr2 up to a factor
@@ -226,9 +233,9 @@ def _slopes(packed, push, heads, rows, columns):
     slope = packed.buffer("slope", inverse.shape)
     value = packed.value[packed.matrices(heads), slice(*columns)].mT
     if packed.value.dtype == packed.dtype:
-        torch.bmm(push, value, out=slope)
+        torch.bmm(grad_sums, value, out=slope)
     else:
-        slope.copy_(torch.bmm(push, value))
+        slope.copy_(torch.bmm(grad_sums, value))
     slope *= power
     if rho is None:
         slope *= inverse
@@ -247,7 +254,7 @@ def _time_gradients(packed, d_probe, lag):
     """Gradients of time_scale and time_offset from moments of dL/dr2 over time, (H,) each.
 
     Args:
-        lag: tokens from the origin of its row's moments to a query, (Tq,).
+        lag: each query's position, counted from the origin of its row's moments, (Tq,).
     """
     moments = d_probe.view(packed.heads, packed.batch, len(lag), -1).double().sum(1)
     zeroth, first, second = (moments[..., packed.coords + n] for n in (0, 2, 3))  # (H, Tq) each

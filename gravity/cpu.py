@@ -1,7 +1,7 @@
 """Gravity attention on CPUs in fp32 and bf16: compiles `cpu.cpp` once and calls its kernels.
 
-Needs a C++ compiler (`CXX`, else g++). The library is kept in the user's cache directory. Its name
-is a hash of all it was made from, so a new source, compiler or processor makes a new one.
+It needs a C++ compiler (`CXX`, else g++). The library is kept in the user's cache directory. Its
+name contains a hash of source, compiler and processor: if one of them changes, it is compiled anew.
 """
 
 import atexit
@@ -129,8 +129,8 @@ def _folder_for(name):
     return Path(folder)
 
 
-def can_attend(q, v):
-    """Whether the compiled kernels take these tensors, and there are any."""
+def cpu_handles(q, v):
+    """Whether the kernels take these tensors and can be compiled; the first call compiles them."""
     fits = q.device.type == "cpu" and q.dtype in DTYPES and v.dtype in DTYPES
     return fits and library() is not None
 
@@ -191,7 +191,7 @@ class _Call:
     """One call of a kernel: its arguments, and the tensors that they point into."""
 
     def __init__(self, q, k, v, mass, law):
-        self.alive = []  # tensors that must not be freed before the call
+        self.alive = []  # tensors that must not be freed before the call: C++ has only addresses
         batch, heads, queries, coords = q.shape
         self.problem = _Problem(
             *(batch, heads, queries, k.shape[2], coords, v.shape[3]),

@@ -47,6 +47,7 @@ class Launch(NamedTuple):
     stages: int
 
     def options(self):
+        """Keyword arguments of a launch that Triton itself reads."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
@@ -243,6 +244,7 @@ def _constants(exponent, cutoff, width, coordinates):
 
 
 def _backward(ctx, grad_out, mass, saved, first_kept):
+    """The gradients of all arguments of `_TritonGravity.forward`; None for those without one."""
     exponent, cutoff = ctx.fixed[:2]
     batch, heads, num_queries, width = grad_out.shape
     num_keys = saved.k.shape[2]

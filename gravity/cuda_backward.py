@@ -311,9 +311,9 @@ def _key_gradient(
         mass_sum += tl.sum(at_edge * rho, 1)
         slope = at_edge * (rho * inverse + (2.0 / EXPONENT) * inverse_radius2)
     else:
-        brought = weight * gain
-        mass_sum += tl.sum(brought, 1)
-        slope = brought * inverse
+        weighted_gain = weight * gain
+        mass_sum += tl.sum(weighted_gain, 1)
+        slope = weighted_gain * inverse
     dv_sum = add_weighted(dv_sum, weight, g)
     slope_sum = add_row_sums(slope_sum, slope, q.dtype)
     dk_sum = add_weighted(dk_sum, slope, q)
@@ -417,7 +417,7 @@ def key_gradient_kernel(
     low = tl.load(first_seen_ptr + first_key) // M
     all_seen = tl.load(first_seen_ptr + tl.minimum(first_key + N, num_keys) - 1)
     middle = tl.minimum(tl.cdiv(all_seen, M), tl.cdiv(num_queries, M))
-    end = 0  # forward blocks from here on have left out these keys
+    end = 0  # all forward blocks from here on left out these keys
     for start in range(low * M // FORWARD_M, forward_blocks, SEARCH):
         m = start + tl.arange(0, SEARCH)
         kept = tl.load(first_kept_ptr + m, mask=m < forward_blocks, other=2147483647)

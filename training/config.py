@@ -126,12 +126,20 @@ class RunSettings:
 def _all_settings():
     """Every field with a flag by its name: the run's, then those of both kinds of model."""
     classes = [RunSettings, *(config_class for _, config_class in MODELS.values())]
-    every = {each.name: each for some in classes for each in fields(some) if each.metadata}
-    return {name: each for name, each in every.items() if each.default is not MISSING}
+    return {
+        field.name: field
+        for config_class in classes
+        for field in fields(config_class)
+        if field.metadata and field.default is not MISSING
+    }
 
 
 SETTINGS = _all_settings()
-DEFAULTS = {name: each.default for name, each in SETTINGS.items()}
+DEFAULTS = {name: field.default for name, field in SETTINGS.items()}
+CORPUS = (  # what `text.preparation.prepare_data` takes
+    *("dataset", "data_path", "tokenizer", "bpe_vocab_size"),
+    *("tokenizer_path", "tiktoken_encoding"),
+)
 FREE_ON_RESUME = {  # they change nothing that the model learns: no warning of a change
     *("device", "data_path", "tokenizer_path", "shard_optimizer"),
     *("eval_interval", "sample_tokens", "checkpoint_interval"),
@@ -166,9 +174,11 @@ def resolve(args, resumed=None):
 
 
 def _mlp_dim(config, given, matched):
-    """The width of the feed-forward that gives compared models equal parameters.
+    """The `mlp_dim` that gives compared models equally many parameters.
 
     Args:
+        config: a value for every setting, `mlp_dim` still as in the preset.
+        given: the settings that the user gave.
         matched: the preset's widths by kind, which hold if no size is given.
     """
     kind = "vanilla" if config["model_type"] == "vanilla" else config["law"]

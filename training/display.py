@@ -15,6 +15,7 @@ SECONDS_BETWEEN_LINES = 60  # if the output is no terminal, where no line can be
 
 
 def _cells(row, seconds_left):
+    """The text of each column for one evaluation, by the column's title."""
     repulsion = row["repulsion"]
     if repulsion is None:
         repulsion = "-"
@@ -33,6 +34,7 @@ def _cells(row, seconds_left):
 
 
 def _width(terminal):
+    """The number of columns of a terminal; 80 if it is unknown."""
     with contextlib.suppress(OSError, ValueError):
         return os.get_terminal_size(terminal.fileno()).columns or 80  # 0 if nobody has set it
     return 80

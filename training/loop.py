@@ -64,6 +64,7 @@ class _Loop:
         return self.trainer.iter >= self.trainer.config["max_steps"]
 
     def is_due(self, interval):
+        """Whether this step ends an interval (the name of a setting), or the run."""
         return self.trainer.iter % self.trainer.config[interval] == 0 or self.is_done
 
     def step(self):
@@ -75,7 +76,7 @@ class _Loop:
         self.trainer.progress["wall_time"] += self.step_seconds
         self.steps, self.seconds = self.steps + 1, self.seconds + self.step_seconds
         self.save_asked = self.stop.agree(self.trainer.ranks)
-        # a skipped step may come of weights that are no good any more
+        # a step may be skipped because the weights are already damaged
         self.is_sound = self.trainer.progress["skipped_in_a_row"] == 0
         return loss, norm
 
@@ -107,7 +108,7 @@ class _Loop:
             self.log.evaluation(row)
             self.log.dashboard.learned(trainer.raw_model, trainer.data, trainer.iter)
         self.steps, self.seconds = 0, 0.0
-        # the loss of a step is that of the weights before it, so it may be finite and they not
+        # a step's loss is that of the weights before the step: it can be finite when they are not
         self.is_sound = self.is_sound and math.isfinite(row["val_loss"])
         if self.is_sound and row["val_loss"] < trainer.best_val:
             trainer.best_val = row["val_loss"]

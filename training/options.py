@@ -1,16 +1,12 @@
-"""The flags of training, read from the fields of the settings; their defaults are None.
+"""The flags of training, read from the fields of the settings.
 
-So "not given" can be told from "given", which `training.config.resolve` needs.
+Their argparse default is None, so that `training.config.resolve` can tell which were given.
 """
 
 from system.cli import script_parser
 from system.settings import add_flag
-from training.config import DEFAULTS, PRESETS, SETTINGS
+from training.config import CORPUS, DEFAULTS, PRESETS, SETTINGS
 
-CORPUS = (
-    *("dataset", "data_path", "tokenizer", "bpe_vocab_size"),
-    *("tokenizer_path", "tiktoken_encoding"),
-)
 GROUPS = {  # in the order of --help
     "model kind": ("model_type",),
     "text": CORPUS,
@@ -64,13 +60,11 @@ def train_parser(description, examples):
     return parser
 
 
-def add_corpus_flags(parser, dataset):
-    """Add the flags that choose the text and the tokenizer.
-
-    Args:
-        dataset: the script's default, which --help states.
-    """
-    _add_settings(parser.add_argument_group("text"), *CORPUS, defaults={"dataset": dataset})
+def add_corpus_flags(parser, default_dataset):
+    """Add the flags that choose the text and the tokenizer; --dataset has this script's default."""
+    defaults = {"dataset": default_dataset}
+    _add_settings(parser.add_argument_group("text"), *CORPUS, defaults=defaults)
+    parser.set_defaults(**defaults)
 
 
 def _add_settings(group, *names, defaults=DEFAULTS):

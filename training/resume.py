@@ -1,4 +1,4 @@
-"""The checkpoint that a training continues: read, and refused if no run can have written it."""
+"""Reads the checkpoint that a training continues; refuses one that no run can have written."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -48,10 +48,10 @@ def check_saved_settings(config, path):
     """
     for name in SETTINGS:
         if name in config and not _is_acceptable(name, config[name]):
-            raise UserError(f"{path} has a {name} that no run has: use another checkpoint")
+            raise UserError(f"{path} has an impossible {name}: use another checkpoint")
     # a checkpoint names the kind of model twice
     if config["model"] != config["model_type"]:
-        raise UserError(f"{path} has a model that no run has: use another checkpoint")
+        raise UserError(f"{path} has an impossible model: use another checkpoint")
     c = DEFAULTS | config
     tokens = c["batch_size"] * c["block_size"]
     per_step = tokens * c["gradient_accumulation_steps"]
@@ -68,7 +68,10 @@ def _is_acceptable(name, value):
 
 
 def check_tokenizer_is_here(args, config):
-    """Refuse to train a new tokenizer if the checkpoint's was a file that is gone."""
+    """Raise `UserError` if the checkpoint's tokenizer was a file that is gone.
+
+    Without it a new tokenizer would be trained, with other ids.
+    """
     path = config["tokenizer_path"]
     if args.tokenizer_path is None and path is not None and not Path(path).exists():
         raise UserError(f"the tokenizer {path} is not here: say where with --tokenizer-path")

@@ -13,7 +13,7 @@ from system.cli import choose_device
 from system.errors import UsageError, UserError, warn
 from system.machine import code_version, machine
 from text.preparation import check_tokenizer_file, prepare_data
-from training.config import DEFAULTS, resolve, warn_of_no_effect
+from training.config import CORPUS, DEFAULTS, resolve, warn_of_no_effect
 from training.loop import loop
 from training.ranks import is_restarted
 from training.resume import check_tokenizer_is_here, read_to_resume
@@ -52,7 +52,7 @@ def run(args, ranks, words):
     _check_same_files(trainer, checkpoint)
     if checkpoint is not None:
         trainer.restore(checkpoint, source)
-        if not files.is_own(source):  # its best is not among this run's files
+        if not files.is_own(source):  # its best checkpoint is not among this run's files
             trainer.best_val = math.inf
     _announce(trainer)
     ranks.wait()  # nobody writes before all have looked at what is on disk
@@ -72,7 +72,7 @@ def _checkpoint_path(args):
     if args.checkpoint_path is not None:
         return args.checkpoint_path
     if args.resume_from is not None:
-        return args.resume_from.removesuffix("_last.pt").removesuffix("_best.pt")
+        return args.resume_from  # `RunFiles` takes the names of these files too
     suffix = "_vanilla" if args.model_type == "vanilla" else ""
     return f"checkpoints/{args.dataset or DEFAULTS['dataset']}{suffix}.pt"
 
@@ -106,14 +106,7 @@ def _check(args, config, checkpoint, ranks):
 def _set_up(config, ranks):
     """The trainer of a run, before its first step."""
     device = choose_device(config["device"])
-    data = prepare_data(
-        config["dataset"],
-        config["data_path"],
-        config["tokenizer"],
-        config["bpe_vocab_size"],
-        config["tokenizer_path"],
-        config["tiktoken_encoding"],
-    )
+    data = prepare_data(**{name: config[name] for name in CORPUS})
     for split in ("train", "valid"):
         check_long_enough(data.splits[split], config["block_size"], split, data)
     _set_up_torch(config)
@@ -148,7 +141,7 @@ def _announce(trainer):
     print(f"text: {trainer.data.meta['source']}")
     kind = config["pos"] if config["model_type"] == "vanilla" else config["law"]
     print(
-        f"{config['model_type']} ({kind}): {trainer.parameters:,} parameters; "
+        f"{config['model_type']} ({kind}): {trainer.num_parameters:,} parameters; "
         f"{trainer.tokens_per_step:,} tokens per step, {config['max_steps']:,} steps; "
         f"{trainer.device}" + (f", {ranks.size} processes" if ranks.size > 1 else "")
     )
@@ -166,7 +159,7 @@ def _train(trainer, files, source, words):
         return loop(trainer, None, files)
     description = {
         **trainer.saved_config(),
-        "parameters": trainer.parameters,
+        "parameters": trainer.num_parameters,
         "source": trainer.data.meta["source"],
         "command": ["train_shakespeare.py", *words],
         "code_version": code_version(),

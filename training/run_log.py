@@ -41,6 +41,7 @@ class RunLog:
             ) from None
 
     def _clear(self):
+        """Delete the TensorBoard files of the run that was here before."""
         for path in self.directory.glob("events.out.tfevents.*"):
             path.unlink()
         (self.directory / "projector_config.pbtxt").unlink(missing_ok=True)

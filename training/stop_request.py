@@ -53,7 +53,7 @@ class StopRequest:
 
     def _asked_to_stop(self, number, _frame):
         if number == getattr(signal, "SIGHUP", None):
-            _write_to_no_terminal()
+            _discard_terminal_output()
         if self._asked is None:
             self._asked, self._asked_at = number, time.monotonic()
         elif not self._is_echo():
@@ -89,8 +89,8 @@ class StopRequest:
         return 128 + self.signal
 
 
-def _write_to_no_terminal():
-    """Send output to nowhere: writing to a terminal that is gone is an error."""
+def _discard_terminal_output():
+    """From now on discard what goes to the terminal: it is gone, and writing to it is an error."""
     for number in (1, 2):
         with contextlib.suppress(OSError):
             if stat.S_ISCHR(os.fstat(number).st_mode):

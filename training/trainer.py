@@ -11,18 +11,24 @@ from torch.nn.parallel import DistributedDataParallel
 from data import get_batch
 from engine.checkpoint import FORMAT_VERSION
 from engine.models import build_model
-from gravity.attention import step_around_when_compiling
+from gravity.attention import exclude_from_compilation
 from gravity.cpu import cpp_compiler
 from model import NGT, repulsion_loss
 from system.errors import UserError, warn
 from system.machine import cpu_multiplies_bf16
+from system.safe_text import short_reason
 from training.ranks import Ranks
 
 SEEDS = 1 << 63  # PyTorch's generators take seeds from 0 to below this
 
 
 def choose_precision(use_amp, device):
-    """Returns `(autocast, scaler)`: a context factory and a GradScaler that may do nothing."""
+    """The precision of training, with one warning if `use_amp` is not possible.
+
+    Returns:
+        `(autocast, scaler)`: a function that makes a context for the forward pass, and a
+        `GradScaler`, which only works for fp16. Neither does anything in fp32.
+    """
     dtype = None
     if use_amp and device.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
@@ -37,13 +43,13 @@ def choose_precision(use_amp, device):
 
 
 def maybe_compile(model, config, device):
-    """The compiled model, or the model itself with one warning where nothing can compile it."""
+    """The compiled model, or the model itself with one warning if nothing can compile it."""
     if not config["compile"]:
         return model
     if device.type == "cpu" and cpp_compiler() is None:
         warn("--compile needs a C++ compiler (g++) and there is none: training uncompiled")
         return model
-    step_around_when_compiling()
+    exclude_from_compilation()
     return torch.compile(model)
 
 
@@ -86,18 +92,6 @@ def make_optimizer(model, config, device, ranks):
     return torch.optim.AdamW(groups, **settings)
 
 
-def _numbers(named):
-    """The dict itself, checked to hold finite numbers only.
-
-    Raises:
-        ValueError: if one is no finite number.
-    """
-    for name, value in named.items():
-        if type(value) not in (int, float) or not -1e300 < value < 1e300:
-            raise ValueError(f"{name[:40]} is no number")
-    return named
-
-
 def learning_rate(step, config):
     """The learning rate of a step: linear warm-up, then constant or a cosine to the minimum."""
     peak, warmup = config["learning_rate"], config["warmup_steps"]
@@ -116,6 +110,7 @@ class Trainer:
     Args:
         config: a value for every setting, as `training.config.resolve` returns it.
         data: a `TokenData`.
+        device: a `torch.device`.
         ranks: the processes that share each batch; losses and counts are those of all of them.
     """
 
@@ -127,7 +122,8 @@ class Trainer:
         distributed = distribute(self.raw_model, device, self.ranks)
         self.model = maybe_compile(distributed, config, device)
         self.optimizer = make_optimizer(self.raw_model, config, device, self.ranks)
-        if not self.ranks.is_main:  # else all ranks would drop the same channels
+        # the weights above must be the same on all ranks, but dropout must not
+        if not self.ranks.is_main:
             torch.manual_seed(self._seed(self.ranks.rank))
         self.autocast, self.scaler = choose_precision(config["use_amp"], device)
         self.iter = 0
@@ -146,11 +142,12 @@ class Trainer:
         return (self.config["seed"] + 1_000_003 * rank + step) % SEEDS
 
     @property
-    def parameters(self):
+    def num_parameters(self):
         return sum(p.numel() for p in self.raw_model.parameters())
 
     @property
     def tokens_per_step(self):
+        """Of all ranks and micro-steps together."""
         c = self.config
         return c["batch_size"] * c["gradient_accumulation_steps"] * c["block_size"]
 
@@ -223,15 +220,14 @@ class Trainer:
                 raise ValueError("optimizer_state is empty")
             self._restore_optimizer(state)
             if checkpoint["scaler_state"]:  # empty for runs in fp32 or bf16
-                self.scaler.load_state_dict(_numbers(checkpoint["scaler_state"]))
+                self.scaler.load_state_dict(_finite_numbers(checkpoint["scaler_state"]))
             self._restore_rng(checkpoint["rng_state"], checkpoint["iter"])
             self.iter, self.best_val = checkpoint["iter"], checkpoint["best_val"]
-            progress = _numbers(checkpoint["data_state"])
+            progress = _finite_numbers(checkpoint["data_state"])
             self.progress = {name: progress.get(name, 0) for name in self.progress}
         except (LookupError, TypeError, RuntimeError, ValueError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{path} cannot be resumed ({reason}): name another with --resume-from"
+                f"{path} cannot be resumed ({short_reason(error)}): name another with --resume-from"
             ) from None
 
     def _restore_optimizer(self, state):
@@ -263,7 +259,7 @@ class Trainer:
 
     def _restore_rng(self, states, step):
         """Give this rank the state it had; a new one if the number of ranks has changed."""
-        if not self.ranks.is_main:
+        if not self.ranks.is_main:  # the main rank's state is there for any number of ranks
             others = states.get("other_ranks", [])
             if len(others) != self.ranks.size - 1:
                 torch.manual_seed(self._seed(self.ranks.rank, step))
@@ -369,3 +365,15 @@ class Trainer:
     def is_sound(self):
         """Whether every weight is finite; otherwise no checkpoint is written."""
         return all(bool(torch.isfinite(p).all()) for p in self.raw_model.parameters())
+
+
+def _finite_numbers(named):
+    """The dict itself, checked to hold finite numbers only.
+
+    Raises:
+        ValueError: if one is no finite number.
+    """
+    for name, value in named.items():
+        if type(value) not in (int, float) or not -1e300 < value < 1e300:
+            raise ValueError(f"{name[:40]} is no number")
+    return named

@@ -117,7 +117,7 @@ def test_blocked_equals_reference(
     for names, limit in ((truth.keys() - law, 2e-5), (law, 1e-4)):  # fp32 sums whose terms cancel
         parts = ({n: x for n, x in tensors.items() if n in names} for tensors in (compiled, truth))
         assert_close(*parts, limit, limit)
-    monkeypatch.setattr(attention, "can_attend", lambda q, v: False)
+    monkeypatch.setattr(attention, "cpu_handles", lambda q, v: False)
     visited.clear()
     plain = output_and_gradients(gravity_attention, single, upstream, **settings)
     assert visited

@@ -31,11 +31,11 @@ def test_flag_model_and_checkpoint_refuse_the_same_value():
             MODELS["ngt"][1](vocab_size=66, **{name: value})
         with pytest.raises(SystemExit):
             train_parser("", "").parse_args([f"--{name.replace('_', '-')}={value}"])
-        with pytest.raises(UserError, match=rf"x\.pt has a {name} that no run has"):
+        with pytest.raises(UserError, match=rf"x\.pt has an impossible {name}"):
             check_saved_settings({"model": "ngt", "model_type": "ngt", name: value}, "x.pt")
 
 
 def test_a_checkpoint_that_names_two_kinds_of_model_is_refused():
     check_saved_settings({"model": "ngt", "model_type": "ngt"}, "x.pt")
-    with pytest.raises(UserError, match=r"x\.pt has a model that no run has"):
+    with pytest.raises(UserError, match=r"x\.pt has an impossible model"):
         check_saved_settings({"model": "vanilla", "model_type": "ngt"}, "x.pt")
