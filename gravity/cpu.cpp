@@ -31,7 +31,7 @@ constexpr int LANES = 8, COLUMN_VECTORS = 2;
 constexpr int LANES = 4, COLUMN_VECTORS = 4;
 #endif
 constexpr int ROWS = 48, KEYS = 192;
-constexpr float TINY = 1e-30f;
+constexpr float TINY = 1e-30f;  // as in law.py
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float loose_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));

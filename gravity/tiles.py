@@ -30,6 +30,7 @@ class PackedInputs:
         self.batch, self.heads, _, self.coords = q.shape
         self.exponent, self.cutoff, self.tolerance = law.exponent, law.cutoff, law.tolerance
         self.time_scale, self.time_offset = law.time_scale.double(), law.time_offset.double()
+        # `proven_window` is time_offset plus a part that grows about as 1 / time_scale
         self.order = torch.argsort(self.time_offset + 1 / self.time_scale)  # (H,)
         self.is_sorted = bool((self.order[1:] > self.order[:-1]).all())
         self.radius = None if law.radius is None else self.sorted(law.radius.double())
@@ -112,7 +113,8 @@ class PackedInputs:
         for head in range(*heads):
             lag = max(abs(age - self.offsets[head]), abs(self.offsets[head]))
             largest = 1 + self.largest_distance2[head] + (self.scales[head] * lag) ** 2
-            if not largest * self.weakest[head] < 0.999:  # true for NaN as well
+            # 0.999 leaves room for rounding; `not <` is true for NaN as well
+            if not largest * self.weakest[head] < 0.999:
                 torch.threshold_(inverse[head - heads[0]], self.weakest[head], 0.0)
 
     def _empty(self, tokens, width, dtype):

@@ -78,12 +78,12 @@ def open_token_data(directory):
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         vocab = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
         tokenizer = tokenizer_from_vocab(vocab)
-        if meta["format_version"] != FORMAT_VERSION or not {"train", "valid"} <= {*meta["splits"]}:
+        are_splits = {"train", "valid"} <= {*meta["splits"]} <= {"train", "valid", "test"}
+        is_ours = meta["format_version"] == FORMAT_VERSION and meta["dtype"] in DTYPES
+        if not (is_ours and are_splits):
             raise TokenFilesError(f"{directory}/meta.json is of another program", directory)
         if tokenizer.fingerprint != meta["tokenizer_sha256"]:
             raise TokenFilesError(f"{directory}/vocab.json is not what encoded it", directory)
-        if meta["dtype"] not in DTYPES or not {*meta["splits"]} <= {"train", "valid", "test"}:
-            raise TokenFilesError(f"{directory}/meta.json is of another program", directory)
         dtype = np.dtype(meta["dtype"])
         splits = {}
         for name, split in meta["splits"].items():
@@ -255,7 +255,7 @@ class _Progress:
                 self.tokenizer, self.splits = tokenizer_from_vocab(vocab), noted["splits"]
         except (OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError):
             pass  # nothing to continue: the encoding starts from the beginning
-        except UserError:
+        except UserError:  # the tokenizer is damaged
             pass
 
     @property

@@ -19,8 +19,8 @@ from training.event_file import EventFile
 
 MOST_ROWS = 1000  # TensorBoard's page draws no more points of a curve
 MOST_HISTOGRAMS = 16_000  # per run, half a kilobyte each
-MOST_TIMES = 200  # evaluations of a run that write histograms
-MOST_SAMPLES = 50  # evaluations of a run that write text
+MOST_TIMES = 200  # evaluations per run that write histograms
+MOST_SAMPLES = 50  # evaluations per run that write text
 LONGEST_SAMPLE = 10_000  # characters, however long the tokens are
 PROMPT_TOKENS = 16
 SAMPLE_WIDTH = 100  # columns

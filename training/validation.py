@@ -29,8 +29,8 @@ def evaluate(model, data, block_size, eval_iters, device, autocast, ranks=None):
     windows = max(1, min(8192, (1 << 26) // data.tokenizer.vocab_size) // block_size)
     total, count, repulsion = 0.0, 0, None
     batches = eval_batches(data.valid, block_size, eval_iters, windows)
-    count_of_batches = -(-len(eval_windows(data.valid, block_size, eval_iters)) // windows)
-    bar = evaluation_bar(batches, count_of_batches, ranks.is_main)
+    num_batches = -(-len(eval_windows(data.valid, block_size, eval_iters)) // windows)
+    bar = evaluation_bar(batches, num_batches, ranks.is_main)
     for number, (inputs, targets) in enumerate(bar):
         if number % ranks.size != ranks.rank:  # another rank's batch
             continue
