@@ -36,10 +36,7 @@ NEAREST_TIME_SCALE = 0.35  # softenings per token, of each layer's first head at
 
 @dataclass
 class ModelConfig:
-    """The settings that both kinds of model have.
-
-    Every field made by `setting` is also a flag of training, except vocab_size.
-    """
+    """The settings of both kinds of model; those made by `setting` are flags, except vocab_size."""
 
     vocab_size: int = setting(MISSING, "tokens of the vocabulary, set by the tokenizer", whole)
     block_size: int = setting(64, "tokens of a training window", whole)
@@ -49,8 +46,8 @@ class ModelConfig:
     mlp_dim: int = setting(
         512,
         "width of the feed-forward layer (default: the preset's, which gives compared models equal "
-        "parameters; if sizes are given, 4 x hidden-dim for newton, and for the others what gives "
-        "them as many parameters as that)",
+        "parameters; if sizes are given, 4 x hidden-dim for newton, and for the others the width "
+        "that gives them as many parameters)",
         whole,
     )
     dropout: float = setting(
@@ -93,8 +90,8 @@ class NGTConfig(ModelConfig):
     mass_in_value: bool = setting(False, "multiply values by the mass, not the pull")
     retardation: bool = setting(
         True,
-        "let a token pull, by a learned share, from where its predecessor is (newton; without it "
-        "the loss is 0.09 higher after 1500 steps: reports/study.md)",
+        "let a token pull, by a learned share, from the place of the token before it (newton; "
+        "without it the loss is 0.09 higher after 1500 steps: reports/study.md)",
     )
     farthest_time_scale: float = setting(
         0.0035,
@@ -215,16 +212,16 @@ class GravityAttention(nn.Module):
         return tuple(split_heads(x, self.config.num_heads) for x in (self.probe_proj(z), source))
 
     def retarded(self, source, kv_cache=None):
-        """Where tokens pull from, (B, T, H*C): with retardation 0 from their own place, with 1
-        from that of the token before.
+        """Where tokens pull from, (B, T, H*C): with retardation 1 from where the token before is.
+
+        With 0 it is their own place; values between the two are learned.
 
         Args:
-            source: each token's own place, (B, T, H*C).
+            source: each token's own place, (B, T, H*C); a text's first token always keeps it.
             kv_cache: remembers the token before the first one of the next call.
         """
         if self.retardation is None:
             return source
-        # a text's first token has none before it, so its own place is used twice
         first = source[:, :1] if kv_cache is None else kv_cache.exchange(self.layer, source)
         before = torch.cat([first, source[:, :-1]], 1)
         return torch.lerp(source, before, self.retardation.to(source.dtype))
@@ -249,14 +246,10 @@ class GravityAttention(nn.Module):
         return {name: getattr(self, name) for name in names}
 
     def forward(self, h, z, mass, positions, kv_cache=None):
-        """What each token receives from those before it and from itself, (B, T, hidden_dim).
+        """What each token receives from itself and those before it, (B, T, hidden_dim).
 
-        Args:
-            h: (B, T, hidden_dim), normalised.
-            z: (B, T, coord_dim).
-            mass: (B, T).
-            positions: (T,) integers that increase.
-            kv_cache: a `KVCache`; what it remembers pulls too.
+        `h` is (B, T, hidden_dim) and normalised, `z` (B, T, coord_dim), `mass` (B, T), `positions`
+        (T,), increasing. What a `KVCache` remembers pulls too.
         """
         q, k = self.points(z, kv_cache)
         v = split_heads(self.v_proj(h), self.config.num_heads)

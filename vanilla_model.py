@@ -30,7 +30,7 @@ POSITIONS = ("learned", "rotary", "alibi")
 class VanillaConfig(ModelConfig):
     """Everything that shapes a vanilla transformer."""
 
-    pos: str = setting("learned", "how a vanilla model knows order", choices=POSITIONS)
+    pos: str = setting("learned", "position encoding of a vanilla model", choices=POSITIONS)
     head_bias: bool = False  # True only for checkpoints of the first release that have one
 
     def __post_init__(self):
@@ -79,12 +79,10 @@ class Attention(nn.Module):
             self.register_buffer("slopes", alibi_slopes(config.num_heads), persistent=False)
 
     def forward(self, h, positions, kv_cache=None):
-        """What each token receives from those before it and from itself, (B, T, hidden_dim).
+        """What each token receives from itself and those before it, (B, T, hidden_dim).
 
-        Args:
-            h: (B, T, hidden_dim), normalised.
-            positions: (T,) integers that increase.
-            kv_cache: a `KVCache`; what it remembers is attended to as well.
+        `h` is (B, T, hidden_dim) and normalised, `positions` (T,), increasing. What a `KVCache`
+        remembers is attended to as well.
         """
         heads = self.config.num_heads
         q, k = split_heads(self.q_proj(h), heads), split_heads(self.k_proj(h), heads)

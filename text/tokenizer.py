@@ -257,7 +257,6 @@ def _sequence(part, key):
 
 
 def _is_known_split(part):
-    """Whether a pre-tokenizer cuts by a known expression and loses no text."""
     # ("Removed", inverted) removes what the expression does not match, which is nothing
     how = part.get("behavior"), part.get("invert")
     is_whole = how in (("Isolated", False), ("Removed", True))
@@ -386,11 +385,7 @@ def _char_list(vocab):
 
 
 def load_bpe(path):
-    """The `BPETokenizer` of a file of the `tokenizers` library.
-
-    Raises:
-        UserError: if it cannot be read, or is no byte-level BPE.
-    """
+    """The `BPETokenizer` of a file; raises `UserError` if it is unreadable or of another kind."""
     try:
         return BPETokenizer(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

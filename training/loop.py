@@ -57,6 +57,7 @@ class _Loop:
         self.seconds_before = trainer.progress["wall_time"]
         self.steps, self.seconds = 0, 0.0  # since the last evaluation
         self.save_asked = False
+        self.step_seconds = 0.0  # of the last step
         self.is_sound = True  # whether the weights may be saved
 
     @property
@@ -88,7 +89,7 @@ class _Loop:
         check_skipped(self.trainer, self.files)
 
     def _say_expected_time(self):
-        """How long the rest takes if its steps take as long as those so far."""
+        """Print how long the rest takes if its steps take as long as those so far."""
         left = self.trainer.config["max_steps"] - self.trainer.iter
         seconds = self.trainer.progress["wall_time"] - self.seconds_before
         seconds *= left / (self.trainer.iter - self.first_step)
@@ -126,7 +127,7 @@ class _Loop:
             self.saved_at = trainer.iter
 
     def how_to_continue(self):
-        """The end of the sentence that says where the run stopped."""
+        """What follows "stopped at step N": what was saved, and the command to continue."""
         last, doubt = self.files.last, ""
         if self.saved_at != self.trainer.iter:
             doubt = ", not saved because a number was not finite"

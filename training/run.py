@@ -27,6 +27,7 @@ def run(args, ranks, words):
 
     Args:
         args: what `train_parser` returned.
+        ranks: the processes that train together, this one included.
         words: the flags as typed, for the run's log.
 
     Returns:
