@@ -79,8 +79,8 @@ def benchmark_scaling(args, device):
         A dict for JSON: the numbers of every training, and the operator's time by context.
 
     Raises:
-        UsageError: if --steps is too small or --checkpoint is not an NGT of the law newton.
-        UserError: if a training fails.
+        UsageError: if --steps is too small.
+        UserError: if a training fails, or as `load_newton`.
     """
     if args.steps < 6:
         raise UsageError(
