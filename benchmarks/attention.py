@@ -141,6 +141,7 @@ def row_of(batch, block, layers, seconds):
         seconds: for each name of `functions_to_time` its rounds.
     """
 
+    # layers differ in how much they may skip, so a row is their mean
     def mean_of_layers(suffix):
         per_layer = [seconds[f"ngt{n}{suffix}"] for n in range(len(layers))]
         return [statistics.fmean(round) for round in zip(*per_layer, strict=True)]

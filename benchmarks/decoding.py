@@ -62,6 +62,7 @@ def benchmark_decode(args, device):
     )
     tokens = some_tokens(args, ngt, tokenizer, checkpoint, longest).tolist()
     decoders = fill_caches({"ngt": ngt, "vanilla": vanilla}, args.contexts, tokens, autocast)
+    # every step makes the context one longer, which is little beside the context itself
     steps = {key: decoder.step for key, decoder in decoders.items()}
     seconds = interleaved(steps, args.steps, device, "single tokens", warm_up=2)
     caches = {key: decoder.stream.cache.num_bytes() for key, decoder in decoders.items()}
@@ -140,6 +141,7 @@ def chat(network, count, autocast):
     print(f"{'written':>8} {'cache':>10} {'process':>10} {'tokens/s':>9}")
     bar = tqdm(total=count, desc="writing", leave=False, delay=2, disable=None)
     for part in range(10):
+        # the ten sizes add up to `count`, also if it is not a multiple of 10
         size = count * (part + 1) // 10 - count * part // 10
         start = time.perf_counter()
         for _ in range(size):

@@ -8,7 +8,7 @@ import torch
 from engine.checkpoint import load_model
 from engine.models import build_model
 from model import NGT
-from system.errors import UsageError, UserError
+from system.errors import UserError
 from text.token_files import data_of_checkpoint
 from training.config import DEFAULTS, PRESETS
 
@@ -53,11 +53,11 @@ def load_newton(path, device):
         `(model, tokenizer, checkpoint)`.
 
     Raises:
-        UserError: if the checkpoint cannot be used or holds another model (`UsageError`).
+        UserError: if the checkpoint cannot be used or holds another model.
     """
     network, tokenizer, checkpoint = load_model(path, device)
     if not isinstance(network, NGT) or network.config.law != "newton":
-        raise UsageError(f"--checkpoint {path} is not an NGT of --law newton: name one that is")
+        raise UserError(f"--checkpoint {path} is not an NGT of --law newton: name one that is")
     return network, tokenizer, checkpoint
 
 

@@ -14,7 +14,7 @@ from training.config import DEFAULTS
 GPUS_PER_HOST = 8
 GPU = {
     "peak_flops": 989e12,  # H100 SXM, bf16, its data sheet
-    "mfu": 0.35,
+    "mfu": 0.35,  # assumed
     "nvlink_bytes_per_s": 370e9,  # what all-reduce reaches of 450 GB/s each way
     "network_bytes_per_s": 45e9,  # of one 400 Gbit/s card per GPU
 }
@@ -105,6 +105,7 @@ def saved_bytes(shape):
 
 def _kept(shape, num_layers, tokens):
     """Bytes that autograd keeps of one forward pass in bf16, without the parameters."""
+    # logits are not to be counted, so the vocabulary is tiny
     network = _network(shape | {"num_layers": num_layers, "vocab_size": 16}, "cpu")
     weights = {p.data_ptr() for p in network.parameters()}
     seen = {}  # by address, as two saved tensors may share memory

@@ -79,8 +79,8 @@ def benchmark_scaling(args, device):
         A dict for JSON: the numbers of every training, and the operator's time by context.
 
     Raises:
-        UsageError: if --steps is too small or --checkpoint is not an NGT of the law newton.
-        UserError: if a training fails.
+        UsageError: if --steps is too small.
+        UserError: if a training fails, or as `load_newton`.
     """
     if args.steps < 6:
         raise UsageError(
@@ -125,6 +125,7 @@ def measure(args, ranks):
     Returns:
         For each `(ranks, sharded)` what `launch` returned in every round.
     """
+    # a single process has nothing to shard
     kinds = [(n, sharded) for n in ranks for sharded in (False, True) if n > 1 or not sharded]
     numbers = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as folder:
@@ -134,6 +135,7 @@ def measure(args, ranks):
         for name, value in SHAPES[args.preset].items():
             flags += ["--" + name.replace("_", "-"), value]
         flags += ["--eval-iters", 1, "--batch-size", args.batch_size, "--max-steps", args.steps]
+        # a run logs its speed at each evaluation, and the first third is not counted
         flags += ["--eval-interval", max(1, args.steps // 3), "--checkpoint-interval", args.steps]
         total = args.rounds * len(kinds)
         with tqdm(total=total, desc="trainings", unit="run") as bar:
@@ -227,6 +229,7 @@ def time_of_contexts(attn):
     Returns:
         For each of `CONTEXTS_TIMED` the microseconds per token.
     """
+    # the layer is fixed here: only the random points, values and masses get gradients
     law = {k: v.detach() if torch.is_tensor(v) else v for k, v in attn.law().items()}
     heads, width = attn.config.num_heads, attn.config.hidden_dim // attn.config.num_heads
     numbers = {}
@@ -241,6 +244,7 @@ def time_of_contexts(attn):
             started = time.perf_counter()
             gravity_attention(q, k, v, mass, field_tolerance=1e-6, **law).sum().backward()
             seconds.append(time.perf_counter() - started)
+        # the shortest time: other work on the machine can only make it longer
         numbers[tokens] = 1e6 * min(seconds) / tokens
     return numbers
 

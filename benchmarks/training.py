@@ -81,7 +81,7 @@ def benchmark_train(args, device):
         found = numbers_of(args, name, trainer, seconds[name], peak)
         print_row(name, found)
         numbers |= {f"{name.replace('-', '_')}_{key}": value for key, value in found.items()}
-    if len(names) == 2:
+    if len(names) == 2:  # with --model ngt or vanilla there is nothing to compare
         rounds = ratios(seconds[names[1]], seconds["ngt"])
         numbers |= {"ratio": statistics.median(rounds), "ratio_rounds": rounds}
         print(f"ratio {spread(rounds, 3)}: tokens/s of ngt over those of {names[1]}")
@@ -133,6 +133,7 @@ def make_trainer(args, name, device):
         if getattr(args, flag) is not None:
             config[flag] = getattr(args, flag)
     tokens = np.random.default_rng(0).integers(0, vocab_size, config["block_size"] * 64 + 1)
+    # all that Trainer needs of a corpus and its tokenizer
     tokenizer = SimpleNamespace(vocab_size=vocab_size)
     data = SimpleNamespace(train=tokens.astype(np.uint16), tokenizer=tokenizer)
     torch.manual_seed(config["seed"])
@@ -183,7 +184,7 @@ def print_peak(args, device):
     """Train two steps and print the peak memory as JSON, for `child_peak` to read."""
     name = "first-release" if args.against == "first-release" else args.model
     trainer = make_trainer(args, name, device)
-    for _ in range(2):
+    for _ in range(2):  # the second has AdamW's averages beside the gradients
         train_step(trainer, name)
     print(json.dumps({"peak_bytes": peak_memory_bytes(device)}))
 

@@ -22,7 +22,7 @@ PER_RUN = {  # settings that may differ between runs of one variant
 }
 # the keys that reports need, and the types of their values
 NUMBER = int | float
-LOSS = int | float | None
+LOSS = int | float | None  # None: not finite
 CONFIG = {
     **dict.fromkeys(("model", "source", "machine", "checkpoint_path"), str),
     **dict.fromkeys(("parameters", "max_steps", "seed"), int),

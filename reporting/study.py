@@ -91,6 +91,7 @@ def _evaluations(headline, others):
     """What evaluate.py wrote, by the label of the run: the first seed of a model, and others."""
     labels = {label: runs[0] for label, runs in headline.items()}
     labels |= {f"{_short(run)}, {run.rows[-1]['step']:,} steps": run for run in others}
+    # runs that were not evaluated are left out
     found = {label: read_evaluation(run) for label, run in labels.items()}
     return {label: evaluation for label, evaluation in found.items() if evaluation}
 
@@ -260,7 +261,7 @@ def _rate_table(runs):
         return f"{NOT_RUN}."
     models = {}
     for run in runs:
-        model = _short(run).rsplit("_", 1)[0]
+        model = _short(run).rsplit("_", 1)[0]  # run_study.sh names these runs MODEL_RATE
         models.setdefault(model, {})[run.config["learning_rate"]] = run
     rates = sorted({rate for found in models.values() for rate in found})
     lines = []

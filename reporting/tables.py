@@ -30,6 +30,7 @@ SETTINGS = {  # keys of a config.json, and their titles in the table
     "use_amp": "--use-amp",
     "torch_version": "PyTorch",
 }
+# a config.json of vanilla has these too, without effect
 ONLY_NGT = {"coord_dim", "head_coord_dim", "exponent", "radius"}
 
 
@@ -43,6 +44,7 @@ def terminal_table(variants):
             (
                 v.label,
                 f"{v.config['parameters']:,}" if last else NOT_RUN,
+                # one seed may be further than another
                 f"{min(row['step'] for row in last):,}" if last else "",
                 mean([row["val_loss"] for row in last], ".4f") if last else "",
                 mean([row["perplexity"] for row in last], ".3f") if last else "",

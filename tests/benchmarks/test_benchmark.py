@@ -175,7 +175,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "words"), BAD, ids=lambda x: " ".join(x) if x else "none")
+@pytest.mark.parametrize(("flags", "words"), BAD, ids=str)
 def test_bad_input_is_one_line(flags, words, in_tmp):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
@@ -191,7 +191,7 @@ def test_a_checkpoint_of_the_other_model_is_refused(in_tmp, small_text):
         cwd=in_tmp,
         check=0,
     )
-    for command in ("attention", "decode"):
+    for command in ("attention", "decode", "scaling"):
         result = run(
             "benchmark.py", command, "--checkpoint", "checkpoints/v.pt_best.pt", cwd=in_tmp
         )
