@@ -2,7 +2,7 @@
 
 Commands: /help, /retry, /more, /tokens, /pull, /save FILE, /set NAME VALUE, /reset, /quit. Ctrl-C
 stops an answer, Ctrl-D leaves. --serve opens the chat on a local web page that shows what pulls
-each token. The arrow up brings back what you wrote, also in earlier sessions: the history is kept
+each token. Arrow up brings back what you wrote, also in earlier sessions: the history is kept
 in ~/.local/state/newton-gravity/chat_history, or under XDG_STATE_HOME. NO_COLOR=1 turns colour off.
 """
 
@@ -27,6 +27,8 @@ EXAMPLES = """examples:
   echo "ROMEO:" | python chat.py --temperature 0
   python chat.py --serve
 """
+DEFAULT_CHECKPOINT = "checkpoints/shakespeare.pt_best.pt"
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 
 
 def port_number(text):
@@ -35,10 +37,6 @@ def port_number(text):
     if value > 65535:
         raise argparse.ArgumentTypeError(f"{text} is too large: ports end at 65535")
     return value
-
-
-DEFAULT_CHECKPOINT = "checkpoints/shakespeare.pt_best.pt"
-DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 
 
 def make_parser():
@@ -136,6 +134,7 @@ def main(argv=None):
     """Run the chat; returns the exit code."""
     args = make_parser().parse_args(argv)
     check_flags(args)
+    # a model may write characters that the terminal's encoding lacks
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     path = find_checkpoint(args.checkpoint_path)

@@ -71,7 +71,8 @@ class Losses:
         self.device = next(model.parameters()).device
         is_fast = self.device.type == "cuda" or cpu_multiplies_bf16()
         self.amp = bool(config.get("use_amp")) and is_fast
-        # a model with learned positions has none beyond its window; rotary and ALiBi have
+        # learned positions end with the window, rotary and ALiBi do not; an NGT has no `pos`, and
+        # its limit is None, or under the published law its window
         has_learned_positions = getattr(model.config, "pos", "learned") == "learned"
         self.limit = model.max_context if has_learned_positions else None
 
@@ -126,6 +127,7 @@ def by_length(losses, tokens, lengths, num_windows):
         return []
     longest = lengths[-1]
     count = min(num_windows, (len(tokens) - 1) // longest)
+    # contexts of every length end at the same places, spread evenly over the text
     ends = (np.arange(count) + 1) * ((len(tokens) - 1) // count) + 1
     rows = []
     for length in lengths:
@@ -185,7 +187,7 @@ def on_repeats(losses, tokens, vocab_size, count, block_size):
 
     Args:
         tokens: of the validation text.
-        count: number of strings per row.
+        count: number of strings behind each number.
 
     Returns:
         A list of dicts, one per gap and one per length of random text that fits into `block_size`.
@@ -196,12 +198,12 @@ def on_repeats(losses, tokens, vocab_size, count, block_size):
         before = block_size - gap - STRING
         if before < 0 or len(tokens) < 4 * block_size:
             continue
-        where = generator.integers(0, len(tokens) - block_size, (count, 2))
-        once = np.stack([tokens[a : a + block_size] for a, _ in where])
-        other = np.stack([tokens[b : b + STRING] for _, b in where])
+        starts = generator.integers(0, len(tokens) - block_size, (count, 2))
+        once = np.stack([tokens[a : a + block_size] for a, _ in starts])
+        string = np.stack([tokens[b : b + STRING] for _, b in starts])
         twice = once.copy()
-        twice[:, before : before + STRING] = other
-        once[:, -STRING:] = twice[:, -STRING:] = other
+        twice[:, before : before + STRING] = string
+        once[:, -STRING:] = twice[:, -STRING:] = string
         first = losses.of_all(once, STRING - 1, f"string after {gap}").mean()
         second = losses.of_all(twice, STRING - 1, f"string after {gap}").mean()
         rows.append({"text": "real", "gap": gap, "once": float(first), "again": float(second)})

@@ -1,8 +1,8 @@
 """Write a report of runs: tables, curves and what the geometry learned.
 
 Every number comes from the files of the runs: runs/<name>/metrics.jsonl and config.json, and for
-the geometry the checkpoint that config.json names. Runs that differ only in their seed are one
-line, with mean and standard deviation.
+the geometry the checkpoint that config.json names. Runs that differ only in their seed share
+one line, with mean and standard deviation.
 """
 
 from pathlib import Path
@@ -62,8 +62,8 @@ def main(argv=None):
     for source in dict.fromkeys(run.config["source"] for run in runs):
         print(one_line(f"text: {source}"))
     for run in runs:
-        where = f"{run.config['machine']}, seed {run.config['seed']}"
-        print(one_line(f"{run.name}: {where}, {run.command()}"))
+        machine, seed = run.config["machine"], run.config["seed"]
+        print(one_line(f"{run.name}: {machine}, seed {seed}, {run.command()}"))
     if args.output is not None:
         write_report(Path(args.output), args.runs, variants, args.reference)
         print(f"wrote {args.output}")

@@ -58,9 +58,14 @@ def make_parser():
         "--offset",
         type=whole_or_zero,
         default=0,
-        help="skip so many tokens at the start of the text (default: %(default)s)",
+        help="skip this many tokens at the start of the text (default: %(default)s)",
     )
-    add("--num-tokens", type=whole, default=256, help="show at most so many (default: %(default)s)")
+    add(
+        "--num-tokens",
+        type=whole,
+        default=256,
+        help="show at most this many (default: %(default)s)",
+    )
     add(
         "--method",
         choices=("pca", "tsne"),
@@ -78,7 +83,11 @@ def make_parser():
 
 
 def tokens_to_show(args, tokenizer, checkpoint):
-    """`(ids, a description of the text)`: of the text that the user gave, or of a split."""
+    """`(ids, a description of the text)`: of the text that the user gave, or of a split.
+
+    Raises:
+        UserError: if the text cannot be read or --offset is beyond its end.
+    """
     stop = args.offset + args.num_tokens
     if args.text_file is not None:
         try:
@@ -187,10 +196,10 @@ def read_runs(args, paths, loaded):
     runs = []
     for flag, path in paths.items():
         own = loaded[flag][1]
-        same = own.fingerprint == tokenizer.fingerprint
-        ids = tokens if same else own.encode(tokenizer.decode(tokens))
+        is_same = own.fingerprint == tokenizer.fingerprint
+        ids = tokens if is_same else own.encode(tokenizer.decode(tokens))
         runs.append(read_run(loaded[flag], path, ids, source, args.method))
-    first, second = runs[0], runs[-1]
+    first, second = runs[0], runs[-1]  # with one run both are the same, and nothing is mirrored
     if first.measured.tokens == second.measured.tokens:
         second.points = align(second.points, first.points)
     return runs
@@ -214,7 +223,7 @@ def write_files(args, runs, layer):
 
 
 def main(argv=None):
-    """Write the page and the stills. Returns the exit code."""
+    """Write the page and the stills; returns the exit code."""
     args = make_parser().parse_args(argv)
     if args.num_tokens > MAX_TOKENS:
         raise UsageError(f"--num-tokens {args.num_tokens}: a map shows at most {MAX_TOKENS:,}")

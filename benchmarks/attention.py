@@ -42,7 +42,8 @@ def benchmark_attention(args, device):
         A dict for JSON whose "rows" has one dict per block size.
     """
     if not args.checkpoint:
-        args.preset = "25m"  # the JSON's settings name the size of the fresh model
+        # this command has no --preset, but `newton_model` and the JSON's settings need one
+        args.preset = "25m"
     network, tokenizer, checkpoint = newton_model(args, device)
     tolerance = network.config.field_tolerance
     if tolerance is None:  # what the model takes for this precision
@@ -63,12 +64,12 @@ def operator_inputs(network, tokens):
     """The arguments of every layer's gravity attention in one forward pass, a list of dicts."""
     calls = []
 
-    def spy(q, k, v, mass, **settings):
+    def recorder(q, k, v, mass, **settings):
         calls.append({"q": q, "k": k, "v": v, "mass": mass, **settings})
         return gravity_attention(q, k, v, mass, **settings)
 
     # the model computes these inputs within forward, so no hook of a module sees them
-    ngt_model.gravity_attention = spy
+    ngt_model.gravity_attention = recorder
     try:
         with torch.no_grad():
             network(tokens)
@@ -97,7 +98,7 @@ def functions_to_time(layers, dtype, tolerance):
     )
     for n, layer in enumerate(layers):
         layer = layer | {name: layer[name].to(dtype) for name in "qkv"}
-        layer["field_tolerance"] = tolerance
+        layer["field_tolerance"] = tolerance  # the model itself ran in fp32
         if layer["v"].shape[-1] != VALUE_WIDTH:  # both are timed on values of one width
             layer["v"] = values()
         functions[f"ngt{n}"], functions[f"ngt{n}+"] = forward_and_backward(

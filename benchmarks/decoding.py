@@ -54,6 +54,7 @@ def benchmark_decode(args, device):
     """
     ngt, tokenizer, checkpoint = newton_model(args, device)
     longest = max(args.contexts)
+    # vanilla must not slide: it gets positions for the context, the warm-up and the steps
     vanilla = fresh_model(args.preset, "vanilla", device, block_size=longest + args.steps + 2)
     is_bf16 = args.dtype == "bf16"
     autocast = (
@@ -89,7 +90,7 @@ def fill_caches(models, contexts, tokens, autocast):
 
 
 def row_of(context, shortest, seconds, caches):
-    """Print and return the numbers of one context.
+    """Print and return the numbers of one context, a dict.
 
     Args:
         shortest: the context that NGT's speed is compared with.
@@ -162,9 +163,9 @@ def chat(network, count, autocast):
 
 
 def resident_bytes():
-    """Memory of this process now, or None if the system does not tell."""
+    """Bytes of memory that this process uses now; None if the system has no /proc."""
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        pages = int(Path("/proc/self/statm").read_text().split()[1])  # resident
     except OSError:
         return None
     return pages * os.sysconf("SC_PAGE_SIZE")

@@ -8,11 +8,11 @@ import torch
 from engine.checkpoint import load_model
 from engine.models import build_model
 from model import NGT
-from system.errors import UserError
+from system.errors import UsageError, UserError
 from text.token_files import data_of_checkpoint
 from training.config import DEFAULTS, PRESETS
 
-SHAPES = {  # for each --preset: the preset of training, and a vocabulary as its text has
+TIMED_PRESETS = {  # --preset: the preset of training, and the vocabulary size of its text
     "shakespeare": ("shakespeare", 66),
     "25m": ("wikitext103", 8192),
 }
@@ -22,7 +22,7 @@ VALUE_WIDTH = 64  # of a head, in `benchmark.py attention`
 
 def add_preset_flag(parser):
     parser.add_argument(
-        "--preset", choices=list(SHAPES), default="25m", help="model sizes (default: 25m)"
+        "--preset", choices=list(TIMED_PRESETS), default="25m", help="model sizes (default: 25m)"
     )
 
 
@@ -53,11 +53,11 @@ def load_newton(path, device):
         `(model, tokenizer, checkpoint)`.
 
     Raises:
-        UserError: if the checkpoint cannot be used or holds another model.
+        UserError: if the checkpoint cannot be used or holds another model (`UsageError`).
     """
     network, tokenizer, checkpoint = load_model(path, device)
     if not isinstance(network, NGT) or network.config.law != "newton":
-        raise UserError(f"--checkpoint {path} is not an NGT of --law newton: name one that is")
+        raise UsageError(f"--checkpoint {path} is not an NGT of --law newton: name one that is")
     return network, tokenizer, checkpoint
 
 
@@ -65,11 +65,11 @@ def fresh_model(preset, kind, device, block_size=None):
     """A model with random weights, in eval mode.
 
     Args:
-        preset: one of `SHAPES`.
+        preset: one of `TIMED_PRESETS`.
         kind: ngt or vanilla.
-        block_size: another one than the preset's.
+        block_size: replaces the preset's.
     """
-    name, vocab_size = SHAPES[preset]
+    name, vocab_size = TIMED_PRESETS[preset]
     sizes = dict(PRESETS[name]) | {"vocab_size": vocab_size, "model_type": kind}
     sizes["mlp_dim"] = sizes["mlp_dim"]["vanilla" if kind == "vanilla" else "newton"]
     if block_size is not None:

@@ -1,10 +1,8 @@
-"""Computes what a training step costs on more GPUs than are here: formulas, nothing measured.
+"""Computes what a training step costs on up to 64 GPUs, by formulas: nothing is measured.
 
 Sources: ring all-reduce (Patarasuk & Yuan 2009), ZeRO stage 1 (Rajbhandari et al. 2020,
 arXiv:1910.02054), 6 flops per parameter and token (Kaplan et al. 2020, arXiv:2001.08361).
 """
-
-import statistics
 
 import torch
 
@@ -85,9 +83,8 @@ parameters on 80 GB it would take FSDP, which is not built.
 
 
 def _network(shape, device="meta"):
-    config = DEFAULTS | shape
-    with torch.device(device):
-        return build_model(config)
+    with torch.device(device):  # on "meta" weights take no memory, so 1B parameters are no problem
+        return build_model(DEFAULTS | shape)
 
 
 def parameters_of(shape):
@@ -137,22 +134,8 @@ def bytes_on_the_wire(parameters, ranks, sharded):
     return (3 if sharded else 2) * (ranks - 1) / ranks * 4 * parameters
 
 
-def mean_pairs(windows, tokens):
-    """Mean number of pairs per token and head.
-
-    Args:
-        windows: for each layer the windows of its heads, in tokens; no head looks further back.
-        tokens: of the context.
-    """
-    pairs = []
-    for window in (w for layer in windows for w in layer):
-        w = min(window, tokens)
-        pairs.append((w * (w + 1) / 2 + (tokens - w) * w) / tokens)
-    return statistics.mean(pairs)
-
-
 def efficiency(shape, parameters, ranks, tokens_per_rank):
-    """Speed of `ranks` GPUs over the same number of independent ones, from 0 to 1.
+    """Speed of `ranks` GPUs relative to as many that need not communicate, from 0 to 1.
 
     Sending overlaps with the backward pass, which is 2/3 of computing.
     """
@@ -162,4 +145,5 @@ def efficiency(shape, parameters, ranks, tokens_per_rank):
     compute = flops * tokens_per_rank / (GPU["mfu"] * GPU["peak_flops"])
     link = "nvlink_bytes_per_s" if ranks <= GPUS_PER_HOST else "network_bytes_per_s"
     sending = bytes_on_the_wire(parameters, ranks, False) / GPU[link]
+    # only the part of sending that the backward pass does not hide takes time
     return compute / (compute + max(0.0, sending - compute * 2 / 3))

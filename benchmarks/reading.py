@@ -17,7 +17,7 @@ from text.token_files import BATCH_PIECES, write_token_files
 from text.tokenizer import BPETokenizer, CharTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-BATCHES = (20, 16, 512)  # batches that are fetched per round, windows of each, tokens of a window
+BATCHES = (20, 16, 512)  # batches per round, windows per batch, tokens per window
 
 
 def add_flags(parser):
@@ -72,13 +72,15 @@ def text_of(path):
 
 
 def functions_to_time(source, parts, bpe):
-    """What is timed, by name.
+    """What is timed: callables without arguments, by name.
 
     Args:
+        source: the name of the text.
         parts: the text in pieces, as the preparation of a corpus reads it.
         bpe: a trained BPE tokenizer.
     """
     char = CharTokenizer.train(parts)
+    # for comparison: the library alone, without our token files
     library = Tokenizer.from_str(bpe.to_vocab()["tokenizer_json"])
     corpus = Corpus("text", source, "", 0, {"train": lambda: iter(parts)})
     tokens = np.random.default_rng(0).integers(0, 8192, 10**6).astype(np.uint16)

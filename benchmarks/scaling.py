@@ -18,19 +18,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.models import SHAPES as PRESET_OF
-from benchmarks.paper import (
-    bytes_on_the_wire,
-    mean_pairs,
-    paper_section,
-    parameters_of,
-)
+from benchmarks.models import TIMED_PRESETS, load_newton
+from benchmarks.paper import bytes_on_the_wire, paper_section, parameters_of
 from benchmarks.timing import describe_machine, spread
-from engine.checkpoint import load_model
 from engine.flops import attention_flops
 from engine.models import build_model
 from gravity.attention import gravity_attention
-from model import NGT
 from system.cli import whole, whole_list
 from system.errors import UsageError, UserError
 from system.files import write_whole
@@ -40,12 +33,13 @@ from training.config import DEFAULTS, PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "The mass of a word is what draws the next one near. "
+# the characters of the text that `measure` writes, and the tokenizer's unknown one
 VOCAB_SIZE = len({*TEXT, *"0123456789", "�"})
 WIDTHS = ("hidden_dim", "num_layers", "num_heads", "block_size")
 SHAPES = {
     name: {width: (DEFAULTS | PRESETS[preset])[width] for width in WIDTHS}
     | {"mlp_dim": PRESETS[preset]["mlp_dim"]["newton"]}
-    for name, (preset, _) in sorted(PRESET_OF.items())
+    for name, (preset, _) in sorted(TIMED_PRESETS.items())
 }
 CONTEXTS_ON_PAPER = (512, 4096, 32_768, 262_144, 1_048_576)
 CONTEXTS_TIMED = (1024, 4096, 16_384, 65_536, 262_144)
@@ -85,7 +79,7 @@ def benchmark_scaling(args, device):
         A dict for JSON: the numbers of every training, and the operator's time by context.
 
     Raises:
-        UsageError: if --steps is too small or --checkpoint has no windows.
+        UsageError: if --steps is too small or --checkpoint is not an NGT of the law newton.
         UserError: if a training fails.
     """
     if args.steps < 6:
@@ -121,9 +115,7 @@ def trained_or_fresh(path):
     if path is None:
         shape = DEFAULTS | {"mlp_dim": 512, "model_type": "ngt", "vocab_size": 66}
         return build_model(shape), "an untrained model"
-    model, *_ = load_model(path)
-    if not isinstance(model, NGT) or model.config.law != "newton":
-        raise UsageError(f"--checkpoint {path} has no windows: name an NGT of --law newton")
+    model, *_ = load_newton(path, "cpu")
     return model, f"`{Path(path).name}`"
 
 
@@ -185,10 +177,11 @@ def launch(ranks, flags, folder):
 
 
 def bytes_on_loopback():
-    """Bytes that this machine has sent to itself so far; 0 if the system does not tell."""
+    """Bytes that this machine has sent to itself so far; 0 if the system has no /proc."""
     path = Path("/proc/net/dev")
     if not path.exists():
         return 0
+    # after the name and a colon come eight numbers of what was received, then the bytes sent
     (line,) = (line for line in path.read_text().splitlines() if line.split(":")[0].strip() == "lo")
     return int(line.split(":")[1].split()[8])
 
@@ -250,6 +243,20 @@ def time_of_contexts(attn):
             seconds.append(time.perf_counter() - started)
         numbers[tokens] = 1e6 * min(seconds) / tokens
     return numbers
+
+
+def mean_pairs(windows, tokens):
+    """Mean number of pairs per token and head.
+
+    Args:
+        windows: for each layer the windows of its heads, in tokens; no head looks further back.
+        tokens: of the context.
+    """
+    pairs = []
+    for window in (w for layer in windows for w in layer):
+        w = min(window, tokens)
+        pairs.append((w * (w + 1) / 2 + (tokens - w) * w) / tokens)
+    return statistics.mean(pairs)
 
 
 def context_section(model, timed, whose):

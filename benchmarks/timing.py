@@ -48,7 +48,10 @@ def interleaved(functions, rounds, device, label, warm_up=1):
 
 
 def ratios(slow, fast):
-    """Ratios of two lists of seconds, round by round; above 1 the second is faster."""
+    """Ratios of two lists of seconds, round by round; above 1 the second is faster.
+
+    What slows the machine in one round slows both, so ratios per round vary less than speeds.
+    """
     return [a / b for a, b in zip(slow, fast, strict=True)]
 
 
@@ -69,5 +72,5 @@ def peak_flops(device, dtype):
     """Flops per second of a large matrix product, the best of five."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    a @ b
+    a @ b  # warm-up
     return 2 * size**3 / min(timed(lambda: a @ b, device) for _ in range(5))

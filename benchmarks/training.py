@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from benchmarks.models import DTYPES, SHAPES, add_dtype_flag, add_preset_flag
+from benchmarks.models import DTYPES, TIMED_PRESETS, add_dtype_flag, add_preset_flag
 from benchmarks.timing import interleaved, peak_flops, ratios, spread
 from engine.flops import training_flops
 from gravity import published
@@ -90,11 +90,11 @@ def benchmark_train(args, device):
 
 
 def numbers_of(args, name, trainer, seconds, peak):
-    """The numbers of one model.
+    """A dict of the numbers of one model.
 
     Args:
         seconds: of its timed steps.
-        peak: flops per second of a large matrix product, the denominator of the model's share.
+        peak: flops per second of a large matrix product; `mfu` is the model's share of it.
     """
     speeds = [trainer.tokens_per_step / s for s in seconds]
     flops = training_flops(trainer.raw_model, trainer.tokens_per_step)
@@ -121,14 +121,14 @@ def print_row(name, numbers):
 
 def make_trainer(args, name, device):
     """The real Trainer on random tokens; `name` is ngt, vanilla or first-release."""
-    preset, vocab_size = SHAPES[args.preset]
+    preset, vocab_size = TIMED_PRESETS[args.preset]
     sizes = dict(PRESETS[preset])
     kind = "vanilla" if name == "vanilla" else "ngt"
     law = "published" if name == "first-release" else args.law
     sizes["mlp_dim"] = sizes["mlp_dim"]["vanilla" if kind == "vanilla" else law]
     config = DEFAULTS | sizes
     config |= {"model_type": kind, "law": law, "compile": args.compile}
-    config["gradient_accumulation_steps"] = 1
+    config["gradient_accumulation_steps"] = 1  # a step is one batch of --batch-size
     for flag in ("batch_size", "block_size"):
         if getattr(args, flag) is not None:
             config[flag] = getattr(args, flag)
@@ -137,13 +137,13 @@ def make_trainer(args, name, device):
     data = SimpleNamespace(train=tokens.astype(np.uint16), tokenizer=tokenizer)
     torch.manual_seed(config["seed"])
     trainer = Trainer(config, data, device)
-    if args.dtype == "bf16":
+    if args.dtype == "bf16":  # --use-amp would fall back to fp32 on a CPU without bf16
         trainer.autocast = partial(torch.autocast, device.type, dtype=torch.bfloat16)
     return trainer
 
 
 def train_step(trainer, name):
-    """One training step; of first-release with the first release's attention."""
+    """Take one training step; first-release computes the first release's attention."""
     with computed_as_first_release() if name == "first-release" else nullcontext():
         trainer.step()
 
@@ -151,9 +151,11 @@ def train_step(trainer, name):
 def step_bytes(model):
     """Bytes that a training step moves at least: fp32 weights and what AdamW keeps of them.
 
-    Weights are read twice, gradients written, and the optimizer reads and writes.
+    Per weight: two reads in forward and backward, one write of the gradient; AdamW reads the
+    weight, the gradient and two averages, and writes all but the gradient.
     """
-    return 4 * 10 * sum(p.numel() for p in model.parameters())
+    numbers_moved = 2 + 1 + 4 + 3
+    return 4 * numbers_moved * sum(p.numel() for p in model.parameters())
 
 
 def child_peak(args, name):
@@ -162,9 +164,8 @@ def child_peak(args, name):
     This process holds both models, so its own peak says nothing about one. Returns None, with a
     warning, if the new process fails.
     """
-    command = [sys.executable, str(SCRIPT), "train", "--peak-only", "--model", "ngt"]
-    if name == "vanilla":
-        command[-1] = "vanilla"
+    model = "vanilla" if name == "vanilla" else "ngt"
+    command = [sys.executable, str(SCRIPT), "train", "--peak-only", "--model", model]
     command += ["--against", "first-release" if name == "first-release" else "vanilla"]
     for flag in ("preset", "dtype", "batch_size", "block_size", "law", "threads", "device"):
         if getattr(args, flag) is not None:

@@ -28,7 +28,7 @@ class Run {
     const [low, high] = boxAround(this.boxes.flat());
     this.box = [low, high];
     this.half = low.map((x, axis) => (1.06 * (high[axis] - x)) / 2 || 0.5);
-    // How much of the whole picture each layer fills.
+    // the share of the whole picture that each layer fills
     this.fills = this.boxes.map(
       ([from, to]) =>
         Math.max(...from.map((x, axis) => (1.06 * (to[axis] - x)) / 2 / this.half[axis])) || 1,
@@ -56,7 +56,7 @@ class Run {
     return Math.min(layer, this.numLayers);
   }
 
-  // Where a token is; between two layers on the straight line.
+  // The point of a token; between two layers it moves on a straight line.
   place(layer, token) {
     const at = this.layerOf(layer);
     const before = Math.floor(at);
@@ -77,7 +77,7 @@ class Run {
     return found;
   }
 
-  // Distance of two tokens in all their coordinates z, not only in the three axes of the picture.
+  // Distance of two tokens in all coordinates z, not only along the three axes of the picture.
   distance(layer, one, other) {
     const start = this.layerOf(layer) * this.count;
     let sum = 0;
@@ -89,6 +89,7 @@ class Run {
     return Math.sqrt(sum) * this.zScale;
   }
 
+  // The other places of the same token in the text.
   twins(token) {
     const same = [];
     for (let n = 0; n < this.count; n++)
@@ -96,6 +97,7 @@ class Run {
     return same;
   }
 
+  // The token that holds this character of the text.
   tokenAt(character) {
     let found = 0;
     for (let n = 0; n < this.count && this.starts[n] <= character; n++) found = n;

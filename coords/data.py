@@ -70,6 +70,7 @@ def measure(model, tokens):
     mass = geometry.mass[0].cpu().double().numpy()
     _check_finite("coordinates", z, mass)
     _check_finite("pulls", pulls.weights, pulls.profile)
+    # np.ptp: highest minus lowest, over the tokens
     if float(np.ptp(z, axis=1).max()) < 1e-6 * max(1.0, float(np.abs(z).max())):
         raise UserError("all tokens are at the same place: there is nothing to show")
     loss, guesses, chances = _predictions(logits[0].cpu().double(), tokens)
@@ -96,7 +97,7 @@ def _measure_pulls(model, tokens):
     def keep(layer, rows, shares):
         shares = shares.cpu().double()
         _add_to_profile(pulls.profile[layer], rows, shares.numpy())
-        shares = torch.cat([shares, shares.mean(0, keepdim=True)])
+        shares = torch.cat([shares, shares.mean(0, keepdim=True)])  # (H + 1, rows, rows.stop)
         strongest = shares.topk(min(STORED_SOURCES, rows.stop))
         stored = slice(strongest.values.shape[-1])
         pulls.weights[layer, :, rows, stored] = strongest.values.numpy()
@@ -131,7 +132,9 @@ def _predictions(logits, tokens):
 
 
 def project(z, method):
-    """Coordinates in 3-D, by one projection of all layers: what moves in the picture has moved.
+    """Coordinates in 3-D.
+
+    One projection serves all layers, so that only a token that has moved also moves in the picture.
 
     Args:
         z: (L + 1, T, C).
@@ -162,17 +165,20 @@ def project(z, method):
 def align(points, like):
     """Mirror the axes of `points` so that tokens are on the same sides as in `like`.
 
-    A projection may give either sign. The last layers decide.
+    A projection may flip any axis. The places after the last layer show which axes are flipped.
 
     Args:
         points, like: (L + 1, T, 3), with the same tokens; the numbers of layers may differ.
+
+    Returns:
+        The mirrored `points`, of the same shape.
     """
     ours, theirs = (x[-1] - x[-1].mean(0) for x in (points, like))
     return points * np.where((ours * theirs).sum(0) < 0, -1.0, 1.0)
 
 
 def _tsne(points):
-    """(N, C) to (N, 3)."""
+    """t-SNE (van der Maaten & Hinton 2008) of points, (N, C) to (N, 3)."""
     # scikit-learn reports progress only as text on standard output
     print(f"t-SNE places {len(points):,} points, which can take minutes", file=sys.stderr)
     tsne = TSNE(

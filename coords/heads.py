@@ -39,7 +39,7 @@ def heads_table(model, profile):
 
 
 def _looks(profile):
-    """From shares by distance (T,): the distance with most, the mean, and where 90 % end."""
+    """From shares by distance (T,): the strongest distance, the mean, and the reach of 90 %."""
     total = profile.sum()
     if total == 0:
         return dict.fromkeys(("most_distance", "most_share", "one_back", "mean_distance", "within"))
@@ -69,11 +69,13 @@ def field_by_distance(model, num_tokens):
     windows = torch.cat([attn.window for attn in attns])
     reached = windows[windows.isfinite()]
     longest = float(reached.max()) if len(reached) else 0.0
+    # the curves end one token beyond the longest window, or with the text if that is longer
     back = distances(int(min(max(num_tokens - 1, np.ceil(longest) + 1), LONGEST_FIELD)))
     heads, device = model.config.num_heads, windows.device
     q = torch.zeros(1, heads, 1, 1, device=device)
     k = torch.zeros(1, heads, len(back), 1, device=device)
     mass = torch.ones(1, len(back), device=device)
+    # one query at the last position, and one source at each distance before it
     now = int(back[-1])
     positions = now - torch.as_tensor(back, device=device)
     here = torch.tensor([now], device=device)
@@ -95,5 +97,6 @@ def pull_by_distance(profile):
     """
     edges = distances(profile.shape[-1] - 1)
     ends = np.append(edges[1:], profile.shape[-1])
+    # differences of running sums give each span's sum
     sums = np.concatenate([np.zeros((*profile.shape[:2], 1)), profile.cumsum(-1)], -1)
     return edges, (sums[..., ends] - sums[..., edges]) / (ends - edges)

@@ -1,4 +1,4 @@
-"""Writes the map as one HTML document: the measured data, packed, and the page's own files."""
+"""Builds the map as one HTML document, from the measured data and the page's own files."""
 
 import base64
 import html
@@ -19,7 +19,7 @@ SCRIPTS = (
     *("coords/vocabulary.js", "coords/page.js"),
 )
 LARGEST_SHARE = 65535  # a share of 1, stored as an unsigned 16-bit integer
-LARGEST_COORDINATE = 32767  # of a signed one
+LARGEST_COORDINATE = 32767  # the largest coordinate, stored as a signed one
 
 
 @dataclass
@@ -27,8 +27,9 @@ class Run:
     """One checkpoint on one text: all that the page shows of it.
 
     `labels` and `guesses` are tokens as people read them, `starts` the character of the text at
-    which each token begins, `counts` how often each occurs in `counted`, `points` and `axes` as
-    from `data.project`, `heads`, `field` and `pull` as from coords/heads.py.
+    which each token begins, `counts` how often each occurs in the text that `counted` names;
+    `is_corpus` says whether that is the training text. `points` and `axes` come from
+    `data.project`, `heads`, `field` and `pull` from coords/heads.py.
     """
 
     name: str
@@ -96,7 +97,7 @@ def _rounded(values, digits):
 
 
 def _significant(values, digits):
-    """Nested lists, rounded to so many significant digits of the largest value."""
+    """Nested lists, all rounded to the last of `digits` significant digits of the largest."""
     largest = float(np.abs(values).max())
     return (
         _rounded(values, digits - int(np.ceil(np.log10(largest)))) if largest else values.tolist()

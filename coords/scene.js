@@ -235,7 +235,7 @@ class Scene {
       `colour: ${title} · size: mass, ${masses.join(" to ")}${larger}${last}${axes}`;
   }
 
-  // Where every token is on the screen: [x, y, depth], x and y in pixels of the scene.
+  // [x, y, depth] of every token on the screen, x and y in pixels of the scene.
   screen() {
     if (!this.#glplot()) return [];
     const scene = this.node._fullLayout.scene._scene;

@@ -165,7 +165,9 @@ class Side {
     if (!layer)
       return [
         heading("Nothing has pulled yet"),
-        note("At layer 0 a token is where its embedding puts it. Move to layer 1 to see what pulls."),
+        note(
+          "Before the first layer, a token is where its embedding puts it. Move to layer 1 to see what pulls it.",
+        ),
       ];
     const isMean = state.head === "mean" || state.head >= run.numHeads;
     const who = isMean ? `mean of ${plural(run.numHeads, "head")}` : `head ${state.head + 1}`;

@@ -1,4 +1,4 @@
-"""Draws stills as PNG: the map, and every head's field by distance."""
+"""Draws still pictures as PNG: the map, and every head's field by distance."""
 
 import io
 
@@ -116,9 +116,9 @@ def _draw(figure, axes, run, layer):
         )
     _set_axes(axes, run, layer)
     layers = len(run.points) - 1
-    where = "before the first layer" if layer == 0 else f"after layer {layer} of {layers}"
+    when = "before the first layer" if layer == 0 else f"after layer {layer} of {layers}"
     axes.set_title(
-        f"{len(run.labels)} tokens {where}\n{run.name}, step {run.step:,}",
+        f"{len(run.labels)} tokens {when}\n{run.name}, step {run.step:,}",
         fontsize=11,
         color=INK,
         y=0.97,
@@ -131,7 +131,7 @@ def _draw(figure, axes, run, layer):
 
 
 def _set_axes(axes, run, layer):
-    """Limits that hold the trails, one scale for all three axes, and their titles."""
+    """Set limits that include the trails, one scale for all three axes, and their titles."""
     passed = run.points[: layer + 1]
     low, high = passed.min((0, 1)), passed.max((0, 1))
     extent = np.maximum(high - low, 1e-9)  # a missing axis has no extent

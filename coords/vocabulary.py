@@ -35,7 +35,7 @@ def frequencies(data, tokens, vocab_size):
 
 
 def training_text_or_none(checkpoint, tokenizer):
-    """`data_of_checkpoint`, or None; warns if the text is there but cannot be used."""
+    """`data_of_checkpoint`, or None: without the text, or with a warning if it is unusable."""
     try:
         return data_of_checkpoint(checkpoint, tokenizer, "prepare it again")
     except TextMissing:

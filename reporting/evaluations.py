@@ -1,4 +1,4 @@
-"""Reads what evaluate.py wrote about runs, and makes tables of it."""
+"""Reads the evaluation.json that evaluate.py wrote for a run, and makes tables of several."""
 
 from pathlib import Path
 
@@ -15,10 +15,10 @@ TABLES = {  # of an evaluation.json: the keys of a row and their types
 
 
 def read_evaluation(run):
-    """Read what evaluate.py wrote about a run; None if it was not evaluated.
+    """What evaluate.py wrote for a run, a dict; None if the run was not evaluated.
 
     Raises:
-        UserError: if the file is not JSON or is of another program.
+        UserError: if the file is not JSON or was written by another program.
     """
     path = Path("runs") / run.name / "evaluation.json"
     if not path.exists():
@@ -76,8 +76,8 @@ def where_it_wins(evaluations):
 
 
 def _table(evaluations, key, title, name_of, value="loss"):
-    """A line for each row of evaluate.py's table `key`, a column for each model."""
-    rows = {}
+    """Markdown: a line for each row of evaluate.py's table `key`, a column for each model."""
+    rows = {}  # a model may lack rows that another has: its block size may be smaller
     for label, evaluation in evaluations.items():
         for row in evaluation[key]:
             rows.setdefault(name_of(row), {})[label] = row[value]

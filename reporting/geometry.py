@@ -19,15 +19,19 @@ EXPLAINED = {  # the columns of the table of heads, for each law
 def geometry_section(label, config):
     """Markdown: a line for each head, and the heaviest and lightest tokens.
 
-    They are those of the best checkpoint of the run with this config. If it cannot be loaded, the
-    section gives the reason.
+    They are those of the best checkpoint of the run. If it cannot be loaded, the section gives the
+    reason.
+
+    Args:
+        label: the heading.
+        config: the run's config.json.
     """
     path = best_path(config["checkpoint_path"])
     try:
         model, tokenizer, checkpoint = load_model(path)
         if checkpoint["config"]["model_type"] != "ngt":
             raise UserError(f"{path} is of a vanilla transformer, which has no coordinates")
-    except UserError as error:
+    except UserError as error:  # its checkpoint may be deleted, and the report is still wanted
         return f"### {markdown_text(label)}\n\nNot shown: {markdown_text(error)}."
     step = checkpoint.get("iter", 0)
     return "\n\n".join(
@@ -41,7 +45,7 @@ def geometry_section(label, config):
 
 
 def heads_table(model):
-    """A table with a line per head of every layer."""
+    """Markdown: a table with a line per head of every layer."""
     heads, num_heads = heads_learned(model), model.config.num_heads
     lines = [
         [*divmod(n, num_heads), *map(_number, numbers.values())] for n, numbers in enumerate(heads)

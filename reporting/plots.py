@@ -27,7 +27,7 @@ def curves_png(curves):
     for panel, (key, scale, title) in zip(panels, AXES, strict=True):
         named = set()
         for label, _, rows in curves:
-            shown = None if label in named else label
+            shown = None if label in named else label  # one legend entry for all seeds
             panel.plot(*_points(rows, key, scale), color=colours[label], label=shown, lw=1.4)
             named.add(label)
         panel.set_xlabel(title)
@@ -40,7 +40,7 @@ def lengths_png(rows_by_label):
     """Loss by length of the context, a line for each model, as the bytes of a PNG.
 
     Args:
-        rows_by_label: for each label the "by_length" rows of `evaluate.py`.
+        rows_by_label: for each label the "by_length" rows of evaluate.py.
     """
     figure, panel = plt.subplots(figsize=(7, 4.2))
     for label, rows in rows_by_label.items():
@@ -91,13 +91,13 @@ def _colours(curves):
 
 
 def _points(rows, key, scale):
-    """x and y of a curve; evaluations without a finite loss are left out."""
+    """`(x, y)` of a curve, two lists; evaluations without a finite loss are left out."""
     kept = [row for row in rows if row["val_loss"] is not None]
     return [row[key] * scale for row in kept], [row["val_loss"] for row in kept]
 
 
 def _png(figure, panel):
-    """Add the legend to a panel, and close the figure: matplotlib would keep it in memory."""
+    """The figure as the bytes of a PNG, with the legend in `panel`."""
     for text in panel.legend().get_texts():
         text.set_parse_math(False)  # a label with a dollar sign is not a formula
     figure.tight_layout()
@@ -105,5 +105,5 @@ def _png(figure, panel):
     try:
         figure.savefig(png, dpi=110, format="png")
     finally:
-        plt.close(figure)
+        plt.close(figure)  # matplotlib would keep it in memory
     return png.getvalue()

@@ -16,7 +16,7 @@ from system.safe_text import one_line
 from training.run_log import read_metrics
 
 NOT_RUN = "not run"
-PER_RUN = {  # settings that may differ between the seeds of one variant
+PER_RUN = {  # settings that may differ between runs of one variant
     *("seed", "checkpoint_path", "command", "code_version", "torch_version", "machine", "device"),
     *("token_directory", "data_path", "eval_interval", "checkpoint_interval", "compile"),
 }
@@ -125,11 +125,11 @@ def check_types(found, expected, where, remedy):
     Args:
         found: from its JSON.
         expected: types by key; other keys may have any value.
-        where: words for the file, for the error.
+        where: the file, and the place in it, for the error.
         remedy: what the user can do.
 
     Raises:
-        UserError: if it is no dictionary or lacks one of the keys with a value of that type.
+        UserError: if it is not a dictionary, or a key is missing or has another type.
     """
     if not isinstance(found, dict):
         raise UserError(f"{where} holds no dictionary: {remedy}")
@@ -140,6 +140,7 @@ def check_types(found, expected, where, remedy):
 
 
 def _finite(row):
+    # Python reads NaN and Infinity from JSON, and no table can show them
     return {key: x if x is None or math.isfinite(x) else None for key, x in row.items()}
 
 
@@ -154,7 +155,8 @@ def find_runs(names, root=Path("runs")):
     """
     runs = []
     for name in names:
-        name = name.rstrip("/").removeprefix(f"{root}/")  # as the shell completes it
+        # the shell completes a name to runs/NAME/
+        name = name.rstrip("/").removeprefix(f"{root}/")
         folder = root / name
         if (folder / "config.json").exists():
             runs.append(load_run(folder, name))
@@ -194,10 +196,15 @@ def group(runs):
 
 
 def mean(values, form):
-    """Text: mean and standard deviation of several values; a single value as it is."""
+    """Text: mean and standard deviation of several values; a single value as it is.
+
+    Args:
+        values: numbers; None stands for one that is not finite.
+        form: a format specification, such as ".4f".
+    """
     if not values or None in values:
         return "not finite" if values else NOT_RUN
-    if len(set(values)) == 1:
+    if len(set(values)) == 1:  # ± 0 would say nothing
         return format(values[0], form)
     return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"
 

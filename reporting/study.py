@@ -12,6 +12,7 @@ from reporting.evaluations import length_table, read_evaluation, where_it_wins
 from reporting.geometry import geometry_section
 from reporting.runs import (
     NOT_RUN,
+    PER_RUN,
     all_values,
     find_runs,
     label_of,
@@ -26,10 +27,9 @@ from system.safe_text import one_line
 
 BASELINE = "rotary"
 STAGES = ("rates", "ablations", "headline", "full", "sizes")
-NOT_A_CHANGE = {  # settings that differ between an ablation and its default for other reasons
-    *("seed", "checkpoint_path", "command", "code_version", "torch_version", "machine", "device"),
-    *("parameters", "mlp_dim", "source", "token_directory", "data_path", "compile"),
-    *("eval_interval", "checkpoint_interval", "vocab_size", "model_type", "deterministic"),
+# settings that differ between an ablation and its default for other reasons
+NOT_A_CHANGE = PER_RUN | {
+    *("parameters", "mlp_dim", "source", "vocab_size", "model_type", "deterministic")
 }
 
 
@@ -160,13 +160,16 @@ def _last(run, key, form):
 
 
 def _unfinished(run):
-    """Words for a run that has not reached its last step, else nothing."""
+    """Text such as (step 300 of 1,000) if a run has not reached its last step, else none."""
     step, steps = run.rows[-1]["step"], run.config["max_steps"]
     return f" (step {step:,} of {steps:,})" if step < steps else ""
 
 
 def _paired(runs, others, key):
-    """Pairs of values at the last common step of two runs, for each seed that both models have."""
+    """Pairs of values at the last common step of two runs, for each seed that both models have.
+
+    Runs of one seed read the same batches, so their difference has less noise than that of means.
+    """
     others = {run.config["seed"]: run for run in others}
     pairs = []
     for run in runs:
@@ -230,6 +233,7 @@ def _cost_table(headline):
             )
             if reached is None:
                 continue
+            # flops and not steps alone: the models' steps cost differently
             steps.append(reached["step"])
             times.append(reached["wall_time"] / end["wall_time"])
             cost = training_flops(_model_of(run.config), reached["tokens"])

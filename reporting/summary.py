@@ -52,6 +52,7 @@ def write_report(output, names, variants, reference):
         *(f"{markdown_text(v.label)}: {NOT_RUN}." for v in variants if not v.runs),
     ]
     curves = [(v.label, one_line(run.name), run.rows) for v in variants for run in v.runs]
+    # the .md comes last: it links to the others
     for suffix, content in (
         (".html", page_of_curves(curves, title).encode()),
         (".png", curves_png(curves)),
@@ -81,6 +82,7 @@ def _introduction(runs, output, names, reference):
 
 
 def _result_tables(variants, runs):
+    # runs may be evaluated at different intervals, or be unfinished
     common = set.intersection(*({row["step"] for row in run.rows} for run in runs))
     shortest = min(run.rows[-1]["wall_time"] for run in runs)
     if common:
@@ -120,6 +122,7 @@ def reference_section(path):
 
 
 def _csv(runs):
+    # runs of different versions may log different values
     columns = list(dict.fromkeys(key for run in runs for row in run.rows for key in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, ["run", "model", "seed", *columns], lineterminator="\n")

@@ -50,6 +50,7 @@ def terminal_table(variants):
                 mean([run.median("tokens_per_s") for run in v.runs], ",.0f") if last else "",
             )
         )
+    # labels may hold wide characters, numbers do not
     label_width = max(cells(line[0]) for line in lines)
     widths = [max(len(line[n]) for line in lines) for n in range(1, len(head))]
     return "\n".join(
@@ -64,7 +65,7 @@ def result_table(variants, choose):
     """Markdown: a line for each variant with one evaluation of every run.
 
     Args:
-        choose: returns the evaluation of a run to show, or None if it has none.
+        choose: takes a run and returns the evaluation to show, or None if it has none.
     """
     head = ["model", "step", "training time", "val loss", "perplexity", "bits per byte", "ratio"]
     lines, baseline = [], None
@@ -75,7 +76,7 @@ def result_table(variants, choose):
             continue
         perplexities = [row["perplexity"] for row in rows]
         finite = None not in perplexities
-        if finite and baseline is None:
+        if finite and baseline is None:  # ratios are taken to the first line that has a perplexity
             baseline = statistics.mean(perplexities)
         seeds = f" ({len(rows)} seeds)" if len(rows) > 1 else ""
         lines.append(

@@ -21,8 +21,8 @@ def label_width(labels):
 def token_lines(tokens, labels, masses):
     """One line per token: id, label and, if `masses` is given, its mass as a number and a bar."""
     width = label_width(labels)
-    heaviest = max(masses or [1.0]) or 1.0
-    room = min(columns() - 9 - width - 15, LONGEST_MASS)
+    heaviest = max(masses or [1.0]) or 1.0  # masses may underflow to 0
+    room = min(columns() - 9 - width - 15, LONGEST_MASS)  # 9 for the id, 15 for "  (mass 1.234) "
     for n, (token, label) in enumerate(zip(tokens, labels, strict=True)):
         line = f"{token:>7}  {fit(label, width)}"
         if masses:
@@ -34,7 +34,7 @@ def pull_lines(shares, labels, count=SHOWN_PULLS, indent="", full=1.0):
     """One line per token that pulled hardest: share, label, how far back, bar.
 
     Args:
-        shares: tensor (N,) that sums to 1.
+        shares: tensor (N,) that sums to 1, or is 0 if nothing reaches the token.
         labels: of the N tokens, the newest last.
         full: the share that a bar of full length stands for.
     """
@@ -46,16 +46,17 @@ def pull_lines(shares, labels, count=SHOWN_PULLS, indent="", full=1.0):
     if not places:
         yield f"{indent}nothing within reach"
     width = label_width([labels[place] for place in places])
-    wheres = {place: _where(len(labels) - 1 - place) for place in places}
-    where_width = max(map(len, wheres.values()), default=0)
-    room = columns() - len(indent) - 6 - 2 - width - 2 - where_width - 2
-    for place in places:
+    distances = [_distance(len(labels) - 1 - place) for place in places]
+    distance_width = max(map(len, distances), default=0)
+    # a share takes 6 columns, and 2 spaces stand between columns of the table
+    room = columns() - len(indent) - 6 - 2 - width - 2 - distance_width - 2
+    for place, distance in zip(places, distances, strict=True):
         share = float(shares[place])
-        line = f"{indent}{share:6.1%}  {fit(labels[place], width)}  {wheres[place]:<{where_width}}"
+        line = f"{indent}{share:6.1%}  {fit(labels[place], width)}  {distance:<{distance_width}}"
         yield f"{line}  {bar(share / full, room)}"
 
 
-def _where(back):
+def _distance(back):
     return f"{back:,} back" if back else "itself"
 
 
@@ -83,15 +84,15 @@ def mean_back(shares):
 
 
 def layer_lines(weights, labels, layer):
-    """The hardest pulls of every head of a layer.
+    """Lines: the hardest pulls of every head of a layer.
 
     Args:
         weights: (num_heads, N), each row summing to 1.
         layer: its number, from 1.
     """
     for head, shares in enumerate(weights, 1):
-        where = f"{mean_back(shares):,.1f} tokens back on average"
-        yield styled(f"layer {layer} head {head}, {where}", "dim")
+        title = f"layer {layer} head {head}, {mean_back(shares):,.1f} tokens back on average"
+        yield styled(title, "dim")
         yield from pull_lines(shares, labels, SHOWN_PULLS_OF_HEAD, "  ")
 
 
@@ -111,6 +112,6 @@ def head_lines(weights, labels):
                 continue
             line = f"{f'{layer}.{head}':>5} {mean_back(shares):>8,.1f} "
             line += f"{float(shares[place]):6.1%} {fit(labels[place], width)} "
-            line += f"{_where(len(labels) - 1 - place):<9} "
+            line += f"{_distance(len(labels) - 1 - place):<9} "
             room = columns() - cells(line)
             yield line + (bar(float(shares[place]), room) if room >= SHORTEST_BAR else "")

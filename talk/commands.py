@@ -16,7 +16,7 @@ from engine.pulls import newest_pulls
 from system.errors import warn
 from system.terminal import columns, say
 from talk.bars import head_lines, layer_lines, pull_lines, strip_lines, token_lines
-from talk.conversation import READ_AT_ONCE
+from talk.conversation import NO_ANSWER_YET, NO_TEXT_YET, READ_AT_ONCE
 from talk.line_input import without_broken_bytes
 from talk.settings import OPTIONAL_SETTINGS, SETTINGS
 
@@ -37,7 +37,6 @@ COMMANDS = {
     "//TEXT": "send a text that starts with a slash",
     "Ctrl-C": "stop the answer",
 }
-NO_TEXT_YET = "write something first"
 
 
 class Chat:
@@ -55,7 +54,7 @@ class Chat:
     def retry(self):
         """Print a different answer; returns whether Ctrl-C stopped it."""
         if not self.conversation.can_retry:
-            say("nothing was answered yet")
+            say(NO_ANSWER_YET)
             return False
         return self._print(self.conversation.retry)
 
@@ -105,7 +104,7 @@ class Chat:
         stream = self.conversation.stream
         config = stream.model.config
         if getattr(config, "law", None) != "newton":
-            say("only the law newton has a pull to show")
+            say("/pull needs a model of the law newton")
             return
         if not self.conversation.can_go_on:
             say(NO_TEXT_YET)
@@ -130,7 +129,7 @@ class Chat:
             print(line)
 
     def save(self, path):
-        """Write the conversation to a file that does not exist yet."""
+        """Write the conversation to a new file; prints the reason if that fails."""
         if not path:
             say("/save FILE: name one file")
             return
@@ -168,7 +167,7 @@ class Chat:
         say(f"{key} is now {'off' if is_off else settings[key]}")
 
     def reset(self):
-        """Forget the conversation; random numbers go on where they are."""
+        """Forget the conversation. Random numbers continue: the same text gets another answer."""
         self.conversation.forget()
         say("(forgotten)", "dim")
 
@@ -193,6 +192,7 @@ class Chat:
         }
         if name in actions:
             return bool(actions[name]())
+        # cut short, because comparing a very long name takes very long
         near = difflib.get_close_matches(name[:20], command_names(), 1, 0.7)
         hint = f"did you mean {near[0]}?" if near else "/help lists them"
         say(f"no such command: {line[:60].strip()}; {hint}")
@@ -211,7 +211,7 @@ def stop_on_interrupt():
 
 
 def print_event(event):
-    """Text on standard output as it comes, warnings on standard error."""
+    """Print an event: text on standard output as it comes, warnings on standard error."""
     kind = event["type"]
     if kind == "tokens":
         print("".join(token.text for token in event["tokens"]), end="", flush=True)
@@ -234,7 +234,7 @@ def command_names():
 
 
 def completions(line):
-    """The words that may stand where the last word of `line` is being written."""
+    """The words that can complete the last word of `line`, each with a space after it."""
     *before, word = line.split(" ")
     if not before:
         words = command_names() if word.startswith("/") else []
@@ -255,7 +255,7 @@ def show_help():
 def converse(chat, lines):
     """Answer lines until the user leaves; returns the exit code."""
     if lines.is_interactive:
-        # a shell that starts its jobs with Ctrl-C ignored would leave this prompt deaf to it
+        # a shell may start its jobs with Ctrl-C ignored, but here it must stop an answer
         signal.signal(signal.SIGINT, signal.default_int_handler)
         say("write something; /help lists the commands, Ctrl-D leaves", "dim")
     while not chat.has_left:

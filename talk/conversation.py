@@ -17,9 +17,12 @@ from talk.line_input import BROKEN
 from text.tokenizer import CharTokenizer, TextStream
 
 READ_AT_ONCE = 512  # tokens, if none are kept
-KEPT_AT_ONCE = 256  # tokens, if some are kept: pulls take time and memory per pair of tokens,
-READ_PAIRS = 1 << 20  # so at most this many tokens read times tokens remembered
+KEPT_AT_ONCE = 256  # tokens, if some are kept
+# pulls take time and memory per pair: at most so many tokens read, times tokens remembered
+READ_PAIRS = 1 << 20
 LONGEST_LABEL = 200  # characters; any file may bring its own vocabulary
+# what the terminal and the page say if `can_go_on` or `can_retry` does not hold
+NO_TEXT_YET, NO_ANSWER_YET = "write something first", "there is no answer yet"
 
 
 class Conversation:
@@ -50,7 +53,7 @@ class Conversation:
         self.stream.reset()
         self._take_pulls()
         self.prompt, self.transcript = [], io.StringIO()
-        self.said_sliding = False
+        self.has_warned_of_sliding = False
         self.before_answer = None
         with self._lock:
             self.tokens = deque(maxlen=self.kept_tokens)
@@ -151,7 +154,7 @@ class Conversation:
         self._write(text)
 
     def _read_at_once(self, left):
-        """How many of the tokens that are left are read next."""
+        """How many of the tokens that are `left` are read next."""
         if not self.kept_tokens:
             return READ_AT_ONCE
         if left > self.kept_tokens:  # what will not be shown is read without its pulls
@@ -159,7 +162,7 @@ class Conversation:
         return max(1, min(KEPT_AT_ONCE, READ_PAIRS // (len(self.stream.context) + 1)))
 
     def answer(self, stopped):
-        """Write until the answer is `max_new_tokens` long."""
+        """Generate `max_new_tokens` tokens."""
         s, started, count = self.settings, time.perf_counter(), 0
         pieces = _Pieces(self.tokenizer, self._write)
         if self.record is not None:
@@ -174,8 +177,8 @@ class Conversation:
                 break
         yield from self._flush(pieces)
         yield {"type": "written", "count": count, "seconds": time.perf_counter() - started}
-        if self.stream.slides and not self.said_sliding:
-            self.said_sliding = True
+        if self.stream.slides and not self.has_warned_of_sliding:
+            self.has_warned_of_sliding = True
             yield notice("the context was full: its older half is forgotten whenever that happens")
 
     def _write(self, text):
@@ -188,6 +191,7 @@ class Conversation:
     def _keep(self, tokens, pieces, author):
         """Keep tokens that were fed; returns their event."""
         pulls = self._take_pulls()
+        # tokens that were read with the record off have none
         pulls = [*[None] * (len(tokens) - len(pulls)), *pulls]
         # one look-up per token would slow the terminal, which shows no masses
         masses = self.masses(tokens) if self.kept_tokens else None
@@ -209,7 +213,7 @@ class Conversation:
         return {"type": "tokens", "tokens": new}
 
     def _flush(self, pieces):
-        """What was held back of a character belongs to the newest token."""
+        """Add the text that was held back to the newest token, and yield it."""
         text = pieces.flush()
         if not text:
             return
@@ -220,7 +224,7 @@ class Conversation:
 
 
 class _Pieces:
-    """Turns token ids into text that is safe to show; `write` gets the text as it was."""
+    """Turns token ids into text that is safe to show; `write` gets the original text."""
 
     def __init__(self, tokenizer, write=lambda text: None):
         self._tokenizer, self._stream, self._write = tokenizer, TextStream(tokenizer), write

@@ -65,7 +65,7 @@ function update() {
   showButtons();
 }
 
-const lawless = () =>
+const whyNoPulls = () =>
   note(
     state.about.law === null
       ? "This is a vanilla transformer: its tokens have no mass, and nothing pulls them. With an NGT checkpoint of the law newton, this place shows what pulled each token."
@@ -75,7 +75,7 @@ const lawless = () =>
 function overview() {
   return hasPulls()
     ? [note("What pulls the newest token is shown here, and coloured in the text.")]
-    : [lawless()];
+    : [whyNoPulls()];
 }
 
 function details(token, pulls) {
@@ -92,7 +92,7 @@ function details(token, pulls) {
       ["written by", token.author === "you" ? "you" : "the model"],
     ]),
   ];
-  if (!hasPulls()) return [...head, lawless()];
+  if (!hasPulls()) return [...head, whyNoPulls()];
   return [
     ...head,
     heading(`Pulled by (${rowName()})`),
@@ -139,24 +139,24 @@ function pulledBy(token, pulls) {
   if (pulls === undefined && !token.rows) return [note("…")];
   if (!pulls?.length)
     return [note(token.rows?.length === 0 ? "What pulled it is not kept." : "Nothing reaches it.")];
-  const [silent, heads] = silentHeads(token);
-  const silence = silent ? ` Nothing reaches ${silent} of these ${heads} heads.` : "";
+  const [empty, heads] = countHeads(token);
+  const emptyHeads = empty ? ` Nothing reaches ${empty} of these ${heads} heads.` : "";
   return [
     pullList(token.position, pulls, labelOf, goTo),
-    note(otherPulls(pulls, 1 - silent / heads) + silence),
+    note(otherPulls(pulls, 1 - empty / heads) + emptyHeads),
   ];
 }
 
-// How many heads of the shown row nothing reaches, and how many heads the row is the mean of.
-function silentHeads(token) {
+// [heads of the shown row that nothing reaches, heads that the row is the mean of]
+function countHeads(token) {
   const { numLayers, numHeads } = state.about;
   const layer = row() === allHeads() ? null : Math.floor(row() / (numHeads + 1));
   if (layer !== null && row() !== rowOf(layer, numHeads)) return [0, 1];
   const isOfRow = (n) =>
     n % (numHeads + 1) !== numHeads && (layer === null || Math.floor(n / (numHeads + 1)) === layer);
   const rows = (token.rows ?? []).slice(0, -1).filter((_, n) => isOfRow(n));
-  const silent = rows.filter((pulls) => !pulls.length).length;
-  return [silent, layer === null ? numLayers * numHeads : numHeads];
+  const empty = rows.filter((pulls) => !pulls.length).length;
+  return [empty, layer === null ? numLayers * numHeads : numHeads];
 }
 
 function headByHead(token) {

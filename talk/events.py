@@ -1,13 +1,15 @@
-"""What a conversation yields while it reads and writes, in plain types but for `Token`.
+"""What a conversation yields while it reads and writes: plain types, and `Token`s.
 
 Every event is a dict with a `type`:
 
     reading  `read` of `of` tokens of the user's text have been read
     tokens   `tokens`: the new ones, a list of `Token`
-    rest     `text`: the end of the newest token's text, held back as a character might continue
+    rest     `text`: the end of the newest token's text, held back until the character was whole
     notice   `text` for the user; `isWarning`: whether it is a warning
     written  the answer is done: `count` tokens in `seconds`
-    back     every token from `position` on is taken back
+    back     every token from `position` on is removed
+
+To the page talk/server.py sends also `begin`, `failed` and `end`.
 """
 
 from dataclasses import dataclass
@@ -24,9 +26,9 @@ class Token:
     position: int
     turn: int
     author: str  # you, or model
-    label: str
-    text: str
-    mass: float | None
+    label: str  # printable, with marks for spaces and line ends
+    text: str  # what it adds to the text; empty within a character
+    mass: float | None  # None: the model has no masses
     pulls: Pulls | None
 
     def to_json(self):
@@ -43,7 +45,7 @@ class Token:
         }
 
     def pull_rows(self):
-        """[position, weight] of the sources in every row of `Pulls`, strongest first."""
+        """For every row of `Pulls` a list of [position, weight] of its sources, strongest first."""
         return [self._row(n) for n in range(0 if self.pulls is None else len(self.pulls.weights))]
 
     def _row(self, n):
@@ -54,4 +56,5 @@ class Token:
 
 
 def notice(text, is_warning=True):
+    """A `notice` event."""
     return {"type": "notice", "text": text, "isWarning": is_warning}

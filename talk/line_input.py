@@ -37,9 +37,9 @@ class LineInput:
     """Standard input, line by line.
 
     Args:
-        prompt: shown at a terminal, but not to a pipe.
-        complete: a function that takes the text before the cursor and returns the words that may
-            stand there.
+        prompt: shown at a terminal, but not written to a pipe.
+        complete: a function that takes the text before the cursor and returns the words that
+            can complete its last word.
     """
 
     def __init__(self, prompt, complete):
@@ -88,7 +88,7 @@ class LineInput:
             readline.parse_and_bind("bind ^I rl_complete")
         else:
             readline.parse_and_bind("tab: complete")
-            # a pasted text stays one text: its line ends do not send it, its bytes press no keys
+            # a pasted text is one input: its line ends do not send it, its bytes are not keys
             readline.parse_and_bind("set enable-bracketed-paste on")
         with contextlib.suppress(OSError, RuntimeError):
             path = history_path()
@@ -99,7 +99,7 @@ class LineInput:
             readline.read_history_file(path)
 
     def _keep_line(self):
-        """Append the line at once: a session may be killed, and others write to the file too."""
+        """Append the line at once: this session may be killed, and others write to the file too."""
         if self._history is None:
             return
         with contextlib.suppress(OSError):

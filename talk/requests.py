@@ -38,7 +38,7 @@ def read_files():
 
 
 class Refused(Exception):
-    """A request is refused: with a status of 4xx and a message of one line."""
+    """A request that is refused, with a 4xx status and a message of one line."""
 
     def __init__(self, status, message):
         super().__init__(message)
@@ -84,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _carry_out(self, method):
         try:
-            self._refuse_strangers()
+            self._check_origin()
             method()
         except Refused as refused:
             self._send_line(refused.status, str(refused))
@@ -94,8 +94,8 @@ class Handler(BaseHTTPRequestHandler):
             warn(f"a request failed: {type(error).__name__}: {error}")
             self._send_line(500, f"the server failed: {type(error).__name__}")
 
-    def _refuse_strangers(self):
-        """Accept only this server's own page at this server's own address."""
+    def _check_origin(self):
+        """Raise `Refused` unless the request comes from this server's page, at its own address."""
         hosts, origin = self.headers.get_all("Host", []), self.headers.get("Origin")
         if len(hosts) != 1 or not self.server.knows(hosts[0]):
             raise Refused(
@@ -105,7 +105,11 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(403, "requests from pages of other sites are refused")
 
     def _request(self):
-        """The JSON object in the request's body."""
+        """The JSON object in the request's body, as a dict.
+
+        Raises:
+            Refused: if there is none, or it is too long.
+        """
         kind = self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise Refused(415, "send application/json")
@@ -114,6 +118,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(411, "Content-Length is missing: send it")
         if not (length.isascii() and length.isdigit()):
             raise Refused(400, "Content-Length must be a whole number")
+        # Python refuses to convert thousands of digits, so their number is checked first
         if len(length) > 9 or int(length) > LARGEST_BODY:
             raise Refused(413, f"the request is too long: send at most {LARGEST_BODY:,} bytes")
         try:

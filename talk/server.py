@@ -17,6 +17,7 @@ from http.server import ThreadingHTTPServer
 
 from system.errors import UserError, warn
 from system.safe_text import one_line, printable
+from talk.conversation import NO_ANSWER_YET, NO_TEXT_YET
 from talk.requests import Handler, Refused
 from talk.settings import OPTIONAL_SETTINGS, SETTINGS
 
@@ -42,7 +43,7 @@ class Job:
             raise
 
     def finish(self):
-        """Mark the end of the events."""
+        """Mark the end of the events with None."""
         self._put(None)
 
     def _put(self, event):
@@ -57,7 +58,7 @@ class Job:
 
 
 class ChatServer(ThreadingHTTPServer):
-    """Listens for browsers; the model's thread takes one `Job` after the other from `jobs`."""
+    """Answers browsers; the model's thread takes one `Job` after the other from `jobs`."""
 
     daemon_threads = True
 
@@ -116,7 +117,7 @@ class ChatServer(ThreadingHTTPServer):
             return self.job
 
     def work(self):
-        """Run the jobs one after the other until Ctrl-C; this is the model's thread."""
+        """Run the jobs one after the other until Ctrl-C; the caller becomes the model's thread."""
         while True:
             try:
                 # without a timeout, a Ctrl-C just before the wait begins would not end it
@@ -131,7 +132,7 @@ class ChatServer(ThreadingHTTPServer):
                 job.finish()
 
     def state(self):
-        """Everything that a page needs to show the conversation."""
+        """A dict with everything that a page needs to show the conversation."""
         conversation = self.conversation
         config = conversation.stream.model.config
         return {
@@ -149,7 +150,7 @@ class ChatServer(ThreadingHTTPServer):
         }
 
     def pulls(self, query):
-        """All rows of the pulls on the token at a position.
+        """A dict: `rows`, all rows of the pulls on the token at a `position`.
 
         Raises:
             Refused: if there is no such position, or its token is no longer kept.
@@ -181,9 +182,9 @@ class ChatServer(ThreadingHTTPServer):
             if version != self.version:
                 raise Refused(409, "the conversation was continued in another tab")
             if action == "retry" and not conversation.can_retry:
-                raise Refused(409, "nothing was answered yet")
+                raise Refused(409, NO_ANSWER_YET)
             if action == "more" and not conversation.can_go_on:
-                raise Refused(409, "write something first")
+                raise Refused(409, NO_TEXT_YET)
             self._change(settings)
 
         def make_events(stopped):
@@ -221,15 +222,16 @@ class ChatServer(ThreadingHTTPServer):
 
         def make_events(_):
             self._restart()
-            yield {}
+            yield {}  # no page reads it
 
+        # only the model's thread may touch the model, so it does the work, and we wait for it
         job = self.begin(make_events)
         while job.events.get() is not None:
             pass
         return self.state()
 
     def _change(self, settings):
-        """Take over new settings; another seed restarts the random numbers."""
+        """Use new settings; a different seed restarts the random numbers."""
         has_new_seed = settings["seed"] != self.conversation.settings["seed"]
         self.conversation.settings.update(settings)
         if has_new_seed:
@@ -237,7 +239,7 @@ class ChatServer(ThreadingHTTPServer):
         self.version += 1
 
     def _restart(self):
-        """Start a new conversation; with a seed it repeats the first one."""
+        """Start a new conversation; with a seed, the same text gets the same answer again."""
         self.conversation.forget()
         self.conversation.reseed()
         self.version += 1
@@ -317,16 +319,16 @@ def _host_name(host):
 
 
 def _text(text):
-    """The text that a user sent, whose line ends all become line feeds.
+    """The text that a user sent, with every line end as a line feed.
 
     Raises:
-        Refused: if it is empty, no string, or holds control characters.
+        Refused: if it is empty, is not a string, or holds control characters.
     """
     if not isinstance(text, str):
         raise Refused(400, "text must be a string")
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text:
-        raise Refused(400, "write something first")
+        raise Refused(400, NO_TEXT_YET)
     for character in text:
         if unicodedata.category(character) == "Cc" and character not in "\n\t":
             raise Refused(

@@ -1,4 +1,4 @@
-"""The settings of an answer: their names, and how the command line, /set and the page read them."""
+"""The settings of an answer, by name, each with the function that reads and checks its value."""
 
 import argparse
 

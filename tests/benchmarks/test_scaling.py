@@ -12,7 +12,6 @@ from benchmarks.paper import (
     SIZES,
     bytes_on_the_wire,
     efficiency,
-    mean_pairs,
     memory_of_a_rank,
     parameters_of,
     saved_bytes,
@@ -36,7 +35,7 @@ def test_pairs_are_counted_one_by_one():
         for window in (w for layer in windows for w in layer):
             seen = [min(place + 1, window) for place in range(tokens)]
             counts.append(sum(seen) / tokens)
-        assert mean_pairs(windows, tokens) == pytest.approx(sum(counts) / len(counts))
+        assert scaling.mean_pairs(windows, tokens) == pytest.approx(sum(counts) / len(counts))
 
 
 def test_what_a_ring_sends():
@@ -50,7 +49,7 @@ def test_what_a_ring_sends():
     assert memory_of_a_rank(parameters, ranks, True) == 10 * parameters
 
 
-def test_saved_bytes_are_those_of_a_real_block():
+def test_saved_bytes_are_those_of_a_real_layer():
     """At least what the matrix products must keep, and at most a few times that."""
     shape = {"hidden_dim": 64, "num_layers": 3, "num_heads": 2, "mlp_dim": 256, "block_size": 512}
     least = 3 * 2 * (64 + 64 + 64 + 256)  # inputs of the projections and both of the feed-forward
