@@ -212,9 +212,8 @@ class GravityAttention(nn.Module):
         return tuple(split_heads(x, self.config.num_heads) for x in (self.probe_proj(z), source))
 
     def retarded(self, source, kv_cache=None):
-        """Where tokens pull from, (B, T, H*C): with retardation 1 from where the token before is.
-
-        With 0 it is their own place; values between the two are learned.
+        """Where tokens pull from, (B, T, H*C): their own place mixed with that of the token before,
+        in the learned shares `1 - retardation` and `retardation`.
 
         Args:
             source: each token's own place, (B, T, H*C); a text's first token always keeps it.

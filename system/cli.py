@@ -79,7 +79,7 @@ def script_parser(description, examples):
 
 
 def choose_device(name):
-    """The `torch.device` that `--device` names; "auto" takes a GPU if there is one.
+    """The `torch.device` that `--device` names; "auto" is a GPU if there is one, else the CPU.
 
     Raises:
         UsageError: if there is no such device here.

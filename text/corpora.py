@@ -86,7 +86,7 @@ def find_corpus(dataset, data_path=None, say=print):
 def _shakespeare(data_path, say):
     given = data_path is not None and Path(data_path).exists()
     if data_path is not None and not given:
-        say(f"--data-path {data_path} does not exist: looking elsewhere")
+        say(f"--data-path {data_path} does not exist: using the public Shakespeare")
     path = Path(data_path) if given else SHAKESPEARE_FILE
     if not given and path.exists() and sha256_of(path) not in SHAKESPEARES:
         raise UserError(

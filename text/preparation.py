@@ -159,7 +159,7 @@ def _changed_source(directory, corpus):
 
 @contextlib.contextmanager
 def _one_process(name, say):
-    """A context that one process at a time enters; the others say that they wait."""
+    """A context for one process at a time; each other one prints that it waits."""
     try:
         LOCKS.mkdir(parents=True, exist_ok=True)
         lock = FileLock(LOCKS / f"{name}.lock")

@@ -128,7 +128,7 @@ def _largest_id(path, dtype):
 def _data_before_a_hole(file, size):
     """The number of bytes before the first hole; `size` if the system cannot tell.
 
-    The number of disk blocks would say less: compressing file systems use few for any file.
+    The number of disk blocks proves nothing: compressing file systems use few for any file.
     """
     try:
         return file.seek(0, os.SEEK_HOLE)

@@ -24,7 +24,7 @@ LONGEST_LABEL = 200  # letters
 LONGEST_SEQUENCE = 8  # normalizers or pre-tokenizers in a row
 UNKNOWN = "\ufffd"  # stands for a character that is not in the vocabulary
 NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase")
-# only known regular expressions are run: one in a stranger's file may take for ever or lose text
+# only known regular expressions are run: one in a stranger's file may never end, or lose text
 GPT4_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

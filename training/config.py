@@ -223,7 +223,7 @@ def warn_of_no_effect(args, config):
     given = given_settings(args).keys()
     if config["model_type"] == "vanilla":
         others = set(model_fields("ngt")) - set(model_fields("vanilla"))
-        if "mlp_dim" not in given:  # these say how large the NGT is that it must match
+        if "mlp_dim" not in given:  # they give the size of the NGT to match
             others -= {"coord_dim", "head_coord_dim"}
         for name in sorted(given & others):
             warn(f"{flag_of(SETTINGS[name])} has no effect on --model vanilla")

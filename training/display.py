@@ -151,8 +151,8 @@ class TrainingDisplay:
         """The line in four lengths, for terminals of any width."""
         first_step, started = self._first
         # evaluations and checkpoints take time too: their average per step is added
-        besides = now - started - self._seconds_stepping
-        pace = self._seconds_per_step + max(0.0, besides) / max(1, self.done - first_step)
+        other_seconds = now - started - self._seconds_stepping
+        pace = self._seconds_per_step + max(0.0, other_seconds) / max(1, self.done - first_step)
         left = short_duration((self.total - self.done) * pace)
         speed = self.tokens_per_step / self._seconds_per_step
         short = tqdm.format_sizeof(speed)

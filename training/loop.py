@@ -96,7 +96,7 @@ class _Loop:
         if round(seconds / 60):
             self.display.say(
                 f"expected: {duration(seconds, to_the_minute=True)} for the {left:,} steps that "
-                "are left, besides evaluations"
+                "are left, plus evaluations"
             )
 
     def evaluate(self, norm):

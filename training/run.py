@@ -56,7 +56,7 @@ def run(args, ranks, words):
         if not files.is_own(source):  # its best checkpoint is not among this run's files
             trainer.best_val = math.inf
     _announce(trainer)
-    ranks.wait()  # nobody writes before all have looked at what is on disk
+    ranks.wait()  # no rank writes before every rank has looked at what is on disk
     if args.dry_run:
         return 0
     if not ranks.is_main:
@@ -84,7 +84,7 @@ def _source(args, files):
         return Path(args.resume_from)
     source = files.to_resume() if args.resume else None
     if args.resume and source is None:
-        print(f"nothing to resume at {files.last}: starting")
+        print(f"nothing to resume at {files.last}: starting a new run")
     return source
 
 

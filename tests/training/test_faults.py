@@ -233,7 +233,7 @@ def test_every_flipped_byte_is_seen(trained):
         flipped = bytearray(contents)
         flipped[place] ^= 1 << place % 8
         trained.write_bytes(flipped)
-        with pytest.raises(UserError, match=r"damaged|truncated|compressed|unpacks"):
+        with pytest.raises(UserError, match=r"damaged|truncated|compressed|claims"):
             read_checkpoint(trained)
     trained.write_bytes(contents + b"\0")
     with pytest.raises(UserError, match="damaged"):
