@@ -107,9 +107,10 @@ def test_imports_point_one_way():
 
 
 def test_nothing_outside_tests_names_the_workplace():
-    for path in [*ROOT.glob("*.*"), *ROOT.glob("docs/*"), *(ROOT / ".ci").iterdir()]:
-        if path.is_file() and path.suffix in (".py", ".sh", ".md", ".txt", ".toml", ""):
-            assert "../shared" not in path.read_text(), path
+    kinds = (".py", ".sh", ".md", ".txt", ".toml", ".js", ".html", ".css", ".cpp", "")
+    for path in [*ROOT.glob("*.*"), *ROOT.glob("[a-z]*/*.*"), *(ROOT / ".ci").iterdir()]:
+        if path.is_file() and path.suffix in kinds and path.parent != ROOT / "tests":
+            assert "../shared" not in path.read_text(encoding="utf-8"), path
 
 
 def test_report_prints_what_the_runs_wrote(in_tmp, small_text):

@@ -130,7 +130,7 @@ def test_tokens_and_pull(in_tmp):
     table = [line.split() for line in lines if "(mass" in line]
     assert [int(row[0]) for row in table] == ids
     for row, mass in zip(table, model.mass(torch.tensor(ids)), strict=True):
-        assert float(row[3].rstrip(")")) == pytest.approx(float(mass), abs=1e-3)
+        assert float(row[3].rstrip(")")) == pytest.approx(mass.item(), abs=1e-3)
     (start,) = (n for n, line in enumerate(lines) if "was pulled by, of the last 7 tokens" in line)
     shares = {row.split()[2]: row.split()[0] for row in lines[start + 1 :] if "back" in row}
     tokens = torch.tensor([[*ids, LETTERS.encode(lines[0])[0] if lines[0] else ids[-1]]])
