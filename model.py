@@ -93,6 +93,14 @@ class NGTConfig(ModelConfig):
         "let a token pull, by a learned share, from the place of the token before it (newton; "
         "without it the loss is 0.09 higher after 1500 steps: reports/study.md)",
     )
+    background: bool = setting(
+        False,
+        "add a learned number per head to the sum of fields, so that what a token receives fades "
+        "with the field (newton)",
+    )
+    background_start: float = setting(
+        0.0015, "where that number starts (newton with a background)", positive
+    )
     farthest_time_scale: float = setting(
         0.0035,
         "initial softenings per token of the head that looks farthest back (newton)",
@@ -170,6 +178,7 @@ class GravityAttention(nn.Module):
             self.radius_raw = nn.Parameter(radius)
         else:
             self.register_buffer("radius_raw", radius, persistent=False)
+        self.background_raw = nn.Parameter(torch.empty(heads)) if config.background else None
 
     @torch.no_grad()
     def reset_geometry(self):
@@ -186,6 +195,8 @@ class GravityAttention(nn.Module):
         nearest = max(NEAREST_TIME_SCALE, far)
         self.time_scale_raw.copy_(softplus_inverse(nearest * (far / nearest) ** steps))
         self.time_offset.copy_(steps)
+        if self.background_raw is not None:
+            self.background_raw.fill_(softplus_inverse(self.config.background_start))
         if self.retardation is not None:
             self.retardation.copy_(steps.repeat_interleave(self.config.head_coord_dim))
 
@@ -198,6 +209,11 @@ class GravityAttention(nn.Module):
     def radius(self):
         """Softening units, (H,); None without a cutoff."""
         return None if self.config.cutoff == "none" else F.softplus(self.radius_raw.float())
+
+    @property
+    def background(self):
+        """What is added to each head's sum of fields, (H,); None for none."""
+        return None if self.background_raw is None else F.softplus(self.background_raw.float())
 
     @property
     def window(self):
@@ -233,6 +249,7 @@ class GravityAttention(nn.Module):
             exponent=self.config.exponent,
             radius=self.radius,
             cutoff=self.config.cutoff,
+            background=self.background,
             mass_in_value=self.config.mass_in_value,
         )
 

@@ -15,9 +15,15 @@ PULL_PAIRS = 1 << 18  # heads times pairs of tokens whose shares are computed at
 NUM_STRONGEST = 8  # sources kept per row of shares
 
 
-def share_of_pull(field):
-    """Each source's share of the pull, field / sum, along the last dimension; all 0 if all are."""
-    return field / (field.sum(-1, keepdim=True) + TINY)
+def share_of_pull(field, background=None):
+    """Each source's share of the pull, field / (background + sum), along the last dimension.
+
+    Args:
+        field: (B, H, Tq, Tk).
+        background: (H,), or None for none. With one, shares sum to less than 1.
+    """
+    background = TINY if background is None else background[:, None, None]
+    return field / (background + field.sum(-1, keepdim=True))
 
 
 def listen(model, heard):
@@ -75,7 +81,9 @@ def layer_pulls(attn, z, mass, positions, kv_cache=None):
 
 
 def _newton_shares(attn, q, k, query_mass, key_mass, **positions):
-    return share_of_pull(gravity_field(q, k, key_mass, **positions, **attn.law()))
+    law = attn.law()
+    background = law.pop("background")
+    return share_of_pull(gravity_field(q, k, key_mass, **positions, **law), background)
 
 
 def _published_weights(attn, q, k, query_mass, key_mass, **positions):

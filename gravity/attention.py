@@ -27,6 +27,7 @@ def gravity_attention(
     exponent=4,
     radius=None,
     cutoff="none",
+    background=None,
     mass_in_value=False,
     field_tolerance=0.0,
     query_positions=None,
@@ -38,10 +39,11 @@ def gravity_attention(
         q, k, mass, time_scale, time_offset, exponent, radius, cutoff, query_positions,
             key_positions: as for `gravity_field`; positions must increase.
         v: what a token passes on, (B, H, Tk, D).
+        background: added to every sum of fields, (H,), positive; None for none.
         mass_in_value: multiply values by the mass, not fields.
         field_tolerance: older tokens are left out as soon as they provably weigh together at most
-            this share of the sum so far. The output is then within
-            `2 * field_tolerance * max|v|` of the full sum. 0 leaves nothing out.
+            this share of the background, or without one of the sum so far. The output is then
+            within `2 * field_tolerance * max|v|` of the full sum. 0 leaves nothing out.
 
     Returns:
         (B, H, Tq, D) in the dtype of `v`; 0 for a token that nothing reaches.
@@ -52,7 +54,7 @@ def gravity_attention(
     if query_positions is None and key_positions is None and q.shape[2] != k.shape[2]:
         raise ValueError("fewer queries than keys need query_positions and key_positions")
     law = Law(
-        *(time_scale, time_offset, radius, exponent, cutoff, field_tolerance),
+        *(time_scale, time_offset, radius, background, exponent, cutoff, field_tolerance),
         query_positions=positions_or_range(query_positions, q),
         key_positions=positions_or_range(key_positions, k),
     )
@@ -81,8 +83,9 @@ def _check(q, k, v, mass, law):
         raise ValueError(f"cutoff must be one of {CUTOFFS}, not {law.cutoff!r}")
     if (law.cutoff == "none") != (law.radius is None):
         raise ValueError("a radius is given exactly when cutoff is 'hard' or 'soft'")
-    if law.radius is not None and law.radius.shape != (heads,):
-        raise ValueError(f"radius must have shape {(heads,)}")
+    for name in ("radius", "background"):
+        if getattr(law, name) is not None and getattr(law, name).shape != (heads,):
+            raise ValueError(f"{name} must have shape {(heads,)}")
     for length, positions in ((num_queries, law.query_positions), (num_keys, law.key_positions)):
         if positions.shape != (length,):
             raise ValueError(f"positions are {tuple(positions.shape)}, expected {(length,)}")

@@ -1,7 +1,8 @@
 """Gravity attention in blocks: plain PyTorch that never keeps a T x T matrix.
 
-A block of queries visits its newest keys first. The fields summed so far decide how far back each
-head must still look, because older keys provably cannot matter (`law.proven_window`). The backward
+A block of queries visits its newest keys first. The background, or else the fields summed so far,
+decide how far back each head must look, because older keys provably cannot matter
+(`law.proven_window`). The backward
 pass recomputes the same tiles. `tiles.py` packs the inputs; letters in shapes as in `law.py`.
 """
 
@@ -81,6 +82,11 @@ def _forward_pass(packed):
     shape = (packed.batch, num_queries, packed.heads, width - 1)
     out = torch.empty(shape, dtype=packed.out_dtype, device=packed.tq.device).transpose(1, 2)
     total = packed.probe.new_empty(len(packed.probe), num_queries, 1)
+    background = TINY
+    if packed.background is not None:
+        background = packed.background.repeat_interleave(packed.batch).to(packed.dtype)[
+            :, None, None
+        ]
     visited = []
     for start in range(0, num_queries, height):
         rows = (start, min(start + height, num_queries))
@@ -98,7 +104,7 @@ def _forward_pass(packed):
             if end > 0:
                 first, begin = _what_is_left(packed, sums, rows, end)
         row = slice(*rows)
-        torch.add(sums[..., -1:], TINY, out=total[:, row])
+        torch.add(sums[..., -1:], background, out=total[:, row])
         out[:, :, row] = packed.by_batch(sums[..., :-1].div_(total[:, row]))
     return out, total, visited
 
@@ -131,11 +137,12 @@ def _what_is_left(packed, sums, rows, end):
     """
     oldest = packed.query_positions[rows[0]]
     begins = [0] * packed.heads
-    if packed.tolerance > 0:  # what holds for the smallest sum of fields holds for all rows
+    by_sum = packed.tolerance > 0 and packed.background is None
+    if by_sum:  # what holds for the smallest sum of fields holds for all rows
         smallest = sums[..., -1].view(packed.heads, -1).amin(1).tolist()
     for head in range(packed.heads):
-        window = math.inf if packed.windows is None else packed.windows[head]
-        if packed.tolerance > 0:
+        window = packed.windows[head]
+        if by_sum:
             proven = proven_window(
                 *(smallest[head], packed.scales[head], packed.offsets[head]),
                 *(packed.exponent, packed.max_mass, packed.tolerance),
@@ -158,18 +165,19 @@ def _backward_pass(packed, grad_out, out, total, visited):
     product `slope @ source` holds all that gradients of queries, time_scale and time_offset need.
 
     Returns:
-        Gradients of q, k, v, mass, time_scale, time_offset and radius.
+        Gradients of q, k, v, mass, time_scale, time_offset, radius and background.
     """
     coords, num_keys = packed.coords, len(packed.tk)
     matrices, num_queries, _ = packed.probe.shape
     d_probe = packed.probe.new_zeros(matrices, num_queries, coords + 4)
     d_source = packed.probe.new_zeros(matrices, coords + 2, num_keys)  # transposed
     d_value = packed.probe.new_zeros(matrices, num_keys, packed.value.shape[2])
-    d_radius = torch.zeros_like(packed.time_scale)
+    d_radius, d_background = (torch.zeros_like(packed.time_scale) for _ in range(2))
     lag = torch.empty(num_queries, dtype=torch.float64, device=out.device)
     for rows, tiles in itertools.groupby(visited, key=lambda tile: tile[1]):
         row = slice(*rows)
         grad_sums = _gradient_of_sums(packed, grad_out[:, :, row], out[:, :, row], total[:, row])
+        d_background += grad_sums[..., -1].double().view(packed.heads, -1).sum(1)
         # moments are taken about the block's middle, so that they lose no digits late in a text
         middle = (packed.query_positions[rows[0]] + packed.query_positions[rows[1] - 1]) / 2
         lag[row] = packed.tq[row] - middle
@@ -198,7 +206,7 @@ def _backward_pass(packed, grad_out, out, total, visited):
         packed.by_batch(d_q),
         packed.by_batch(d_k),
         *_value_gradients(packed, d_value),
-        *(packed.unsorted(x) for x in (*d_time, d_radius)),
+        *(packed.unsorted(x) for x in (*d_time, d_radius, d_background)),
     )
 
 

@@ -2,8 +2,9 @@
 // has the formula, blocked.py the same algorithm in plain PyTorch.
 //
 // One thread works on one (batch, head) at a time. A block of ROWS queries visits blocks of KEYS
-// keys from the newest to the oldest and stops as soon as older keys provably cannot matter. Blocks
-// are small enough for the L1 and L2 caches. All sums are in fp32.
+// keys from the newest to the oldest and stops as soon as older keys provably cannot matter: the
+// background or a radius says where before any field is known, else the sum of fields so far does.
+// Blocks are small enough for the L1 and L2 caches. All sums are in fp32.
 //
 // Letters in shapes: B batch, H heads, T tokens (Tq queries, Tk keys), C coordinates per head, D
 // width of a value. Names that end in `across` are transposed: one row per coordinate or channel, a
@@ -143,15 +144,18 @@ struct Problem {
     double tolerance;                                 // share of the sum that may be left out
     Tensor q, k, v, out, grad_out;                    // out and grad_out: backward only
     const float *mass;                                // (B, Tk)
-    const double *time_scale, *time_offset, *radius;  // (H,)
+    const double *time_scale, *time_offset;           // (H,)
+    const double *background;                         // (H,), or null for none
+    const double *windows;                            // (H,), tokens that a head looks back, or inf
+    const double *radius;                             // (H,), or null without a cutoff
     const int64_t *query_positions, *key_positions;   // (Tq,), (Tk,), both increase
     float *result;   // forward: out (B, Tq, H, D)
-    float *total;    // (B, H, Tq), sums of fields
+    float *total;    // (B, H, Tq), background + sum of fields
     int32_t *first;  // (B, H, row blocks), the oldest key that a block of queries visited
     // backward
     float *d_q, *d_k, *d_v;  // (B, T, H, C or D)
     float *d_mass;           // (B, H, Tk)
-    double *d_law;           // (B, H, 3): time_scale, time_offset, radius
+    double *d_law;           // (B, H, 4): time_scale, time_offset, radius, background
 };
 }
 
@@ -202,7 +206,7 @@ struct Head {
     long packed_from = 0;              // keys from here on are packed
     const float *v_rows = nullptr;     // (Tk, D), rows v_stride apart
     double max_mass = 0;
-    float scale = 0, offset = 0, radius2 = 0;
+    float scale = 0, offset = 0, radius2 = 0, background = TINY;
     std::vector<float> centre;         // (C), about the mean key
     std::vector<float> q, q2;          // (ROWS, C), (ROWS); q2 = |q|^2
     std::vector<float> field, slope;   // (ROWS, KEYS); q.k and g.v before they are overwritten
@@ -224,6 +228,7 @@ struct Head {
         b = batch, h = head, packed_from = p.keys;
         scale = p.time_scale[h], offset = p.time_offset[h];
         radius2 = p.cutoff ? p.radius[h] * p.radius[h] : 0;
+        background = p.background ? p.background[h] : TINY;
         // r2 does not change, but |q|^2 + |k|^2 - 2 q.k loses fewer digits near the origin
         std::vector<double> mean(p.coords, 0.0);
         std::vector<float> row(p.coords);
@@ -336,16 +341,20 @@ struct Head {
         return at_least(1 + (1 - 1 / at_least(inverse, zero() + TINY)) / radius2, zero());
     }
 
-    // Whether the keys before `oldest` can be left out for all queries from `position` on: they are
-    // beyond the radius, or all together provably weigh at most tolerance * smallest_sum.
-    // proven_window in law.py has the proof.
+    // The oldest key that queries from `position` on must visit, as far as the windows say.
+    long oldest_key(int64_t position) const {
+        if (!(p.windows[h] < (double)position - p.key_positions[0])) return 0;  // also if NaN
+        int64_t oldest = (int64_t)std::min(position + 1.0, std::floor(position - p.windows[h]));
+        return std::lower_bound(p.key_positions, p.key_positions + p.keys, oldest) -
+               p.key_positions;
+    }
+
+    // Whether the keys before `oldest` can be left out for all queries from `position` on, because
+    // all together they provably weigh at most tolerance * smallest_sum: proven_window in law.py.
+    // With a background the windows have said so already.
     bool nothing_left(long oldest, int64_t position, float smallest_sum, double tolerance) const {
+        if (p.background || !(tolerance > 0) || !(smallest_sum > 0)) return false;  // also if NaN
         double kept = (double)(position - p.key_positions[oldest]);
-        if (p.cutoff) {
-            double reach = p.time_offset[h] + p.radius[h] / p.time_scale[h] + 1;
-            if (position - p.key_positions[oldest - 1] > reach) return true;
-        }
-        if (!(tolerance > 0) || !(smallest_sum > 0)) return false;  // also if NaN
         double degree = 2 * p.exponent - 1;
         double log_window = std::log(max_mass / degree) - std::log(tolerance) -
                             std::log((double)smallest_sum) -
@@ -368,11 +377,12 @@ template <int EXPONENT> void forward_block(Head &head, long row, long rows, int3
     const long step = head.single ? 64 : KEYS;  // keys per visit
     // the first visit holds the block's own keys and few older ones: they may already be enough
     long width = std::min(step, round_up(rows + 48, LANES));
+    const long oldest = std::min(end, head.oldest_key(oldest_query));
     *first = end;
     float smallest = 0;
-    while (end > 0) {
+    while (end > oldest) {
         if (end < p.keys && head.nothing_left(end, oldest_query, smallest, tolerance)) break;
-        long from = std::max<long>(0, end - width), keys = end - from;
+        long from = std::max(oldest, end - width), keys = end - from;
         if (from < head.packed_from) head.pack_keys(from);
         head.dots(rows, from, keys);
         for (long r = 0; r < rows; ++r) {
@@ -395,7 +405,7 @@ template <int EXPONENT> void forward_block(Head &head, long row, long rows, int3
         }
         end = *first = from;
         width = step;
-        if (head.single && unread + added[0] <= tolerance * total[0]) {
+        if (head.single && unread + added[0] <= tolerance * (total[0] + head.background)) {
             unread += added[0];
             continue;
         }
@@ -405,8 +415,9 @@ template <int EXPONENT> void forward_block(Head &head, long row, long rows, int3
                 head.sums.data(), head.width, rows, head.width, keys, true);
     }
     for (long r = 0; r < rows; ++r) {
+        total[r] += head.background;
         p.total[(head.b * p.heads + head.h) * p.queries + row + r] = total[r];
-        float inverse = 1 / (total[r] + TINY);
+        float inverse = 1 / total[r];
         float *out = p.result + ((head.b * p.queries + row + r) * p.heads + head.h) * p.width;
         for (long c = 0; c < p.width; ++c) out[c] = head.sums[r * head.width + c] * inverse;
     }
@@ -420,7 +431,7 @@ struct Gradients {
     std::vector<float> d_q;              // (ROWS, C), slope k
     std::vector<float> g, delta;         // (ROWS, D), gradient of out; (ROWS), g.out
     std::vector<float> inverse_total;    // (ROWS)
-    double d_scale = 0, d_offset = 0, d_radius = 0;
+    double d_scale = 0, d_offset = 0, d_radius = 0, d_background = 0;
 
     explicit Gradients(const Head &head)
         : keys(head.stride), coords(head.coords), width(head.width), d_k(7, keys * coords),
@@ -432,7 +443,7 @@ struct Gradients {
         std::fill_n(d_v.data, keys * width, 0.0f);
         std::fill_n(slope_of_key.data, keys, 0.0f);
         std::fill_n(d_mass.data, keys, 0.0f);
-        d_scale = d_offset = d_radius = 0;
+        d_scale = d_offset = d_radius = d_background = 0;
     }
 };
 
@@ -498,7 +509,8 @@ void backward_block(Head &head, Gradients &sums, long row, long rows, long first
         for (long c = 0; c < p.width; ++c) delta += g[c] * out[c];
         sums.delta[r] = delta;
         float total = p.total[(head.b * p.heads + head.h) * p.queries + row + r];
-        sums.inverse_total[r] = 1 / (total + TINY);
+        sums.inverse_total[r] = 1 / total;
+        sums.d_background -= delta / total;
     }
     long end = std::upper_bound(p.key_positions, p.key_positions + p.keys,
                                 p.query_positions[row + rows - 1]) - p.key_positions;
@@ -542,10 +554,11 @@ void write_gradients(const Head &head, const Gradients &sums) {
         memcpy(p.d_v + at * p.width, &sums.d_v[j * head.width], p.width * sizeof(float));
         p.d_mass[(head.b * p.heads + head.h) * p.keys + j] = sums.d_mass[j];
     }
-    double *law = p.d_law + (head.b * p.heads + head.h) * 3;
+    double *law = p.d_law + (head.b * p.heads + head.h) * 4;
     law[0] = factor * p.time_scale[head.h] * sums.d_scale;
     law[1] = -factor * p.time_scale[head.h] * p.time_scale[head.h] * sums.d_offset;
     law[2] = p.cutoff == 2 ? 4 / p.radius[head.h] * sums.d_radius : 0;
+    law[3] = sums.d_background;
 }
 
 // All (batch, head) as numbers b * heads + h, the heads that look farthest back first: if the

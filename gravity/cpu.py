@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from gravity.law import Law
+from gravity.law import Law, windows
 from system.errors import warn
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -45,7 +45,8 @@ class _Tensor(ctypes.Structure):
 
 
 _SIZES = ("batch", "heads", "queries", "keys", "coords", "width", "exponent", "cutoff", "threads")
-_LAW_TENSORS = ("time_scale", "time_offset", "radius", "query_positions", "key_positions")
+_LAW_TENSORS = ("time_scale", "time_offset", "background", "windows", "radius")
+_POSITIONS = ("query_positions", "key_positions")
 _RESULTS = ("result", "total", "first", "d_q", "d_k", "d_v", "d_mass", "d_law")
 
 
@@ -57,7 +58,7 @@ class _Problem(ctypes.Structure):
         ("tolerance", ctypes.c_double),
         *((name, _Tensor) for name in ("q", "k", "v", "out", "grad_out")),
         ("mass", ctypes.c_void_p),
-        *((name, ctypes.c_void_p) for name in (*_LAW_TENSORS, *_RESULTS)),
+        *((name, ctypes.c_void_p) for name in (*_LAW_TENSORS, *_POSITIONS, *_RESULTS)),
     ]
 
 
@@ -172,7 +173,8 @@ class _CompiledGravity(torch.autograd.Function):
             for x in (q, k, v)
         ]
         d_mass = torch.empty(batch, heads, k.shape[2], dtype=torch.float32)
-        d_law = torch.empty(batch, heads, 3, dtype=torch.float64)  # time_scale, time_offset, radius
+        # time_scale, time_offset, radius, background
+        d_law = torch.empty(batch, heads, 4, dtype=torch.float64)
         call = _Call(q, k, v, mass, law)
         call.tensor("out", out)
         call.tensor("grad_out", grad_out)
@@ -181,9 +183,7 @@ class _CompiledGravity(torch.autograd.Function):
             "gravity_backward", total=total, first=first, **by_name, d_mass=d_mass, d_law=d_law
         )
         grads = (*gradients, d_mass.sum(1), *d_law.sum(0).unbind(-1))
-        if law.cutoff != "soft":
-            grads = (*grads[:-1], None)
-        given = (None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
+        given = (None if x is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
         return *given, *(None for _ in ctx.fixed)
 
 
@@ -203,8 +203,10 @@ class _Call:
         self.pointers(query_positions=law.query_positions.long())
         self.pointers(key_positions=law.key_positions.long())
         self.pointers(time_scale=law.time_scale.double(), time_offset=law.time_offset.double())
-        if law.radius is not None:
-            self.pointers(radius=law.radius.double())
+        for name in ("radius", "background"):
+            if getattr(law, name) is not None:
+                self.pointers(**{name: getattr(law, name).double()})
+        self.pointers(windows=windows(law, mass.max()))
 
     def tensor(self, name, tensor):
         """Set a (B, H, T, C) argument; the kernel takes any strides but in the last dimension."""

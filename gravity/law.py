@@ -4,7 +4,14 @@ Token i is pulled by itself and by the tokens before it. For each head,
 
     r2_ij    = |q_i - k_j|^2 + (time_scale * (t_i - t_j - time_offset))^2
     field_ij = mass_j / (1 + r2_ij)^exponent             for t_j <= t_i, else 0
-    out_i    = sum_j field_ij v_j / (sum_j field_ij + TINY)
+    out_i    = sum_j field_ij v_j / (background + sum_j field_ij)
+
+The background, a positive number per head, makes what a token receives fade with the strength of
+the field instead of always being a full-strength mean. A law without one has TINY in its place.
+Kin, in dot-product attention: softmax off by one (E. Miller 2023,
+https://www.evanmiller.org/attention-is-off-by-one.html), attention sinks (Xiao et al. 2023,
+https://arxiv.org/abs/2309.17453) and learned sink logits (gpt-oss 2025,
+https://arxiv.org/abs/2508.10925).
 
 The hard cutoff sets the field to 0 if r2 > radius^2; the soft cutoff multiplies it by
 relu(1 - r2 / radius^2)^2. Every implementation in this folder computes this.
@@ -19,7 +26,7 @@ from typing import NamedTuple
 import torch
 
 CUTOFFS = ("none", "hard", "soft")
-TINY = 1e-30  # added to every sum of fields, so that a token which nothing pulls gets 0, not NaN
+TINY = 1e-30  # in place of a background, so that a token which nothing pulls gets 0, not NaN
 
 
 def gravity_field(
@@ -67,13 +74,14 @@ def gravity_field(
     return field * (age >= 0)
 
 
-def gravity_attention_reference(q, k, v, mass, *, mass_in_value=False, **law):
+def gravity_attention_reference(q, k, v, mass, *, background=None, mass_in_value=False, **law):
     """Gravity attention exactly as the formula says, with T x T matrices and plain autograd.
 
     Slow, and the reference that every other implementation is tested against.
 
     Args:
         v: (B, H, Tk, D); the others as for `gravity_field`.
+        background: added to every sum of fields, (H,), positive; None for none.
         mass_in_value: multiply values by the mass, not fields.
 
     Returns:
@@ -82,7 +90,8 @@ def gravity_attention_reference(q, k, v, mass, *, mass_in_value=False, **law):
     field = gravity_field(q, k, mass, mass_in_value=mass_in_value, **law)  # (B, H, Tq, Tk)
     if mass_in_value:
         v = v * mass[:, None, :, None]
-    return field @ v / (field.sum(-1, keepdim=True) + TINY)
+    background = TINY if background is None else background[:, None, None]
+    return field @ v / (background + field.sum(-1, keepdim=True))
 
 
 def positions_or_range(given, points):
@@ -116,8 +125,17 @@ def proven_window(smallest_sum, time_scale, time_offset, exponent, max_mass, tol
     only make the sum larger, so what lies beyond the window stays below that share of it. The
     output is a mean of values: leaving out that share moves it by at most 2 * tolerance * max|v|.
 
+    A background is part of the sum from the start, so that `smallest_sum = background` gives a
+    window that holds for every query, now and later, whatever the coordinates are. With S the sum
+    of field * v and F that of the field, of which D is left out, D <= tolerance * background:
+
+        |S / (background + F) - S' / (background + F')| <= 2 D max|v| / (background + F),
+
+    because |S - S'| <= D max|v|, |S'| <= F' max|v| and F - F' = D.
+
     Args:
-        smallest_sum: the smallest sum of fields so far, over all queries that use the window.
+        smallest_sum: the smallest sum of fields so far, over all queries that use the window, the
+            background included.
         max_mass: the largest mass of any token.
 
     Returns:
@@ -133,6 +151,32 @@ def proven_window(smallest_sum, time_scale, time_offset, exponent, max_mass, tol
     return time_offset + math.exp(log_window) * (1 + 1e-6) if log_window < 700 else math.inf
 
 
+def windows(law, max_mass):
+    """How many tokens back each head must look, as far as that is known before any field is.
+
+    Args:
+        law: a `Law`; its radius bounds a head by `reach`, its background by `proven_window`.
+        max_mass: the largest mass of any token that will be read; 1 if masses multiply values.
+
+    Returns:
+        (H,) float64, on the law's device; inf where nothing is known. Nothing waits for a GPU.
+    """
+    scale, offset = law.time_scale.double(), law.time_offset.double()
+    found = torch.full_like(scale, math.inf)
+    if law.radius is not None:
+        found = reach(scale, offset, law.radius.double())
+    if law.background is not None and law.tolerance > 0:
+        # `proven_window` with `smallest_sum = background`, for all heads at once
+        p = 2 * law.exponent - 1
+        log_window = torch.as_tensor(max_mass, dtype=scale.dtype, device=scale.device).log()
+        log_window = log_window - math.log(p * law.tolerance) - law.background.double().log()
+        log_window = (log_window - (p + 1) * scale.log()) / p
+        # what is not below inf is NaN, which proves nothing
+        proven = offset + log_window.exp() * (1 + 1e-6)
+        found = torch.where(proven < found, proven, found)
+    return found
+
+
 class Law(NamedTuple):
     """What every implementation of gravity attention is given besides q, k, v and mass.
 
@@ -142,6 +186,7 @@ class Law(NamedTuple):
     time_scale: torch.Tensor  # (H,)
     time_offset: torch.Tensor  # (H,)
     radius: torch.Tensor | None  # (H,); None without a cutoff
+    background: torch.Tensor | None  # (H,); None for none
     exponent: int
     cutoff: str  # one of CUTOFFS
     tolerance: float  # share of the sum of fields that may be left out; 0 leaves nothing out
@@ -150,10 +195,10 @@ class Law(NamedTuple):
 
     @property
     def learned(self):
-        """The tensors that need gradients: time_scale, time_offset and radius."""
-        return self[:3]
+        """The tensors that need gradients: time_scale, time_offset, radius and background."""
+        return self[:4]
 
     @property
     def fixed(self):
         """All that needs no gradients; `Law(*learned, *fixed)` is the law again."""
-        return self[3:]
+        return self[4:]

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from gravity.law import reach
+from gravity.law import windows
 from system.machine import cpu_multiplies_bf16
 
 
@@ -34,9 +34,12 @@ class PackedInputs:
         self.order = torch.argsort(self.time_offset + 1 / self.time_scale)  # (H,)
         self.is_sorted = bool((self.order[1:] > self.order[:-1]).all())
         self.radius = None if law.radius is None else self.sorted(law.radius.double())
+        self.background = None if law.background is None else self.sorted(law.background.double())
         self.time_scale, self.time_offset = map(self.sorted, (self.time_scale, self.time_offset))
         self._pack_points(q, k)
         self._pack_values(v, mass)
+        # how many tokens back each head must look, if that is known already
+        self.windows = self.sorted(windows(law, self.max_mass)).tolist()
         self._prepare_time(law.query_positions, law.key_positions)
         self.weakest = self._weakest()
         self._buffers = {}
@@ -170,13 +173,10 @@ class PackedInputs:
         return [max(weakest, (1 - rounding) / (1 + r * r)) for r in self.radius.tolist()]
 
     def _prepare_time(self, tq, tk):
-        """Positions, windows, and for consecutive positions the table of all time terms."""
+        """Positions, and for consecutive positions the table of all time terms."""
         self.tq, self.tk = tq, tk  # (Tq,), (Tk,)
         self.query_positions, self.key_positions = tq.tolist(), tk.tolist()
         self.scales, self.offsets = self.time_scale.tolist(), self.time_offset.tolist()
-        self.windows = None  # how many tokens back each head feels anything, if there is a radius
-        if self.radius is not None:
-            self.windows = reach(self.time_scale, self.time_offset, self.radius).tolist()
         oldest_query, newest_query = self.query_positions[0], self.query_positions[-1]
         oldest, newest = self.key_positions[0], self.key_positions[-1]
         spans = (newest_query - oldest_query + 1, newest - oldest + 1)
