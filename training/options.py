@@ -16,7 +16,8 @@ GROUPS = {  # in the order of --help
     ),
     "law of attraction (NGT)": (
         *("law", "exponent", "radius", "use_radius_cutoff", "use_soft_cutoff", "mass_in_value"),
-        *("retardation", "farthest_time_scale", "use_rsqrt", "field_tolerance"),
+        *("retardation", "background", "background_start", "farthest_time_scale", "use_rsqrt"),
+        "field_tolerance",
     ),
     "positions (vanilla)": ("pos",),
     "repulsion (NGT)": ("repulsion", "lambda_repulsion", "repulsion_interval"),
