@@ -22,6 +22,7 @@ from gravity.heads import merge_heads, split_heads
 from layers.config import ModelConfig
 from layers.parts import (
     FeedForward,
+    RMSNorm,
     check_context,
     embedding_skip,
     init_weights,
@@ -33,6 +34,7 @@ from layers.parts import (
     value_residual,
     value_share,
 )
+from layers.sink import attention_with_sink
 from system.errors import UsageError
 from system.settings import setting
 
@@ -98,35 +100,6 @@ def alibi_slopes(num_heads):
     return torch.tensor(slopes)
 
 
-def attend(q, k, v, mask=None, is_causal=False, sink=None):
-    """Softmax attention, (B, H, Tq, D); with a sink the softmax's denominator has one term more.
-
-    A learned sink is a token that every token sees and that passes on nothing (gpt-oss 2025; kin:
-    attention sinks, Xiao et al. 2023, arXiv:2309.17453, and softmax off by one, Miller 2023).
-
-    Args:
-        q, k, v: (B, H, Tq, D), (B, H, Tk, D) twice.
-        mask: what `scaled_dot_product_attention` takes; not with `is_causal`.
-        sink: a logit per head, (H,), or None.
-    """
-    if sink is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-    width = q.shape[-1]
-    # The sink becomes one more key, felt through a channel of its own: PyTorch's fast kernels take
-    # no mask that learns. A first query, dropped at the end, keeps the triangle of is_causal right.
-    padding = 8 - width % 8
-    q = F.pad(q, (0, padding, int(is_causal), 0))
-    k, v = (F.pad(x, (0, padding, 1, 0)) for x in (k, v))
-    q[..., width] = 1
-    k[:, :, 0, width] = sink.to(k.dtype) * math.sqrt(width)
-    if mask is not None:
-        mask = F.pad(mask, (1, 0), value=mask.dtype == torch.bool)
-    a = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=is_causal, scale=1 / math.sqrt(width)
-    )
-    return a[:, :, int(is_causal) :, :width]
-
-
 class Attention(nn.Module):
     """Causal scaled dot-product attention, over the hidden state alone."""
 
@@ -141,7 +114,7 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         width = config.hidden_dim // config.num_heads
         if config.qk_norm:
-            self.q_norm, self.k_norm = (nn.RMSNorm(width, eps=1e-6) for _ in "qk")
+            self.q_norm, self.k_norm = (RMSNorm(width) for _ in "qk")
         if config.smear != "none":
             # as NGT's retardation: from 0 for a layer's first head to 1 for its last
             steps = torch.arange(config.num_heads) / max(config.num_heads - 1, 1)
@@ -186,7 +159,10 @@ class Attention(nn.Module):
         elif k.shape[2] > q.shape[2] > 1:  # is_causal would match the first query to the first key
             mask = positions[:, None] >= key_positions[None, :]  # (Tq, Tk)
         causal = mask is None and q.shape[2] > 1
-        a = attend(q, k, v, mask, causal, self.sink)
+        if self.sink is None:
+            a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        else:
+            a = attention_with_sink(q, k, v, self.sink, mask, causal)
         return self.dropout(self.out_proj(merge_heads(a))), values
 
 

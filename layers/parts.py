@@ -10,10 +10,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467); its weight is rounded to the
+    precision of what it normalises, without which PyTorch warns and is slow."""
+
+    def __init__(self, width):
+        super().__init__(width, eps=1e-6)
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def norm(config, width):
-    """A normalisation of `width` channels: LayerNorm, or RMSNorm (Zhang & Sennrich 2019,
-    arXiv:1910.07467), which has no bias."""
-    return nn.RMSNorm(width, eps=1e-6) if config.norm == "rmsnorm" else nn.LayerNorm(width)
+    """The normalisation of so many channels that the config names."""
+    return RMSNorm(width) if config.norm == "rmsnorm" else nn.LayerNorm(width)
 
 
 def linear(config, inputs, outputs):
