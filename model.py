@@ -12,56 +12,34 @@ attention and without coordinates. Letters in shapes as in `gravity/law.py`.
 """
 
 import math
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gravity.attention import gravity_attention
-from gravity.heads import merge_heads, softplus_inverse, split_heads
-from gravity.law import reach
+from gravity.newton import GravityAttention
 from gravity.published import PublishedGravityAttention
+from layers.config import ModelConfig
+from layers.parts import (
+    FeedForward,
+    check_context,
+    embedding_skip,
+    init_weights,
+    linear,
+    norm,
+    skip_weights,
+    soft_cap,
+)
 from system.cli import positive, share, whole
 from system.errors import UsageError
-from system.settings import check_settings, setting
+from system.settings import setting
 
 LAWS = ("newton", "published")
 PUBLISHED_RADIUS = math.log1p(math.exp(4.0))  # softplus(4), where the first release starts
 NEWTON_RADIUS = 16.0
 LARGEST_EXPONENT = 1024  # the field is then practically a Gaussian
-NEAREST_TIME_SCALE = 0.35  # softenings per token, of each layer's first head at the start
-
-
-@dataclass
-class ModelConfig:
-    """The settings of both kinds of model; those made by `setting` are flags, except vocab_size."""
-
-    vocab_size: int = setting(MISSING, "tokens of the vocabulary, set by the tokenizer", whole)
-    block_size: int = setting(64, "tokens of a training window", whole)
-    hidden_dim: int = setting(128, "channels of the hidden state", whole)
-    num_layers: int = setting(4, "layers", whole)
-    num_heads: int = setting(4, "attention heads per layer", whole)
-    mlp_dim: int = setting(
-        512,
-        "width of the feed-forward layer (default: the preset's, which gives compared models equal "
-        "parameters; if sizes are given, 4 x hidden-dim for newton, and for the others the width "
-        "that gives them as many parameters)",
-        whole,
-    )
-    dropout: float = setting(
-        0.0, "dropout on embeddings and on the outputs of attention and feed-forward", share
-    )
-    tie_head: bool = True  # the output layer shares its matrix with the token embedding
-
-    def __post_init__(self):
-        check_settings(self)
-        if self.hidden_dim % self.num_heads:
-            raise UsageError(
-                f"--hidden-dim {self.hidden_dim} is not divisible by --num-heads "
-                f"{self.num_heads}: every head takes an equal share of the channels"
-            )
 
 
 @dataclass
@@ -140,185 +118,32 @@ class Geometry(NamedTuple):
     layers: tuple  # num_layers + 1 of (B, T, coord_dim): before the first layer and after each
 
 
-class FeedForward(nn.Module):
-    """Two linear maps with a GELU between them, (B, T, hidden_dim) to the same shape."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_dim, config.mlp_dim)
-        self.down_proj = nn.Linear(config.mlp_dim, config.hidden_dim)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, h):
-        return self.dropout(self.down_proj(F.gelu(self.up_proj(h))))
-
-
-class GravityAttention(nn.Module):
-    """Attention under `--law newton`: the pull of earlier tokens, by `gravity/law.py`.
-
-    A head looks from `q = P z`, tokens pull from `k = S z`; time is one more dimension of space.
-    With retardation, k is partly that of the token before (`retarded`), so that one layer can find
-    what once followed a token like this one.
-    """
-
-    def __init__(self, config, layer):
-        super().__init__()
-        self.config, self.layer = config, layer
-        heads, points = config.num_heads, config.num_heads * config.head_coord_dim
-        self.probe_proj = nn.Linear(config.coord_dim, points)
-        self.source_proj = nn.Linear(config.coord_dim, points)
-        self.retardation = nn.Parameter(torch.empty(points)) if config.retardation else None
-        self.v_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
-        self.out_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
-        self.dropout = nn.Dropout(config.dropout)
-        self.time_scale_raw = nn.Parameter(torch.empty(heads))
-        self.time_offset = nn.Parameter(torch.empty(heads))
-        radius = softplus_inverse(torch.full((heads,), config.radius))
-        if config.cutoff == "soft":
-            self.radius_raw = nn.Parameter(radius)
-        else:
-            self.register_buffer("radius_raw", radius, persistent=False)
-        self.background_raw = nn.Parameter(torch.empty(heads)) if config.background else None
-
-    @torch.no_grad()
-    def reset_geometry(self):
-        """Start with distances of about 1 softening, and heads that look 3 to 300 tokens back."""
-        # PyTorch's start gives |q - k|^2 of about 2/3 per coordinate; 8 makes it 1.3 for 16 of them
-        for proj in (self.probe_proj, self.source_proj):
-            proj.reset_parameters()
-            proj.weight /= math.sqrt(8)
-            proj.bias /= math.sqrt(8)
-        heads = self.config.num_heads
-        # from 0 for a layer's nearest head to 1 for its farthest
-        steps = torch.arange(heads, dtype=torch.float64) / max(heads - 1, 1)
-        far = self.config.farthest_time_scale
-        nearest = max(NEAREST_TIME_SCALE, far)
-        self.time_scale_raw.copy_(softplus_inverse(nearest * (far / nearest) ** steps))
-        self.time_offset.copy_(steps)
-        if self.background_raw is not None:
-            self.background_raw.fill_(softplus_inverse(self.config.background_start))
-        if self.retardation is not None:
-            self.retardation.copy_(steps.repeat_interleave(self.config.head_coord_dim))
-
-    @property
-    def time_scale(self):
-        """Softening units per token, (H,)."""
-        return F.softplus(self.time_scale_raw.float())
-
-    @property
-    def radius(self):
-        """Softening units, (H,); None without a cutoff."""
-        return None if self.config.cutoff == "none" else F.softplus(self.radius_raw.float())
-
-    @property
-    def background(self):
-        """What is added to each head's sum of fields, (H,); None for none."""
-        return None if self.background_raw is None else F.softplus(self.background_raw.float())
-
-    @property
-    def window(self):
-        """How many tokens back each head feels anything, (H,); inf without a cutoff."""
-        if self.radius is None:
-            return torch.full_like(self.time_offset, math.inf)
-        return reach(self.time_scale, self.time_offset, self.radius).clamp(min=1)
-
-    def points(self, z, kv_cache=None):
-        """Where tokens look from, and where they pull from, both (B, H, T, head_coord_dim)."""
-        source = self.retarded(self.source_proj(z), kv_cache)
-        return tuple(split_heads(x, self.config.num_heads) for x in (self.probe_proj(z), source))
-
-    def retarded(self, source, kv_cache=None):
-        """Where tokens pull from, (B, T, H*C): their own place mixed with that of the token before,
-        in the learned shares `1 - retardation` and `retardation`.
-
-        Args:
-            source: each token's own place, (B, T, H*C); a text's first token always keeps it.
-            kv_cache: remembers the token before the first one of the next call.
-        """
-        if self.retardation is None:
-            return source
-        first = source[:, :1] if kv_cache is None else kv_cache.exchange(self.layer, source)
-        before = torch.cat([first, source[:, :-1]], 1)
-        return torch.lerp(source, before, self.retardation.to(source.dtype))
-
-    def law(self):
-        """The keyword arguments of `gravity_field` for this layer."""
-        return dict(
-            time_scale=self.time_scale,
-            time_offset=self.time_offset,
-            exponent=self.config.exponent,
-            radius=self.radius,
-            cutoff=self.config.cutoff,
-            background=self.background,
-            mass_in_value=self.config.mass_in_value,
-        )
-
-    def learned(self):
-        """What the heads learned, by name: (H,), retardation (H * head_coord_dim,).
-
-        A radius or retardation that the model does not have is None.
-        """
-        names = ("time_scale", "time_offset", "retardation", "radius", "window")
-        return {name: getattr(self, name) for name in names}
-
-    def forward(self, h, z, mass, positions, kv_cache=None):
-        """What each token receives from itself and those before it, (B, T, hidden_dim).
-
-        `h` is (B, T, hidden_dim) and normalised, `z` (B, T, coord_dim), `mass` (B, T), `positions`
-        (T,), increasing. What a `KVCache` remembers pulls too.
-        """
-        q, k = self.points(z, kv_cache)
-        v = split_heads(self.v_proj(h), self.config.num_heads)
-        tolerance = self.config.field_tolerance
-        if tolerance is None:  # 16-bit values lose more than 1e-4 by their rounding
-            tolerance = 1e-4 if v.dtype in (torch.bfloat16, torch.float16) else 1e-6
-        key_positions = positions
-        if kv_cache is not None:
-            key_positions, k, v, mass = kv_cache.append(self.layer, positions, k, v, mass)
-        law = self.law() | {"query_positions": positions, "key_positions": key_positions}
-        a = gravity_attention(q, k, v, mass, field_tolerance=tolerance, **law)
-        if kv_cache is not None:
-            kv_cache.forget_beyond(self.layer, lambda: self.window)
-        return self.dropout(self.out_proj(merge_heads(a)))
-
-
 class Layer(nn.Module):
     """One layer: attention, feed-forward, coordinate update."""
 
     def __init__(self, config, layer):
         super().__init__()
         attention = GravityAttention if config.law == "newton" else PublishedGravityAttention
-        self.norm1 = nn.LayerNorm(config.hidden_dim)
+        self.skip = skip_weights(config)
+        self.norm1 = norm(config, config.hidden_dim)
         self.attn = attention(config, layer)
-        self.norm2 = nn.LayerNorm(config.hidden_dim)
+        self.norm2 = norm(config, config.hidden_dim)
         self.ffn = FeedForward(config)
-        self.coord_proj_next = nn.Linear(config.hidden_dim, config.coord_dim)
-        self.coord_norm = nn.LayerNorm(config.coord_dim)
+        self.coord_proj_next = linear(config, config.hidden_dim, config.coord_dim)
+        self.coord_norm = norm(config, config.coord_dim)
 
-    def forward(self, h, z, mass, positions, kv_cache=None):
-        """The new h (B, T, hidden_dim) and z (B, T, coord_dim); arguments as for the attention."""
-        a = self.attn(self.norm1(h), z, mass, positions, kv_cache)
+    def forward(self, h, z, mass, positions, kv_cache, embedding, first_values):
+        """The new h (B, T, hidden_dim) and z (B, T, coord_dim), and this layer's values.
+
+        `embedding` is h before the first layer, `first_values` the first layer's values; the other
+        arguments are as for the attention.
+        """
+        h = embedding_skip(h, embedding, self.skip)
+        a, v = self.attn(self.norm1(h), z, mass, positions, kv_cache, first_values=first_values)
         h = h + a
         h = h + self.ffn(self.norm2(h))
         z = self.coord_norm(z + self.coord_proj_next(a))
-        return h, z
-
-
-@torch.no_grad()
-def init_weights(model):
-    """Start as GPT-2: normal(0, 0.02), divided by sqrt(2 layers) for what is added to `h`."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            std = 0.02
-            if name.endswith(("out_proj", "down_proj")):
-                std /= math.sqrt(2 * model.config.num_layers)
-            nn.init.normal_(module.weight, std=std)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
-    if model.config.tie_head:
-        model.head.weight = model.token_emb.weight
+        return h, z, v
 
 
 class NGT(nn.Module):
@@ -333,11 +158,11 @@ class NGT(nn.Module):
         if published:
             self.coord_emb = nn.Embedding(config.block_size, config.coord_dim)
         else:
-            self.coord_proj = nn.Linear(config.hidden_dim, config.coord_dim)
-            self.coord_norm = nn.LayerNorm(config.coord_dim)
+            self.coord_proj = linear(config, config.hidden_dim, config.coord_dim)
+            self.coord_norm = norm(config, config.coord_dim)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Layer(config, n) for n in range(config.num_layers))
-        self.norm = nn.LayerNorm(config.hidden_dim)
+        self.norm = norm(config, config.hidden_dim)
         self.head = nn.Linear(config.hidden_dim, config.vocab_size, bias=published)
         init_weights(self)
         nn.init.constant_(self.mass_emb.weight, math.log(math.expm1(1.0)))  # a mass of 1
@@ -371,26 +196,22 @@ class NGT(nn.Module):
         start = 0 if kv_cache is None else kv_cache.length
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         check_context(self, start + tokens.shape[1])
-        h = self.dropout(self.token_emb(tokens))  # (B, T, hidden_dim)
+        h = embedding = self.dropout(self.token_emb(tokens))  # (B, T, hidden_dim)
         mass = self.mass(tokens)  # (B, T)
         if self.config.law == "published":
             z = self.coord_emb(positions).expand(len(tokens), -1, -1)
         else:
             z = self.coord_norm(self.coord_proj(h))
         path = [z]  # each (B, T, coord_dim)
+        first_values = None
         for layer in self.layers:
-            h, z = layer(h, z, mass, positions, kv_cache)
+            h, z, v = layer(h, z, mass, positions, kv_cache, embedding, first_values)
+            first_values = v if first_values is None else first_values
             path.append(z)
         if kv_cache is not None:
             kv_cache.length += tokens.shape[1]
-        logits = self.head(self.norm(h))  # (B, T, vocab_size)
+        logits = soft_cap(self.head(self.norm(h)), self.config.logit_softcap)  # (B, T, vocab_size)
         return (logits, Geometry(mass, z, tuple(path))) if return_geometry else logits
-
-
-def check_context(model, length):
-    """Raise `ValueError` if a model has fewer positions than `length` tokens need."""
-    if model.max_context is not None and length > model.max_context:
-        raise ValueError(f"{length} tokens do not fit block_size {model.max_context} of this model")
 
 
 def repulsion_loss(z, mass, max_positions=64, generator=None):

@@ -6,9 +6,9 @@ A token has a hidden state `h`. One layer computes
     h = h + a
     h = h + FeedForward(LayerNorm(h))
 
-Attention is PyTorch's scaled_dot_product_attention; positions are learned, rotary
-(Su et al. 2021, arXiv:2104.09864) or ALiBi (Press et al. 2022, arXiv:2108.12409). Letters in shapes
-as in `gravity/law.py`.
+or what `--recipe modern` makes of it (`layers/parts.py`). Attention is PyTorch's
+scaled_dot_product_attention; positions are learned, rotary (Su et al. 2021, arXiv:2104.09864) or
+ALiBi (Press et al. 2022, arXiv:2108.12409). Letters in shapes as in `gravity/law.py`.
 """
 
 import math
@@ -19,11 +19,27 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from gravity.heads import merge_heads, split_heads
-from model import FeedForward, ModelConfig, check_context, init_weights
+from layers.config import ModelConfig
+from layers.parts import (
+    FeedForward,
+    RMSNorm,
+    check_context,
+    embedding_skip,
+    init_weights,
+    linear,
+    mix_with_token_before,
+    norm,
+    skip_weights,
+    soft_cap,
+    value_residual,
+    value_share,
+)
+from layers.sink import attention_with_sink
 from system.errors import UsageError
 from system.settings import setting
 
 POSITIONS = ("learned", "rotary", "alibi")
+SMEARS = ("none", "keys", "keys-values")
 
 
 @dataclass
@@ -31,6 +47,18 @@ class VanillaConfig(ModelConfig):
     """Everything that shapes a vanilla transformer."""
 
     pos: str = setting("learned", "position encoding of a vanilla model", choices=POSITIONS)
+    qk_norm: bool = setting(
+        False, "RMSNorm over each head's channels of queries and keys (vanilla)"
+    )
+    smear: str = setting(
+        "none",
+        "mix keys, or keys and values, with those of the token before, by learned shares, as "
+        "--retardation does in NGT (vanilla)",
+        choices=SMEARS,
+    )
+    sink: bool = setting(
+        False, "a learned logit per head in the softmax's denominator, for no token (vanilla)"
+    )
     head_bias: bool = False  # True only for checkpoints of the first release that have one
 
     def __post_init__(self):
@@ -42,12 +70,20 @@ class VanillaConfig(ModelConfig):
             )
 
 
-def rotate(x, positions):
-    """x (B, H, T, D) with its pairs of channels turned by angles that grow with the position."""
+def rotation(positions, width):
+    """Cosine and sine of the angles by which `rotate` turns a head of so many channels, both
+    (T, width / 2): one angle per pair of channels, which grows with the position."""
+    half = width // 2
+    pairs = torch.arange(half, device=positions.device, dtype=torch.float32)
+    frequency = 10000.0 ** (-pairs / half)
+    angle = positions[:, None].float() * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """x (B, H, T, D) with its pairs of channels turned by the angles of `rotation`."""
     half = x.shape[-1] // 2
-    frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = positions[:, None].float() * frequency  # (T, half)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
@@ -70,25 +106,48 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.config, self.layer = config, layer
-        self.q_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
-        self.k_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
-        self.v_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
-        self.out_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
+        self.q_proj = linear(config, config.hidden_dim, config.hidden_dim)
+        self.k_proj = linear(config, config.hidden_dim, config.hidden_dim)
+        self.v_proj = linear(config, config.hidden_dim, config.hidden_dim)
+        self.out_proj = linear(config, config.hidden_dim, config.hidden_dim)
+        self.value_share = value_share(config, layer)
         self.dropout = nn.Dropout(config.dropout)
+        width = config.hidden_dim // config.num_heads
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(width) for _ in "qk")
+        if config.smear != "none":
+            # as NGT's retardation: from 0 for a layer's first head to 1 for its last
+            steps = torch.arange(config.num_heads) / max(config.num_heads - 1, 1)
+            self.key_smear = nn.Parameter(steps.repeat_interleave(width))
+        if config.smear == "keys-values":
+            self.value_smear = nn.Parameter(torch.zeros(config.hidden_dim))
+        self.sink = nn.Parameter(torch.zeros(config.num_heads)) if config.sink else None
         if config.pos == "alibi":
             self.register_buffer("slopes", alibi_slopes(config.num_heads), persistent=False)
 
-    def forward(self, h, positions, kv_cache=None):
-        """What each token receives from itself and those before it, (B, T, hidden_dim).
+    def forward(self, h, positions, kv_cache=None, first_values=None, angles=None):
+        """What each token receives from itself and those before it, and what it passes on, its
+        value: both (B, T, hidden_dim).
 
-        `h` is (B, T, hidden_dim) and normalised, `positions` (T,), increasing. What a `KVCache`
-        remembers is attended to as well.
+        `h` is (B, T, hidden_dim) and normalised, `positions` (T,), increasing, `first_values` the
+        values of layer 1, `angles` what `rotation` gives for the positions if they are rotary. What
+        a `KVCache` remembers is attended to as well.
         """
         heads = self.config.num_heads
-        q, k = split_heads(self.q_proj(h), heads), split_heads(self.k_proj(h), heads)
-        v = split_heads(self.v_proj(h), heads)
+        q, k, values = self.q_proj(h), self.k_proj(h), self.v_proj(h)
+        if self.config.smear != "none":
+            # smeared keys: Olsson et al. 2022, arXiv:2209.11895; KV shift: arXiv:2411.19574
+            k = mix_with_token_before(k, self.key_smear, kv_cache, self.layer)
+        if self.config.smear == "keys-values":
+            values = mix_with_token_before(
+                values, self.value_smear, kv_cache, (self.layer, "values")
+            )
+        values = value_residual(values, first_values, self.value_share)
+        q, k, v = (split_heads(x, heads) for x in (q, k, values))
+        if self.config.qk_norm:  # Henry et al. 2020, arXiv:2010.04245
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.config.pos == "rotary":
-            q, k = rotate(q, positions), rotate(k, positions)
+            q, k = rotate(q, *angles), rotate(k, *angles)
         key_positions = positions
         if kv_cache is not None:
             key_positions, k, v = kv_cache.append(self.layer, positions, k, v)
@@ -100,8 +159,11 @@ class Attention(nn.Module):
         elif k.shape[2] > q.shape[2] > 1:  # is_causal would match the first query to the first key
             mask = positions[:, None] >= key_positions[None, :]  # (Tq, Tk)
         causal = mask is None and q.shape[2] > 1
-        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return self.dropout(self.out_proj(merge_heads(a)))
+        if self.sink is None:
+            a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        else:
+            a = attention_with_sink(q, k, v, self.sink, mask, causal)
+        return self.dropout(self.out_proj(merge_heads(a))), values
 
 
 class Layer(nn.Module):
@@ -109,16 +171,23 @@ class Layer(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.hidden_dim)
+        self.skip = skip_weights(config)
+        self.norm1 = norm(config, config.hidden_dim)
         self.attn = Attention(config, layer)
-        self.norm2 = nn.LayerNorm(config.hidden_dim)
+        self.norm2 = norm(config, config.hidden_dim)
         self.ffn = FeedForward(config)
 
-    def forward(self, h, positions, kv_cache=None):
-        """The new h, (B, T, hidden_dim); arguments as for the attention."""
-        a = self.attn(self.norm1(h), positions, kv_cache)
+    def forward(self, h, positions, kv_cache, embedding, first_values, angles):
+        """The new h, (B, T, hidden_dim), and this layer's values.
+
+        `embedding` is h before the first layer, `first_values` the first layer's values; the other
+        arguments are as for the attention.
+        """
+        h = embedding_skip(h, embedding, self.skip)
+        a, v = self.attn(self.norm1(h), positions, kv_cache, first_values, angles)
         h = h + a
-        return h + self.ffn(self.norm2(h))
+        h = h + self.ffn(self.norm2(h))
+        return h, v
 
 
 class Vanilla(nn.Module):
@@ -132,7 +201,7 @@ class Vanilla(nn.Module):
             self.pos_emb = nn.Embedding(config.block_size, config.hidden_dim)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Layer(config, n) for n in range(config.num_layers))
-        self.norm = nn.LayerNorm(config.hidden_dim)
+        self.norm = norm(config, config.hidden_dim)
         self.head = nn.Linear(config.hidden_dim, config.vocab_size, bias=config.head_bias)
         init_weights(self)
 
@@ -157,9 +226,13 @@ class Vanilla(nn.Module):
         if self.config.pos == "learned":
             check_context(self, start + tokens.shape[1])
             h = h + self.pos_emb(positions)
-        h = self.dropout(h)
+        h = embedding = self.dropout(h)
+        angles, first_values = None, None
+        if self.config.pos == "rotary":  # the same for all layers
+            angles = rotation(positions, self.config.hidden_dim // self.config.num_heads)
         for layer in self.layers:
-            h = layer(h, positions, kv_cache)
+            h, v = layer(h, positions, kv_cache, embedding, first_values, angles)
+            first_values = v if first_values is None else first_values
         if kv_cache is not None:
             kv_cache.length += tokens.shape[1]
-        return self.head(self.norm(h))  # (B, T, vocab_size)
+        return soft_cap(self.head(self.norm(h)), self.config.logit_softcap)  # (B, T, vocab_size)

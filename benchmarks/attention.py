@@ -5,9 +5,9 @@ import statistics
 import torch
 import torch.nn.functional as F
 
-import model as ngt_model
 from benchmarks.models import DTYPES, VALUE_WIDTH, add_dtype_flag, newton_model, some_tokens
 from benchmarks.timing import interleaved, ratios, spread
+from gravity import newton
 from gravity.attention import gravity_attention
 from system.cli import whole, whole_list
 
@@ -69,12 +69,12 @@ def operator_inputs(network, tokens):
         return gravity_attention(q, k, v, mass, **settings)
 
     # the model computes these inputs within forward, so no hook of a module sees them
-    ngt_model.gravity_attention = recorder
+    newton.gravity_attention = recorder
     try:
         with torch.no_grad():
             network(tokens)
     finally:
-        ngt_model.gravity_attention = gravity_attention
+        newton.gravity_attention = gravity_attention
     return calls
 
 

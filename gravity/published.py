@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from gravity.heads import merge_heads, softplus_inverse, split_heads
 from gravity.law import positions_or_range
+from layers.parts import linear, value_residual, value_share
 
 TILE_PAIRS = 1 << 18  # pairs per tile: few enough that its tensors stay in the cache
 
@@ -173,9 +174,10 @@ class PublishedGravityAttention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         heads = config.num_heads
-        self.coord_proj_attn = nn.Linear(config.coord_dim, heads * config.head_coord_dim)
-        self.v_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
-        self.out_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
+        self.coord_proj_attn = linear(config, config.coord_dim, heads * config.head_coord_dim)
+        self.v_proj = linear(config, config.hidden_dim, config.hidden_dim)
+        self.out_proj = linear(config, config.hidden_dim, config.hidden_dim)
+        self.value_share = value_share(config, layer)
         self.gamma_raw = nn.Parameter(torch.zeros(heads))
         self.gravity_bias = nn.Parameter(torch.zeros(heads))
         self.radius_raw = nn.Parameter(softplus_inverse(config.radius))
@@ -213,14 +215,15 @@ class PublishedGravityAttention(nn.Module):
             "radius": self.radius,
         }
 
-    def forward(self, h, z, mass, positions, kv_cache=None):
-        """As `GravityAttention.forward` of model.py: (B, T, hidden_dim)."""
+    def forward(self, h, z, mass, positions, kv_cache=None, first_values=None):
+        """As `GravityAttention.forward` of newton.py: (B, T, hidden_dim) twice."""
         q, k = self.points(z)
-        v = split_heads(self.v_proj(h), self.config.num_heads)
+        values = value_residual(self.v_proj(h), first_values, self.value_share)
+        v = split_heads(values, self.config.num_heads)
         key_positions, key_mass = positions, mass
         if kv_cache is not None:
             key_positions, k, v, key_mass = kv_cache.append(self.layer, positions, k, v, mass)
         law = self.law() | {"query_positions": positions, "key_positions": key_positions}
         dropout = self.config.dropout if self.training else 0.0
         a = published_gravity_attention(q, k, v, mass, key_mass, dropout=dropout, **law)
-        return self.out_proj(merge_heads(a))
+        return self.out_proj(merge_heads(a)), values

@@ -14,18 +14,26 @@ VOCAB, BLOCK = 29, 16
 SMALL = dict(vocab_size=VOCAB, block_size=BLOCK, hidden_dim=24, num_layers=2, num_heads=4)
 NGT_SMALL = dict(**SMALL, coord_dim=12, head_coord_dim=6, mlp_dim=32)
 RADIUS = 3.0
+MODERN = dict(
+    **{"norm": "rmsnorm", "bias": False, "activation": "relu2", "value_residual": True},
+    **{"embedding_skip": True, "logit_softcap": 3.0},
+)
+MODERN_VANILLA = MODERN | {"qk_norm": True, "smear": "keys-values", "sink": True}
 NEWTON = {
     "newton none": dict(use_radius_cutoff=False),
     "newton hard": dict(radius=RADIUS),
     "newton soft": dict(radius=RADIUS, use_soft_cutoff=True),
     "newton mass in value": dict(radius=RADIUS, use_soft_cutoff=True, mass_in_value=True),
+    "newton modern": dict(radius=RADIUS, **MODERN),
 }
 PUBLISHED = {
     "published none": dict(law="published", use_radius_cutoff=False),
     "published hard": dict(law="published"),
     "published soft": dict(law="published", use_soft_cutoff=True, mass_in_value=True),
+    "published modern": dict(law="published", use_soft_cutoff=True, **MODERN),
 }
 VANILLA = {f"vanilla {pos}": dict(pos=pos) for pos in ("learned", "rotary", "alibi")}
+VANILLA |= {f"{name} modern": pos | MODERN_VANILLA for name, pos in VANILLA.items()}
 ALL = {**NEWTON, **PUBLISHED, **VANILLA}
 
 

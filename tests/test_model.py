@@ -27,9 +27,9 @@ from small_models import (
 )
 from system.errors import UsageError
 from training.config import DEFAULTS, PRESETS
-from vanilla_model import Attention, VanillaConfig, alibi_slopes, rotate
+from vanilla_model import Attention, VanillaConfig, alibi_slopes, rotate, rotation
 
-UNLIMITED = [*NEWTON, "vanilla rotary", "vanilla alibi"]
+UNLIMITED = [*NEWTON, *(name for name in VANILLA if "learned" not in name)]
 
 
 def in_chunks(model, tokens, sizes):
@@ -157,15 +157,18 @@ def test_rotary_turns_pairs_and_knows_distance_only():
     theta = torch.tensor([10000.0 ** (-2 * n / 8) for n in range(4)], dtype=torch.float64)
     turned = pairs * torch.exp(1j * t[:, None] * theta)
     expected = torch.cat([turned.real, turned.imag], -1)
-    torch.testing.assert_close(rotate(x, t).double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rotate(x, *rotation(t, 8)).double(), expected, rtol=1e-4, atol=1e-4)
 
     q, k = torch.randn(1, 1, 7, 8), torch.randn(1, 1, 7, 8)
     products = [
-        rotate(q, t + shift) @ rotate(k, t + shift).transpose(-1, -2) for shift in (0, 3, 200)
+        rotate(q, *rotation(t + shift, 8)) @ rotate(k, *rotation(t + shift, 8)).transpose(-1, -2)
+        for shift in (0, 3, 200)
     ]
     for shifted in products[1:]:
         torch.testing.assert_close(shifted, products[0], rtol=1e-3, atol=1e-3)
-    assert (rotate(q, t) @ rotate(k, t + 3).transpose(-1, -2) - products[0]).abs().max() > 0.1
+    assert (
+        rotate(q, *rotation(t, 8)) @ rotate(k, *rotation(t + 3, 8)).transpose(-1, -2) - products[0]
+    ).abs().max() > 0.1
 
 
 def test_alibi_slopes_are_the_papers():
@@ -194,7 +197,7 @@ def test_vanilla_attention_is_the_textbooks(pos):
             weights = [math.exp(score) for score in scores]
             for j, weight in enumerate(weights):
                 mixed[i, own] += weight / sum(weights) * v[j, own]
-    found = attention(h, torch.arange(9))
+    found, _ = attention(h, torch.arange(9))
     torch.testing.assert_close(found[0], attention.out_proj(mixed), rtol=1e-4, atol=1e-5)
 
 
@@ -323,7 +326,13 @@ def test_absolute_positions_end(name):
         model(ids(1), kv_cache=cache)
 
 
-@pytest.mark.parametrize("name", ["newton soft", "published soft", "vanilla alibi"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("newton soft", "published soft", "vanilla alibi"),
+        *("newton modern", "published modern", "vanilla rotary modern"),
+    ],
+)
 def test_every_parameter_learns(name):
     """Every parameter gets a gradient, the last layer's coordinates through repulsion."""
     model = lively(name).train()

@@ -26,9 +26,9 @@ SCRIPTS = (train_shakespeare, prepare_data, chat, visualize_coords, report, benc
 MODULES = (".py", ".cpp", ".js", ".css", ".html", ".sh")
 LAYERS = (
     "system",
+    "layers",
     "gravity text web",
-    "data model",
-    "vanilla_model",  # its feed-forward and its checks are those of model.py
+    "data model vanilla_model",
     "engine",
     "training talk coords",
     "reporting benchmarks",

@@ -1,7 +1,8 @@
 """Settings of a run: its fields with their defaults, the presets, and which value wins.
 
-A given flag wins over the checkpoint being resumed, that over the preset of the dataset, and that
-over the default. The result is the run's config: a dict with a value for every setting.
+A given flag wins over the checkpoint being resumed, that over the recipe, that over the preset of
+the dataset, and that over the default. The result is the run's config: a dict with a value for
+every setting.
 """
 
 from dataclasses import MISSING, dataclass, fields
@@ -9,11 +10,29 @@ from dataclasses import MISSING, dataclass, fields
 import torch
 
 from engine.models import MODELS, build_model, model_fields
-from system.cli import not_negative, random_seed, whole, whole_or_zero
+from system.cli import not_negative, random_seed, share, whole, whole_or_zero
 from system.errors import UsageError, warn
 from system.settings import flag_of, setting
 
-# mlp_dim is chosen so that compared models have equal parameters, to within 1 %
+DEFAULT_RECIPE = "gpt2"  # of new runs; a checkpoint without a recipe in its config is of gpt2
+RECIPES = {
+    "gpt2": {},  # the defaults of the settings
+    "modern": {
+        "norm": "rmsnorm",
+        "bias": False,
+        "activation": "relu2",
+        "zero_init_outputs": True,
+        "value_residual": True,
+        "embedding_skip": True,
+        "logit_softcap": 15.0,
+        "pos": "rotary",
+        "qk_norm": True,
+        "optimizer": "muon",
+        "beta2": 0.95,
+    },
+}
+# A value may be a dict by kind of model. mlp_dim is chosen so that compared models have equal
+# parameters, to within 1 %, under the recipe gpt2. What stands under a recipe's name wins there.
 PRESETS = {
     "shakespeare": {"mlp_dim": {"newton": 576, "published": 596, "vanilla": 512}},
     "text": {
@@ -82,6 +101,12 @@ class RunSettings:
         "(default: trained, and kept with the token files)",
     )
     tiktoken_encoding: str = setting("gpt2", "the name of an encoding that tiktoken knows")
+    recipe: str = setting(
+        "gpt2",
+        "defaults of the model's parts and of the optimizer: gpt2, as in 2019, or modern "
+        f"(default: {DEFAULT_RECIPE})",
+        choices=list(RECIPES),
+    )
     num_parameters: int | None = setting(
         None, "choose --mlp-dim so that the model has about this many parameters", whole
     )
@@ -90,7 +115,16 @@ class RunSettings:
     repulsion_interval: int = setting(10, "steps between additions of that loss", whole)
     batch_size: int = setting(12, "windows per micro-step, over all processes", whole)
     gradient_accumulation_steps: int = setting(1, "micro-steps per step", whole)
+    optimizer: str = setting(
+        "adamw",
+        "adamw for all weights, or muon for the matrices inside the model and adamw for the rest",
+        choices=("adamw", "muon"),
+    )
     learning_rate: float = setting(1e-3, "the highest learning rate of AdamW", not_negative)
+    matrix_learning_rate: float | None = setting(
+        None, "the highest learning rate of Muon (default: that of AdamW)", not_negative
+    )
+    beta2: float = setting(0.99, "share of AdamW's mean square that a step keeps", share)
     min_learning_rate: float = setting(1e-4, "learning rate at the end of the cosine", not_negative)
     weight_decay: float = setting(0.1, "weight decay, on matrices only", not_negative)
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0: no clipping", not_negative)
@@ -166,27 +200,34 @@ def resolve(args, resumed=None):
     if resumed is not None:
         _check_against(given, resumed)
         return {name: resumed.get(name, DEFAULTS[name]) for name in SETTINGS} | given
-    preset = PRESETS[given.get("dataset", DEFAULTS["dataset"])]
-    config = DEFAULTS | preset | given
+    recipe = given.get("recipe", DEFAULT_RECIPE)
+    preset = dict(PRESETS[given.get("dataset", DEFAULTS["dataset"])])
+    of_recipe = {name: preset.pop(name, {}) for name in RECIPES}[recipe]
+    config = DEFAULTS | preset | RECIPES[recipe] | of_recipe | given | {"recipe": recipe}
+    kind = "vanilla" if config["model_type"] == "vanilla" else config["law"]
+    widths = config["mlp_dim"]
+    config = {name: v[kind] if isinstance(v, dict) else v for name, v in config.items()}
     if "mlp_dim" not in given:
-        config["mlp_dim"] = _mlp_dim(config, given, preset["mlp_dim"])
+        config["mlp_dim"] = _mlp_dim(config, given, kind, widths)
     return config
 
 
-def _mlp_dim(config, given, matched):
+def _mlp_dim(config, given, kind, matched):
     """The `mlp_dim` that gives compared models equally many parameters.
 
     Args:
         config: a value for every setting, `mlp_dim` still as in the preset.
         given: the settings that the user gave.
-        matched: the preset's widths by kind, which hold if no size is given.
+        kind: of the model.
+        matched: the preset's widths by kind, which hold for the recipe gpt2 if no size is given.
     """
-    kind = "vanilla" if config["model_type"] == "vanilla" else config["law"]
     aim = config["num_parameters"]
     sizes = {"hidden_dim", "coord_dim", "head_coord_dim", "num_heads"}
-    if aim is None and not sizes & given.keys():
+    width = matched["newton"]
+    if sizes & given.keys():
+        width = 4 * config["hidden_dim"]  # as in GPT-2
+    elif aim is None and config["recipe"] == "gpt2":
         return matched[kind]
-    width = 4 * config["hidden_dim"]  # as in GPT-2
     if kind == "newton" and aim is None:
         return width
 
@@ -205,22 +246,25 @@ def _mlp_dim(config, given, matched):
 
 def _check_against(given, resumed):
     """Refuse what contradicts the resumed model, and warn of what changes the run."""
-    fixed = {"model_type", "dataset", "tokenizer", *model_fields(resumed["model_type"])}
+    fixed = {"model_type", "dataset", "tokenizer", "recipe", "optimizer"}
+    fixed |= set(model_fields(resumed["model_type"]))
     fixed -= {"dropout", "field_tolerance"}  # they change no shape and no meaning of the weights
     for name, value in given.items():
-        flag = flag_of(SETTINGS[name])
-        if name in fixed and value != resumed.get(name):
+        flag, before = flag_of(SETTINGS[name]), resumed.get(name, DEFAULTS[name])
+        if name in fixed and value != before:
             raise UsageError(
-                f"{flag} {value} contradicts the checkpoint, which has {resumed.get(name)}: "
+                f"{flag} {value} contradicts the checkpoint, which has {before}: "
                 "drop the flag or give another --checkpoint-path"
             )
-        if name not in FREE_ON_RESUME and value != resumed.get(name, value):
-            warn(f"{flag} changes from {resumed[name]} to {value}")
+        if name not in FREE_ON_RESUME and value != before:
+            warn(f"{flag} changes from {before} to {value}")
 
 
 def warn_of_no_effect(args, config):
     """One warning for each given flag that this kind of model does not use."""
     given = given_settings(args).keys()
+    if "matrix_learning_rate" in given and config["optimizer"] != "muon":
+        warn("--matrix-learning-rate has no effect without --optimizer muon")
     if config["model_type"] == "vanilla":
         others = set(model_fields("ngt")) - set(model_fields("vanilla"))
         if "mlp_dim" not in given:  # they give the size of the NGT to match
@@ -230,6 +274,8 @@ def warn_of_no_effect(args, config):
         return
     if "pos" in given:
         warn("--pos has no effect on --model ngt, which knows time as a dimension of space")
+    for name in sorted(given & {"qk_norm", "sink", "smear"}):
+        warn(f"{flag_of(SETTINGS[name])} has no effect on --model ngt")
     if config["use_rsqrt"] and config["law"] == "newton":
         warn("--use-rsqrt has no effect under --law newton")
     for name in sorted(given & {"exponent", "retardation", "farthest_time_scale"}):

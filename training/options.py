@@ -5,7 +5,7 @@ Their argparse default is None, so that `training.config.resolve` can tell which
 
 from system.cli import script_parser
 from system.settings import add_flag
-from training.config import CORPUS, DEFAULTS, PRESETS, SETTINGS
+from training.config import CORPUS, DEFAULTS, PRESETS, RECIPES, SETTINGS
 
 GROUPS = {  # in the order of --help
     "model kind": ("model_type",),
@@ -14,16 +14,21 @@ GROUPS = {  # in the order of --help
         *("hidden_dim", "coord_dim", "head_coord_dim", "num_layers", "num_heads", "mlp_dim"),
         *("num_parameters", "block_size", "dropout"),
     ),
+    "recipe": (
+        *("recipe", "norm", "bias", "activation", "zero_init_outputs", "value_residual"),
+        *("embedding_skip", "logit_softcap"),
+    ),
     "law of attraction (NGT)": (
         *("law", "exponent", "radius", "use_radius_cutoff", "use_soft_cutoff", "mass_in_value"),
         *("retardation", "background", "background_start", "farthest_time_scale", "use_rsqrt"),
         "field_tolerance",
     ),
-    "positions (vanilla)": ("pos",),
+    "attention (vanilla)": ("pos", "qk_norm", "smear", "sink"),
     "repulsion (NGT)": ("repulsion", "lambda_repulsion", "repulsion_interval"),
     "optimisation": (
-        *("batch_size", "gradient_accumulation_steps", "learning_rate", "min_learning_rate"),
-        *("weight_decay", "grad_clip", "max_steps", "use_cosine_schedule", "warmup_steps", "seed"),
+        *("batch_size", "gradient_accumulation_steps", "optimizer", "learning_rate"),
+        *("matrix_learning_rate", "min_learning_rate", "beta2", "weight_decay"),
+        *("grad_clip", "max_steps", "use_cosine_schedule", "warmup_steps", "seed"),
     ),
     "machine": ("use_amp", "compile", "shard_optimizer", "deterministic", "device"),
 }
@@ -80,11 +85,14 @@ def _stated_default(name, help, defaults):
     if value is None or "(default: " in help:
         return ""
     parts = [_shown(value)]
-    parts += [f"{title}: {_shown(p[name])}" for title, p in PRESETS.items() if name in p]
+    special = (PRESETS | RECIPES).items()
+    parts += [f"{title}: {_shown(p[name])}" for title, p in special if name in p]
     return f" (default: {'; '.join(parts)})"
 
 
 def _shown(value):
+    if isinstance(value, dict):  # by kind of model
+        return ", ".join(f"{number} for {kind}" for kind, number in value.items())
     if isinstance(value, bool):
         return "on" if value else "off"
     return str(value)

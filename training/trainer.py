@@ -17,6 +17,12 @@ from model import NGT, repulsion_loss
 from system.errors import UserError, warn
 from system.machine import cpu_multiplies_bf16
 from system.safe_text import short_reason
+from training.optimizer import (
+    make_optimizer,
+    restore_optimizer,
+    set_learning_rates,
+    state_of,
+)
 from training.ranks import Ranks
 
 SEEDS = 1 << 63  # PyTorch's generators take seeds from 0 to below this
@@ -66,42 +72,6 @@ def distribute(model, device, ranks):
         find_unused_parameters=unused,
         gradient_as_bucket_view=True,  # otherwise every gradient is in memory twice
     )
-
-
-def make_optimizer(model, config, device, ranks):
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with weight decay on matrices only.
-
-    With `shard_optimizer` every rank keeps a share of the state (ZeRO stage 1, Rajbhandari et
-    al. 2020, arXiv:1910.02054).
-    """
-    decay, keep = [], []
-    for name, parameter in model.named_parameters():
-        # biases, norms and masses have no reason to be near 0
-        is_matrix = parameter.dim() >= 2 and not name.startswith("mass_emb")
-        (decay if is_matrix else keep).append(parameter)
-    groups = [
-        {"params": decay, "weight_decay": config["weight_decay"]},
-        {"params": keep, "weight_decay": 0.0},
-    ]
-    settings = {"lr": config["learning_rate"], "betas": (0.9, 0.99)}
-    settings["fused"] = device.type in ("cpu", "cuda")
-    if config["shard_optimizer"] and ranks.size > 1:
-        from torch.distributed.optim import ZeroRedundancyOptimizer  # takes a second to import
-
-        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
-    return torch.optim.AdamW(groups, **settings)
-
-
-def learning_rate(step, config):
-    """The learning rate of a step: linear warm-up, then constant or a cosine to the minimum."""
-    peak, warmup = config["learning_rate"], config["warmup_steps"]
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    if not config["use_cosine_schedule"]:
-        return peak
-    progress = (step - warmup) / max(1, config["max_steps"] - warmup)
-    low = min(config["min_learning_rate"], peak)
-    return low + (peak - low) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
 class Trainer:
@@ -159,7 +129,7 @@ class Trainer:
         others = self.ranks.gathered(dict(rng))[1:]
         if others:
             rng["other_ranks"] = others
-        optimizer_state = self._optimizer_state()
+        optimizer_state = state_of(self.optimizer, self.ranks)
         return {
             "format_version": FORMAT_VERSION,
             "model_state": self.raw_model.state_dict(),
@@ -173,14 +143,6 @@ class Trainer:
             "rng_state": rng,
             "data_state": dict(self.progress),
         }
-
-    def _optimizer_state(self):
-        """AdamW's state; None on all ranks but the main one if the state is sharded."""
-        if hasattr(self.optimizer, "consolidate_state_dict"):
-            self.optimizer.consolidate_state_dict(to=0)
-            if not self.ranks.is_main:
-                return None
-        return self.optimizer.state_dict()
 
     def saved_config(self):
         """The settings, the model's shape, and which text and tokenizer it learned from."""
@@ -218,7 +180,7 @@ class Trainer:
             state = checkpoint["optimizer_state"]["state"]
             if checkpoint["iter"] and not state:
                 raise ValueError("optimizer_state is empty")
-            self._restore_optimizer(state)
+            restore_optimizer(self.optimizer, state)
             if checkpoint["scaler_state"]:  # empty for runs in fp32 or bf16
                 self.scaler.load_state_dict(_finite_numbers(checkpoint["scaler_state"]))
             self._restore_rng(checkpoint["rng_state"], checkpoint["iter"])
@@ -229,33 +191,6 @@ class Trainer:
             raise UserError(
                 f"{path} cannot be resumed ({short_reason(error)}): name another with --resume-from"
             ) from None
-
-    def _restore_optimizer(self, state):
-        """Load AdamW's averages; learning rate and weight decay stay those of this run.
-
-        Raises:
-            ValueError: if they do not belong to these parameters.
-        """
-        groups, parameters = [], []
-        for group in self.optimizer.param_groups:
-            numbers = range(len(parameters), len(parameters) + len(group["params"]))
-            groups.append(group | {"params": [*numbers]})
-            parameters += group["params"]
-        for number, averages in state.items():
-            if number not in range(len(parameters)):
-                raise ValueError("optimizer_state is of more parameters than there are")
-            parameter = parameters[number]
-            if averages.keys() != {"step", "exp_avg", "exp_avg_sq"}:
-                raise ValueError("optimizer_state is not AdamW's")
-            for name, average in averages.items():
-                shape = () if name == "step" else parameter.shape
-                if average.shape != shape or average.dtype != torch.float32:
-                    raise ValueError(f"optimizer_state is of other parameters than number {number}")
-                if not bool(torch.isfinite(average).all()) or average.layout != torch.strided:
-                    raise ValueError("optimizer_state holds NaN or infinity")
-                if name != "exp_avg" and bool((average < 0).any()):
-                    raise ValueError("optimizer_state holds negative squares or steps")
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def _restore_rng(self, states, step):
         """Give this rank the state it had; a new one if the number of ranks has changed."""
@@ -294,15 +229,14 @@ class Trainer:
         return loss, cross_entropy.detach()
 
     def step(self):
-        """One optimizer step: fetch, forward and backward per micro-step, then AdamW.
+        """One optimizer step: fetch, forward and backward per micro-step, then the optimizer.
 
         Returns:
             `(cross-entropy, norm of the gradient)`, floats. If either is not finite, no weight was
             changed.
         """
         c = self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.iter, c)
+        set_learning_rates(self.optimizer, self.iter, c)
         with_repulsion = c["repulsion"] and self.iter % c["repulsion_interval"] == 0
         mean, micro_steps = 0.0, c["gradient_accumulation_steps"]
         for micro_step in range(micro_steps):

@@ -8,6 +8,7 @@ import torch
 from small_runs import SMALL, same
 from training import trainer as training_trainer
 from training.loop import evaluation_row
+from training.optimizer import learning_rate
 
 
 @pytest.fixture
@@ -58,10 +59,10 @@ def test_learning_rate_schedule():
         **{"learning_rate": 1.0, "min_learning_rate": 0.1, "warmup_steps": 10},
         **{"max_steps": 110, "use_cosine_schedule": True},
     }
-    rate = [training_trainer.learning_rate(step, config) for step in (0, 9, 10, 60, 110)]
+    rate = [learning_rate(step, config) for step in (0, 9, 10, 60, 110)]
     assert rate == pytest.approx([0.1, 1.0, 1.0, 0.55, 0.1])
     config["use_cosine_schedule"] = False
-    assert training_trainer.learning_rate(100, config) == 1.0
+    assert learning_rate(100, config) == 1.0
 
 
 def test_a_step_that_is_not_finite_changes_nothing(trainer):

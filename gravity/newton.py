@@ -1,0 +1,149 @@
+"""The attention layer of `--law newton`: what each head learns, and how a layer feels the law.
+
+Letters in shapes as in `law.py`.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from gravity.attention import gravity_attention
+from gravity.heads import merge_heads, softplus_inverse, split_heads
+from gravity.law import reach
+from layers.parts import linear, mix_with_token_before, value_residual, value_share
+
+NEAREST_TIME_SCALE = 0.35  # softenings per token, of each layer's first head at the start
+
+
+class GravityAttention(nn.Module):
+    """Attention under `--law newton`: the pull of earlier tokens, by `gravity/law.py`.
+
+    A head looks from `q = P z`, tokens pull from `k = S z`; time is one more dimension of space.
+    With retardation, k is partly that of the token before (`retarded`), so that one layer can find
+    what once followed a token like this one.
+    """
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.config, self.layer = config, layer
+        heads, points = config.num_heads, config.num_heads * config.head_coord_dim
+        self.probe_proj = linear(config, config.coord_dim, points)
+        self.source_proj = linear(config, config.coord_dim, points)
+        self.retardation = nn.Parameter(torch.empty(points)) if config.retardation else None
+        self.v_proj = linear(config, config.hidden_dim, config.hidden_dim)
+        self.out_proj = linear(config, config.hidden_dim, config.hidden_dim)
+        self.value_share = value_share(config, layer)
+        self.dropout = nn.Dropout(config.dropout)
+        self.time_scale_raw = nn.Parameter(torch.empty(heads))
+        self.time_offset = nn.Parameter(torch.empty(heads))
+        radius = softplus_inverse(torch.full((heads,), config.radius))
+        if config.cutoff == "soft":
+            self.radius_raw = nn.Parameter(radius)
+        else:
+            self.register_buffer("radius_raw", radius, persistent=False)
+        self.background_raw = nn.Parameter(torch.empty(heads)) if config.background else None
+
+    @torch.no_grad()
+    def reset_geometry(self):
+        """Start with distances of about 1 softening, and heads that look 3 to 300 tokens back."""
+        # PyTorch's start gives |q - k|^2 of about 2/3 per coordinate; 8 makes it 1.3 for 16 of them
+        for proj in (self.probe_proj, self.source_proj):
+            proj.reset_parameters()
+            proj.weight /= math.sqrt(8)
+            if proj.bias is not None:
+                proj.bias /= math.sqrt(8)
+        heads = self.config.num_heads
+        # from 0 for a layer's nearest head to 1 for its farthest
+        steps = torch.arange(heads, dtype=torch.float64) / max(heads - 1, 1)
+        far = self.config.farthest_time_scale
+        nearest = max(NEAREST_TIME_SCALE, far)
+        self.time_scale_raw.copy_(softplus_inverse(nearest * (far / nearest) ** steps))
+        self.time_offset.copy_(steps)
+        if self.background_raw is not None:
+            self.background_raw.fill_(softplus_inverse(self.config.background_start))
+        if self.retardation is not None:
+            self.retardation.copy_(steps.repeat_interleave(self.config.head_coord_dim))
+
+    @property
+    def time_scale(self):
+        """Softening units per token, (H,)."""
+        return F.softplus(self.time_scale_raw.float())
+
+    @property
+    def radius(self):
+        """Softening units, (H,); None without a cutoff."""
+        return None if self.config.cutoff == "none" else F.softplus(self.radius_raw.float())
+
+    @property
+    def background(self):
+        """What is added to each head's sum of fields, (H,); None for none."""
+        return None if self.background_raw is None else F.softplus(self.background_raw.float())
+
+    @property
+    def window(self):
+        """How many tokens back each head feels anything, (H,); inf without a cutoff."""
+        if self.radius is None:
+            return torch.full_like(self.time_offset, math.inf)
+        return reach(self.time_scale, self.time_offset, self.radius).clamp(min=1)
+
+    def points(self, z, kv_cache=None):
+        """Where tokens look from, and where they pull from, both (B, H, T, head_coord_dim)."""
+        source = self.retarded(self.source_proj(z), kv_cache)
+        return tuple(split_heads(x, self.config.num_heads) for x in (self.probe_proj(z), source))
+
+    def retarded(self, source, kv_cache=None):
+        """Where tokens pull from, (B, T, H*C): their own place mixed with that of the token before,
+        in the learned shares `1 - retardation` and `retardation`.
+
+        Args:
+            source: each token's own place, (B, T, H*C); a text's first token always keeps it.
+            kv_cache: remembers the token before the first one of the next call.
+        """
+        if self.retardation is None:
+            return source
+        return mix_with_token_before(source, self.retardation, kv_cache, self.layer)
+
+    def law(self):
+        """The keyword arguments of `gravity_field` for this layer."""
+        return dict(
+            time_scale=self.time_scale,
+            time_offset=self.time_offset,
+            exponent=self.config.exponent,
+            radius=self.radius,
+            cutoff=self.config.cutoff,
+            background=self.background,
+            mass_in_value=self.config.mass_in_value,
+        )
+
+    def learned(self):
+        """What the heads learned, by name: (H,), retardation (H * head_coord_dim,).
+
+        A radius or retardation that the model does not have is None.
+        """
+        names = ("time_scale", "time_offset", "retardation", "radius", "window")
+        return {name: getattr(self, name) for name in names}
+
+    def forward(self, h, z, mass, positions, kv_cache=None, first_values=None):
+        """What each token receives from itself and those before it, and what it passes on, its
+        value: both (B, T, hidden_dim).
+
+        `h` is (B, T, hidden_dim) and normalised, `z` (B, T, coord_dim), `mass` (B, T), `positions`
+        (T,), increasing, `first_values` the values of layer 1. What a `KVCache` remembers pulls
+        too.
+        """
+        q, k = self.points(z, kv_cache)
+        values = value_residual(self.v_proj(h), first_values, self.value_share)
+        v = split_heads(values, self.config.num_heads)
+        tolerance = self.config.field_tolerance
+        if tolerance is None:  # 16-bit values lose more than 1e-4 by their rounding
+            tolerance = 1e-4 if v.dtype in (torch.bfloat16, torch.float16) else 1e-6
+        key_positions = positions
+        if kv_cache is not None:
+            key_positions, k, v, mass = kv_cache.append(self.layer, positions, k, v, mass)
+        law = self.law() | {"query_positions": positions, "key_positions": key_positions}
+        a = gravity_attention(q, k, v, mass, field_tolerance=tolerance, **law)
+        if kv_cache is not None:
+            kv_cache.forget_beyond(self.layer, lambda: self.window)
+        return self.dropout(self.out_proj(merge_heads(a))), values

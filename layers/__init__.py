@@ -1,0 +1,1 @@
+"""What both models are built from: their common settings, and the parts of a layer."""

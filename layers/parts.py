@@ -1,0 +1,133 @@
+"""The parts of a layer that both models share, each as its config says.
+
+Letters in shapes as in `gravity/law.py`.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467); its weight is rounded to the
+    precision of what it normalises, without which PyTorch warns and is slow."""
+
+    def __init__(self, width):
+        super().__init__(width, eps=1e-6)
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def norm(config, width):
+    """The normalisation of so many channels that the config names."""
+    return RMSNorm(width) if config.norm == "rmsnorm" else nn.LayerNorm(width)
+
+
+def linear(config, inputs, outputs):
+    """A linear map inside a model, with a bias if the config says so."""
+    return nn.Linear(inputs, outputs, bias=config.bias)
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with a nonlinearity between them, (B, T, hidden_dim) to the same shape.
+
+    GELU, or the square of ReLU (So et al. 2021, Primer, arXiv:2109.08668).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.squares = config.activation == "relu2"
+        self.up_proj = linear(config, config.hidden_dim, config.mlp_dim)
+        self.down_proj = linear(config, config.mlp_dim, config.hidden_dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, h):
+        h = self.up_proj(h)
+        h = F.relu(h).square() if self.squares else F.gelu(h)
+        return self.dropout(self.down_proj(h))
+
+
+def skip_weights(config):
+    """The weights of the hidden state and of the embedding before a layer, (2,); None without
+    `--embedding-skip`. At the start the embedding has none."""
+    return nn.Parameter(torch.tensor([1.0, 0.0])) if config.embedding_skip else None
+
+
+def embedding_skip(h, embedding, weights):
+    """`a h + b embedding` with the weights (a, b); `h` itself without weights.
+
+    `h` and `embedding` are (B, T, hidden_dim). The idea is from modded-nanogpt (Jordan et al. 2024,
+    https://github.com/KellerJordan/modded-nanogpt).
+    """
+    return h if weights is None else weights[0] * h + weights[1] * embedding
+
+
+def value_share(config, layer):
+    """The share of the first layer's values in this layer's, (); None in the first layer, and
+    without `--value-residual`."""
+    return nn.Parameter(torch.tensor(0.5)) if config.value_residual and layer else None
+
+
+def value_residual(v, first_values, share):
+    """The values `(1 - share) v + share first_values`; `v` itself without a share.
+
+    Both are (B, T, hidden_dim) and of the same tokens (Zhou et al. 2024, Value residual learning,
+    arXiv:2410.17897).
+    """
+    return v if share is None else torch.lerp(v, first_values, share.to(v.dtype))
+
+
+def mix_with_token_before(x, share, kv_cache, name):
+    """`(1 - share) x_j + share x_(j-1)` for each token j; a text's first token keeps its own.
+
+    Args:
+        x: (B, T, C).
+        share: (C,).
+        kv_cache: remembers the last token for the first one of the next call; or None.
+        name: under which the cache remembers it.
+    """
+    first = x[:, :1] if kv_cache is None else kv_cache.exchange(name, x)
+    before = torch.cat([first, x[:, :-1]], 1)
+    return torch.lerp(x, before, share.to(x.dtype))
+
+
+def soft_cap(logits, cap):
+    """`cap tanh(logits / cap)`, at least in fp32; the logits themselves for a cap of 0.
+
+    Gemma 2 (2024, arXiv:2408.00118).
+    """
+    if not cap:
+        return logits
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return cap * torch.tanh(logits / cap)
+
+
+@torch.no_grad()
+def init_weights(model):
+    """Start as GPT-2: normal(0, 0.02), divided by sqrt(2 layers) for what is added to `h`.
+
+    With `--zero-init-outputs` what is added starts at 0.
+    """
+    config = model.config
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            std = 0.02
+            if name.endswith(("out_proj", "down_proj")):
+                std /= math.sqrt(2 * config.num_layers)
+                std *= not config.zero_init_outputs
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+    if config.tie_head:
+        model.head.weight = model.token_emb.weight
+
+
+def check_context(model, length):
+    """Raise `ValueError` if a model has fewer positions than `length` tokens need."""
+    if model.max_context is not None and length > model.max_context:
+        raise ValueError(f"{length} tokens do not fit block_size {model.max_context} of this model")

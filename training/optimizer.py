@@ -1,0 +1,192 @@
+"""The optimizer of a run, its learning rates, and its state in a checkpoint."""
+
+import math
+
+import torch
+from torch import nn
+
+from system.errors import warn
+
+
+def make_optimizer(model, config, device, ranks):
+    """AdamW, or under `--optimizer muon` a `MuonAndAdamW`, with weight decay on matrices only.
+
+    AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101. With `shard_optimizer` every rank keeps a
+    share of AdamW's state (ZeRO stage 1, Rajbhandari et al. 2020, arXiv:1910.02054).
+    """
+    matrices = matrices_inside(model) if config["optimizer"] == "muon" else []
+    for_muon = {id(parameter) for parameter in matrices}
+    decay, keep = [], []
+    for name, parameter in model.named_parameters():
+        if id(parameter) in for_muon:
+            continue
+        # biases, norms and masses have no reason to be near 0
+        is_matrix = parameter.dim() >= 2 and not name.startswith("mass_emb")
+        (decay if is_matrix else keep).append(parameter)
+    adamw = _adamw(decay, keep, config, device, ranks)
+    if not matrices:
+        return adamw
+    if config["shard_optimizer"] and ranks.size > 1 and ranks.is_main:
+        warn("--shard-optimizer shares out AdamW's state only: each process keeps all of Muon's")
+    # the factor gives Muon's steps the size of AdamW's (Liu et al. 2025, arXiv:2502.16982)
+    muon = torch.optim.Muon(
+        matrices,
+        lr=config["learning_rate"],
+        weight_decay=config["weight_decay"],
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return MuonAndAdamW(muon, adamw)
+
+
+def _adamw(decay, keep, config, device, ranks):
+    groups = [
+        {"params": decay, "weight_decay": config["weight_decay"]},
+        {"params": keep, "weight_decay": 0.0},
+    ]
+    settings = {"lr": config["learning_rate"], "betas": (0.9, config["beta2"])}
+    settings["fused"] = device.type in ("cpu", "cuda")
+    if config["shard_optimizer"] and ranks.size > 1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # takes a second to import
+
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
+    return torch.optim.AdamW(groups, **settings)
+
+
+def matrices_inside(model):
+    """The matrices of all linear maps but the last, which is the head; no embeddings."""
+    linear = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "head"]
+    return [m.weight for m in linear]
+
+
+class MuonAndAdamW:
+    """Muon for the matrices inside a model and AdamW for the rest, used as one optimizer.
+
+    Muon: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/. In `state_dict` AdamW's
+    parameters are numbered first, then Muon's.
+    """
+
+    def __init__(self, muon, adamw):
+        self.muon, self.adamw = muon, adamw
+
+    @property
+    def param_groups(self):
+        return [*self.adamw.param_groups, *self.muon.param_groups]
+
+    def step(self):
+        self.adamw.step()
+        self.muon.step()
+
+    def zero_grad(self, set_to_none=True):
+        self.adamw.zero_grad(set_to_none)
+        self.muon.zero_grad(set_to_none)
+
+    def state_dict(self):
+        adamw, muon = self.adamw.state_dict(), self.muon.state_dict()
+        first = self._first_of_muon()
+        state = {number + first: averages for number, averages in muon["state"].items()}
+        groups = [
+            group | {"params": [number + first for number in group["params"]]}
+            for group in muon["param_groups"]
+        ]
+        return {
+            "state": adamw["state"] | state,
+            "param_groups": [*adamw["param_groups"], *groups],
+        }
+
+    def load_state_dict(self, saved):
+        first, count = self._first_of_muon(), len(self.adamw.param_groups)
+        state, groups = saved["state"], saved["param_groups"]
+        self.adamw.load_state_dict(
+            {
+                "state": {number: x for number, x in state.items() if number < first},
+                "param_groups": groups[:count],
+            }
+        )
+        self.muon.load_state_dict(
+            {
+                "state": {number - first: x for number, x in state.items() if number >= first},
+                "param_groups": [
+                    group | {"params": [number - first for number in group["params"]]}
+                    for group in groups[count:]
+                ],
+            }
+        )
+
+    def _first_of_muon(self):
+        return sum(len(group["params"]) for group in self.adamw.param_groups)
+
+
+def is_muons(group):
+    """Whether a group of parameters is Muon's."""
+    return "ns_steps" in group
+
+
+def set_learning_rates(optimizer, step, config):
+    """Give every group of parameters its learning rate for a step.
+
+    Muon's follows the same schedule, scaled so that it ends at the same share of its peak.
+    """
+    peak, of_matrices = config["learning_rate"], config["matrix_learning_rate"]
+    low = config["min_learning_rate"]
+    if of_matrices is None:
+        of_matrices = peak
+    elif peak:
+        low *= of_matrices / peak
+    scaled = config | {"learning_rate": of_matrices, "min_learning_rate": low}
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, scaled if is_muons(group) else config)
+
+
+def learning_rate(step, config):
+    """The learning rate of a step: linear warm-up, then constant or a cosine to the minimum."""
+    peak, warmup = config["learning_rate"], config["warmup_steps"]
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if not config["use_cosine_schedule"]:
+        return peak
+    progress = (step - warmup) / max(1, config["max_steps"] - warmup)
+    low = min(config["min_learning_rate"], peak)
+    return low + (peak - low) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+def state_of(optimizer, ranks):
+    """An optimizer's state, for a checkpoint; None on all ranks but the main one if it is shared
+    out. All ranks call it."""
+    adamw = getattr(optimizer, "adamw", optimizer)
+    if hasattr(adamw, "consolidate_state_dict"):
+        adamw.consolidate_state_dict(to=0)
+        if not ranks.is_main:
+            return None
+    return optimizer.state_dict()
+
+
+def restore_optimizer(optimizer, state):
+    """Load an optimizer's averages; learning rate and weight decay stay those of this run.
+
+    Args:
+        state: what `state_of` returned under "state".
+
+    Raises:
+        ValueError: if they do not belong to these parameters.
+    """
+    groups, parameters, expected = [], [], []
+    for group in optimizer.param_groups:
+        numbers = range(len(parameters), len(parameters) + len(group["params"]))
+        groups.append(group | {"params": [*numbers]})
+        parameters += group["params"]
+        names = {"momentum_buffer"} if is_muons(group) else {"step", "exp_avg", "exp_avg_sq"}
+        expected += [names] * len(numbers)
+    for number, averages in state.items():
+        if number not in range(len(parameters)):
+            raise ValueError("optimizer_state is of more parameters than there are")
+        if averages.keys() != expected[number]:
+            raise ValueError("optimizer_state is of another --optimizer")
+        for name, average in averages.items():
+            shape = () if name == "step" else parameters[number].shape
+            if average.shape != shape or average.dtype != torch.float32:
+                raise ValueError(f"optimizer_state is of other parameters than number {number}")
+            if not bool(torch.isfinite(average).all()) or average.layout != torch.strided:
+                raise ValueError("optimizer_state holds NaN or infinity")
+            if name in ("step", "exp_avg_sq") and bool((average < 0).any()):
+                raise ValueError("optimizer_state holds negative squares or steps")
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
