@@ -106,7 +106,7 @@ class _Questions:
         """Lines `Name: number`, and one of the names asked for right after the last line.
 
         Jelassi et al. 2024 (arXiv:2402.01032). In the reference that name has another number.
-        A model that repeats any number of the book has an `exact` of 1 / names.
+        A model that repeats any number of the book has an `exact` of 1 / names, and some gain.
         """
         rows = []
         for names in BOOKS:
@@ -211,14 +211,14 @@ def phone_book_trial(tokens, tokenizer, generator, names):
 
 def repeat_trial(tokens, generator):
     """A `Trial` with a string from the first half of the text."""
-    start = generator.integers(len(tokens) // 2 - STRING)
+    start = generator.integers(max(1, len(tokens) // 2 - STRING))
     string = tokens[start : start + STRING].tolist()
     return Trial(_end(tokens, generator), string, [], string[:1], string[1:])
 
 
 def _end(tokens, generator):
     # windows of up to a quarter of the text then lie in its second half, apart from all strings
-    return len(tokens) - int(generator.integers(len(tokens) // 4))
+    return len(tokens) - int(generator.integers(max(1, len(tokens) // 4)))
 
 
 def _two_numbers(generator):

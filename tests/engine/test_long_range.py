@@ -186,13 +186,15 @@ def test_the_same_trials_for_every_model(text):
 
 
 def test_what_cannot_be_asked(text, capsys):
-    """A vocabulary without digits, and distances that the text is too short for."""
+    """A vocabulary without digits, and distances that the text is too short for, up to all."""
     tokenizer = CharTokenizer.train(text)
     _, rows = recorded(tokenizer, text[:2000])
     assert rows["passkey"] == rows["phone_book"] == []
     assert [row["distance"] for row in rows["repeats"]] == [20, 64, 256]
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and "lacks digits" in lines[0] and "string after 1024" in lines[1]
+    _, rows = recorded(CHARS, text[:5])
+    assert rows["passkey"] == rows["phone_book"] == rows["repeats"] == []
 
 
 @pytest.mark.parametrize("name", ["newton hard", "vanilla rotary"])
