@@ -108,18 +108,21 @@ def test_a_model_that_knows_nothing(text):
 
 
 class Recorder:
-    """Keeps the texts that it is asked about, and answers each with a loss of 1."""
+    """Keeps the texts that it is asked about; finds digits with a loss of 1, and nothing else."""
 
-    def __init__(self, limit=None):
+    def __init__(self, tokenizer, limit=None):
         self.limit, self.texts = limit, {}
+        labels = map(tokenizer.label, range(tokenizer.vocab_size))
+        self.is_digit = np.array([any(c.isdigit() for c in label) for label in labels])
 
     def graded_all(self, sequences, count, title):
         self.texts.setdefault(title, []).append(sequences)
-        return np.ones((len(sequences), count)), np.zeros((len(sequences), count), dtype=bool)
+        found = self.is_digit[sequences[:, -count:]]
+        return np.where(found, 1.0, 100.0), found
 
 
 def recorded(tokenizer, text, limit=None):
-    recorder = Recorder(limit)
+    recorder = Recorder(tokenizer, limit)
     tokens = np.array(tokenizer.encode(text))
     rows = long_range.long_range(recorder, tokens, tokenizer, 5, BLOCK)
     return recorder.texts, rows
@@ -135,6 +138,11 @@ def test_distances_and_answers(text):
     for tokenizer in tokenizers(text):
         texts, rows = recorded(tokenizer, text)
         sizes = set()
+        assert all(row["loss"] == row["exact"] == 1 for row in rows["passkey"])
+        trial = long_range.passkey_trial(
+            np.array(tokenizer.encode(text)), tokenizer, np.random.default_rng(2)
+        )
+        assert re.fullmatch(r" ?\d{5}", tokenizer.decode(trial.answer))
         for row in rows["passkey"]:
             named, other = texts[f"pass key after {row['distance']}"]
             assert named.shape == other.shape == (5, row["context"] + 1)
@@ -176,13 +184,15 @@ def test_a_phone_book_names_each_once(text):
 
 def test_the_same_trials_for_every_model(text):
     """Also for one whose positions end: it is not asked, and its cells are empty."""
-    texts, _ = recorded(CHARS, text)
-    again, rows = recorded(CHARS, text, limit=200)
-    assert 0 < len(again) < len(texts)
-    for title, pair in again.items():
-        assert all(map(np.array_equal, pair, texts[title]))
-    for row in rows["passkey"] + rows["phone_book"] + rows["repeats"]:
-        assert (row["gain"] is None) == (row["context"] > 200)
+    texts, rows = recorded(CHARS, text)
+    longest = rows["phone_book"][-1]["context"]
+    for limit in (longest, longest - 1):
+        again, rows = recorded(CHARS, text, limit)
+        assert 0 < len(again) < len(texts)
+        for title, pair in again.items():
+            assert all(map(np.array_equal, pair, texts[title]))
+        for row in rows["passkey"] + rows["phone_book"] + rows["repeats"]:
+            assert (row["gain"] is None) == (row["context"] > limit)
 
 
 def test_what_cannot_be_asked(text, capsys):
