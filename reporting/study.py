@@ -8,7 +8,7 @@ import torch
 
 from engine.flops import training_flops
 from engine.models import build_model
-from reporting.evaluations import length_table, read_evaluation, where_it_wins
+from reporting.evaluations import length_table, read_evaluation, what_is_far, where_it_wins
 from reporting.geometry import geometry_section
 from reporting.runs import (
     NOT_RUN,
@@ -55,6 +55,7 @@ def write_study(output, name):
         *("## Other sizes", _size_table(stages["sizes"])),
         *("## Past its training length", length_table(evaluations)),
         *(_lengths_picture(output, evaluations) if evaluations else []),
+        *("## Is what is far used?", *what_is_far(evaluations)),
         *("## Where each wins", *where_it_wins(evaluations)),
         *("## What the geometry learned", *_geometry(headline, stages["ablations"])),
         *("## Commands", _commands(runs)),

@@ -157,7 +157,7 @@ def test_commands_work_as_pasted(in_tmp):
     cut = {
         "train_shakespeare.py": "--max-steps 3 --eval-iters 2 --num-layers 1",
         "chat.py": "--max-new-tokens 20",
-        "evaluate.py": "--context-lengths 64 --num-windows 4",
+        "evaluate.py": "--context-lengths 64 --num-windows 4 --long-range 2",
     }
     further = {
         FIRST_RELEASE[1]: "--max-steps 5",
