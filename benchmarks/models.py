@@ -10,7 +10,7 @@ from engine.models import build_model
 from model import NGT
 from system.errors import UserError
 from text.token_files import data_of_checkpoint
-from training.config import DEFAULTS, PRESETS
+from training.config import DEFAULTS, preset_settings
 
 TIMED_PRESETS = {  # --preset: the preset of training, and the vocabulary size of its text
     "shakespeare": ("shakespeare", 66),
@@ -70,8 +70,8 @@ def fresh_model(preset, kind, device, block_size=None):
         block_size: replaces the preset's.
     """
     name, vocab_size = TIMED_PRESETS[preset]
-    sizes = dict(PRESETS[name]) | {"vocab_size": vocab_size, "model_type": kind}
-    sizes["mlp_dim"] = sizes["mlp_dim"]["vanilla" if kind == "vanilla" else "newton"]
+    sizes = preset_settings(name, "vanilla" if kind == "vanilla" else "newton")
+    sizes |= {"vocab_size": vocab_size, "model_type": kind}
     if block_size is not None:
         sizes["block_size"] = block_size
     torch.manual_seed(0)
