@@ -58,7 +58,8 @@ class NGTConfig(ModelConfig):
     )
     use_radius_cutoff: bool = setting(
         True,
-        "no pull from beyond the radius; --no-radius-cutoff: no limit",
+        "no pull from beyond the radius (default: on if --radius, --use-soft-cutoff or "
+        "--no-background is given and under the published law, otherwise off)",
         flag="--radius-cutoff",
     )
     use_soft_cutoff: bool = setting(
@@ -74,7 +75,7 @@ class NGTConfig(ModelConfig):
     background: bool = setting(
         False,
         "add a learned number per head to the sum of fields, so that what a token receives fades "
-        "with the field (newton)",
+        "with the field (newton) (default: on)",
     )
     background_start: float = setting(
         0.0015, "where that number starts (newton with a background)", positive

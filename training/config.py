@@ -31,6 +31,8 @@ RECIPES = {
         "beta2": 0.95,
     },
 }
+# What a new run gets by its law; the defaults of the fields are what an older checkpoint means.
+LAW_DEFAULTS = {"newton": {"background": True, "use_radius_cutoff": False}, "published": {}}
 # A value may be a dict by kind of model: newton, published or vanilla. A dict under a recipe's name
 # holds what is different under that recipe. mlp_dim gives compared models equal parameters, to
 # within 1 %, under the recipe gpt2; for the others `_mlp_dim` computes it.
@@ -215,7 +217,11 @@ def resolve(args, resumed=None):
     recipe, dataset = config["recipe"], config["dataset"]
     kind = "vanilla" if config["model_type"] == "vanilla" else config["law"]
     preset = preset_settings(dataset, kind, recipe)
-    config = DEFAULTS | RECIPES[recipe] | preset | {"recipe": recipe} | given
+    config |= LAW_DEFAULTS[config["law"]] | RECIPES[recipe] | preset
+    # who names a radius wants one; without a background only a radius bounds what a head must read
+    if given.keys() & {"radius", "use_soft_cutoff"} or given.get("background") is False:
+        config["use_radius_cutoff"] = True
+    config |= {"recipe": recipe} | given
     if "mlp_dim" not in given:
         config["mlp_dim"] = _mlp_dim(config, given, kind, PRESETS[dataset]["mlp_dim"])
     return config
@@ -277,7 +283,8 @@ def described(config):
         words += [f"smear {c['smear']}"] if c["smear"] != "none" else []
         words += ["sink"] if c["sink"] else []
     else:
-        words = [c["law"]] + (["mass in value"] if c["mass_in_value"] else [])
+        words = [c["law"]]
+        words += [name.replace("_", " ") for name in ("background", "mass_in_value") if c[name]]
     words += [c["recipe"]] if c["recipe"] != "gpt2" else []
     return f"{c['model_type']} ({', '.join(words)})"
 
