@@ -318,9 +318,16 @@ def test_presets_fill_what_is_not_given_and_flags_win(in_tmp):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["ngt", "vanilla"])
-def test_compiled_training_gives_the_same_curve(model, in_tmp, small_text):
-    flags = ("--model", model, "--data-path", small_text, "--max-steps", 20, "--dropout", 0)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(("--model", "ngt"), ("--model", "vanilla"), ("--model", "ngt", "--recipe", "modern")),
+        ("--model", "vanilla", "--recipe", "modern", "--smear", "keys-values", "--sink"),
+    ],
+    ids=["ngt", "vanilla", "ngt-modern", "vanilla-modern"],
+)
+def test_compiled_training_gives_the_same_curve(kind, in_tmp, small_text):
+    flags = (*kind, "--data-path", small_text, "--max-steps", 20, "--dropout", 0)
     train(*flags, "--checkpoint-path", "c/plain", cwd=in_tmp)
     train(*flags, "--compile", "--checkpoint-path", "c/compiled", cwd=in_tmp)
     plain, compiled = (curve(in_tmp / "runs" / name)[-1][1] for name in ("plain", "compiled"))
