@@ -7,6 +7,8 @@ A token has a hidden state `h`, coordinates `z` and a positive mass `m`. One lay
     h = h + FeedForward(LayerNorm(h))
     z = LayerNorm(z + W_z a)
 
+or what a recipe makes of these parts (`layers/parts.py`).
+
 `vanilla_model.py` is written in parallel: the same names in the same order, with dot-product
 attention and without coordinates. Letters in shapes as in `gravity/law.py`.
 """

@@ -142,7 +142,7 @@ class RunSettings:
     )
     compile: bool = setting(False, "compile the model with torch.compile")
     shard_optimizer: bool = setting(
-        False, "under torchrun, each process keeps only a part of AdamW's state"
+        False, "under torchrun, each process keeps only a part of the optimizer's state"
     )
     deterministic: bool = setting(False, "bit-identical runs on a GPU too (slower)")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
