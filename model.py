@@ -101,6 +101,10 @@ class NGTConfig(ModelConfig):
             raise UsageError(
                 "--no-radius-cutoff and --use-soft-cutoff exclude each other: drop one of them"
             )
+        if self.background and self.law == "published":
+            raise UsageError(
+                "--background and --law published, a softmax, exclude each other: drop one of them"
+            )
 
     @property
     def cutoff(self):
