@@ -32,11 +32,11 @@ AGAINST = {"": "steps", "by_tokens/": "tokens", "by_seconds/": "seconds of train
 HYPERPARAMETERS = (
     *("model", "law", "pos", "dataset", "tokenizer", "vocab_size", "parameters", "hidden_dim"),
     *("coord_dim", "head_coord_dim", "num_layers", "num_heads", "mlp_dim", "block_size"),
-    *("exponent", "retardation", "mass_in_value", "use_radius_cutoff", "use_soft_cutoff"),
-    *("dropout", "batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay"),
-    *("max_steps", "seed"),
+    *("exponent", "retardation", "background", "mass_in_value", "use_radius_cutoff"),
+    *("use_soft_cutoff", "dropout", "batch_size", "gradient_accumulation_steps"),
+    *("learning_rate", "weight_decay", "max_steps", "seed"),
 )
-HISTOGRAMS = ("radius", "time_scale", "time_offset", "window", "retardation")
+HISTOGRAMS = ("radius", "time_scale", "time_offset", "window", "retardation", "background")
 SHOWN_FIRST = ("model", "law", "pos", "parameters", "learning_rate")
 
 
@@ -165,8 +165,9 @@ def _grouped(group, values):
 def _geometry(model):
     """Yield (tag, values) of what the geometry of an NGT learned."""
     yield "mass", model.mass(_all_tokens(model))
+    largest_mass = model.largest_mass()
     for n, layer in enumerate(model.layers):
-        for name, values in layer.attn.learned().items():
+        for name, values in layer.attn.learned(largest_mass).items():
             if name in HISTOGRAMS and values is not None:
                 yield f"layer{n}/{name}", values.flatten()
 
