@@ -104,6 +104,10 @@ class NGTConfig(ModelConfig):
             raise UsageError(
                 "--no-radius-cutoff and --use-soft-cutoff exclude each other: drop one of them"
             )
+        if self.background and self.law == "published":
+            raise UsageError(
+                "--background and --law published, a softmax, exclude each other: drop one of them"
+            )
 
     @property
     def cutoff(self):
@@ -185,6 +189,11 @@ class NGT(nn.Module):
         """Masses of token ids: softplus of a learned embedding, in the shape of `tokens`."""
         return F.softplus(self.mass_emb(tokens).squeeze(-1).float())
 
+    @torch.no_grad()
+    def largest_mass(self):
+        """The largest mass of any token of the vocabulary, ()."""
+        return F.softplus(self.mass_emb.weight.max().float())
+
     def forward(self, tokens, kv_cache=None, return_geometry=False):
         """Logits of the next token after each, (B, T, vocab_size).
 
@@ -197,6 +206,8 @@ class NGT(nn.Module):
             ValueError: if the published law is given more than `block_size` tokens.
         """
         start = 0 if kv_cache is None else kv_cache.length
+        if kv_cache is not None and kv_cache.largest_mass is None:
+            kv_cache.largest_mass = self.largest_mass()
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         check_context(self, start + tokens.shape[1])
         h = embedding = self.dropout(self.token_emb(tokens))  # (B, T, hidden_dim)

@@ -11,11 +11,12 @@ class KVCache:
 
     `length` counts all tokens seen; a layer may have forgotten the oldest of them. Each layer's
     memory doubles when it is full, so that a new token seldom copies old ones. It stops growing
-    as soon as forgotten tokens leave enough space for new ones.
+    as soon as forgotten tokens leave enough space for new ones. `largest_mass` is that of any token
+    of the vocabulary, set by an NGT on the first call: windows of heads may depend on it.
     """
 
     def __init__(self):
-        self.length = 0
+        self.length, self.largest_mass = 0, None
         self._layers = {}  # layer: _Memory
         self._newest = {}  # name: (B, 1, C), see `exchange`
         self._windows = {}  # layer: see `forget_beyond`
@@ -53,7 +54,7 @@ class KVCache:
         """Forget the tokens that are too old for a layer's heads to feel.
 
         Args:
-            window: a function that returns how many tokens back each head feels anything, (H,);
+            window: a function that returns how many tokens back each head must look, (H,);
                 inf keeps everything. It is called once per layer and cache: the law does not
                 change during decoding, and reading a number from a GPU waits for it.
         """
@@ -85,7 +86,8 @@ class KVCache:
         Make a deep copy of it before anything is appended to it.
         """
         cache = KVCache()
-        cache.length, cache._newest = self.length, dict(self._newest)
+        cache.length, cache.largest_mass = self.length, self.largest_mass
+        cache._newest = dict(self._newest)
         cache._windows = dict(self._windows)
         cache._layers = {layer: copy.copy(memory) for layer, memory in self._layers.items()}
         return cache

@@ -25,6 +25,7 @@ NEWTON = {
     "newton soft": dict(radius=RADIUS, use_soft_cutoff=True),
     "newton mass in value": dict(radius=RADIUS, use_soft_cutoff=True, mass_in_value=True),
     "newton modern": dict(radius=RADIUS, **MODERN),
+    "newton background": dict(use_radius_cutoff=False, background=True),
 }
 PUBLISHED = {
     "published none": dict(law="published", use_radius_cutoff=False),

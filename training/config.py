@@ -307,6 +307,9 @@ def warn_of_no_effect(args, config):
         warn(f"{flag_of(SETTINGS[name])} has no effect on --model ngt")
     if config["use_rsqrt"] and config["law"] == "newton":
         warn("--use-rsqrt has no effect under --law newton")
-    for name in sorted(given & {"exponent", "retardation", "farthest_time_scale"}):
-        if config["law"] == "published":
+    of_newton = {"exponent", "retardation", "farthest_time_scale", "background_start"}
+    if config["law"] == "published":
+        for name in sorted(given & of_newton):
             warn(f"{flag_of(SETTINGS[name])} has no effect under --law published")
+    elif "background_start" in given and not config["background"]:
+        warn("--background-start has no effect without --background")

@@ -4,10 +4,18 @@ import dataclasses
 
 import pytest
 
-from engine.models import MODELS
+from engine.models import MODELS, build_model
 from system.errors import UsageError, UserError
 from training import config as module
-from training.config import DEFAULTS, PRESETS, RECIPES, SETTINGS, described, resolve
+from training.config import (
+    DEFAULTS,
+    PRESETS,
+    RECIPES,
+    SETTINGS,
+    described,
+    resolve,
+    warn_of_no_effect,
+)
 from training.options import train_parser
 from training.resume import check_saved_settings
 
@@ -34,6 +42,32 @@ def test_flag_model_and_checkpoint_refuse_the_same_value():
             train_parser("", "").parse_args([f"--{name.replace('_', '-')}={value}"])
         with pytest.raises(UserError, match=rf"x\.pt has an impossible {name}"):
             check_saved_settings({"model": "ngt", "model_type": "ngt", name: value}, "x.pt")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--background-start 0.01", "--background-start has no effect without --background"),
+        (
+            "--background-start 0.01 --law published",
+            "--background-start has no effect under --law published",
+        ),
+        ("--background --model vanilla", "--background has no effect on --model vanilla"),
+        ("--background --background-start 0.01", None),
+    ],
+)
+def test_a_background_where_it_is_not_used(flags, words, capsys):
+    """One line of warning, or none if it is used."""
+    args = train_parser("", "").parse_args(flags.split())
+    warn_of_no_effect(args, resolve(args))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (words is not None) and (words is None or words in lines[0])
+
+
+def test_a_background_contradicts_the_published_law():
+    args = train_parser("", "").parse_args(["--background", "--law", "published"])
+    with pytest.raises(UsageError, match="--background and --law published"):
+        build_model(resolve(args) | {"vocab_size": 66})
 
 
 def test_a_checkpoint_that_names_two_kinds_of_model_is_refused():
