@@ -14,7 +14,6 @@ from system.cli import not_negative, random_seed, share, whole, whole_or_zero
 from system.errors import UsageError, warn
 from system.settings import flag_of, setting
 
-DEFAULT_RECIPE = "gpt2"  # of new runs; a checkpoint without a recipe in its config is of gpt2
 RECIPES = {
     "gpt2": {},  # the defaults of the settings
     "modern": {
@@ -44,7 +43,10 @@ PRESETS = {
         "bpe_vocab_size": 2048,
         "block_size": 256,
         "batch_size": 8,
-        "learning_rate": 4e-3,  # the best of 1e-3 to 8e-3 for both models (reports/study.md)
+        "recipe": "modern",
+        # the best of those tried for both models (reports/study.md)
+        "modern": {"learning_rate": 8e-3, "min_learning_rate": 8e-4},
+        "learning_rate": 4e-3,
         "min_learning_rate": 4e-4,
         "max_steps": 6000,
         "eval_interval": 500,
@@ -106,8 +108,7 @@ class RunSettings:
     tiktoken_encoding: str = setting("gpt2", "the name of an encoding that tiktoken knows")
     recipe: str = setting(
         "gpt2",
-        "defaults of the model's parts and of the optimizer: gpt2, as in 2019, or modern "
-        f"(default: {DEFAULT_RECIPE})",
+        "defaults of the model's parts and of the optimizer: gpt2, as in 2019, or modern",
         choices=list(RECIPES),
     )
     num_parameters: int | None = setting(
@@ -213,8 +214,9 @@ def resolve(args, resumed=None):
     if resumed is not None:
         _check_against(given, resumed)
         return {name: resumed.get(name, DEFAULTS[name]) for name in SETTINGS} | given
-    config = DEFAULTS | {"recipe": DEFAULT_RECIPE} | given
-    recipe, dataset = config["recipe"], config["dataset"]
+    dataset = given.get("dataset", DEFAULTS["dataset"])
+    config = DEFAULTS | {"recipe": PRESETS[dataset].get("recipe", DEFAULTS["recipe"])} | given
+    recipe = config["recipe"]
     kind = "vanilla" if config["model_type"] == "vanilla" else config["law"]
     preset = preset_settings(dataset, kind, recipe)
     config |= LAW_DEFAULTS[config["law"]] | RECIPES[recipe] | preset

@@ -47,7 +47,10 @@ def test_flag_model_and_checkpoint_refuse_the_same_value():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--background-start 0.01", "--background-start has no effect without --background"),
+        (
+            "--no-background --background-start 0.01",
+            "--background-start has no effect without --background",
+        ),
         (
             "--background-start 0.01 --law published",
             "--background-start has no effect under --law published",
@@ -103,6 +106,26 @@ def test_a_checkpoint_says_it_all(capsys):
     assert capsys.readouterr().err == ""
     changed = resolved("--beta2", 0.9, resumed=saved)
     assert changed["beta2"] == 0.9 and "--beta2 changes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, background, cutoff",
+    [
+        ((), True, False),
+        (("--no-background",), False, True),
+        (("--radius", 8), True, True),
+        (("--use-soft-cutoff",), True, True),
+        (("--no-background", "--no-radius-cutoff"), False, False),
+        (("--law", "published"), False, True),
+    ],
+)
+def test_a_new_run_has_a_background_or_a_radius(flags, background, cutoff):
+    """A checkpoint from before, whose config names no background, has none and keeps its radius."""
+    config = resolved(*flags)
+    assert (config["background"], config["use_radius_cutoff"]) == (background, cutoff)
+    before = {k: v for k, v in resolved().items() if not k.startswith(("background", "use_radius"))}
+    resumed = resolved(resumed=before)
+    assert (resumed["background"], resumed["use_radius_cutoff"]) == (False, True)
 
 
 def test_a_preset_may_have_rates_by_recipe_and_kind(monkeypatch):
