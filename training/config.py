@@ -31,7 +31,10 @@ RECIPES = {
     },
 }
 # What a new run gets by its law; the defaults of the fields are what an older checkpoint means.
-LAW_DEFAULTS = {"newton": {"background": True, "use_radius_cutoff": False}, "published": {}}
+LAW_DEFAULTS = {
+    "newton": {"background": True, "use_radius_cutoff": False},
+    "published": {"recipe": "gpt2"},  # it is there to reproduce what was published
+}
 # A value may be a dict by kind of model: newton, published or vanilla. A dict under a recipe's name
 # holds what is different under that recipe. mlp_dim gives compared models equal parameters, to
 # within 1 %, under the recipe gpt2; for the others `_mlp_dim` computes it.
@@ -215,11 +218,12 @@ def resolve(args, resumed=None):
         _check_against(given, resumed)
         return {name: resumed.get(name, DEFAULTS[name]) for name in SETTINGS} | given
     dataset = given.get("dataset", DEFAULTS["dataset"])
-    config = DEFAULTS | {"recipe": PRESETS[dataset].get("recipe", DEFAULTS["recipe"])} | given
-    recipe = config["recipe"]
+    config = DEFAULTS | given
     kind = "vanilla" if config["model_type"] == "vanilla" else config["law"]
+    of_law = LAW_DEFAULTS[config["law"]]
+    recipe = (DEFAULTS | PRESETS[dataset] | of_law | given)["recipe"]
     preset = preset_settings(dataset, kind, recipe)
-    config |= LAW_DEFAULTS[config["law"]] | RECIPES[recipe] | preset
+    config |= of_law | RECIPES[recipe] | preset
     # who names a radius wants one; without a background only a radius bounds what a head must read
     if given.keys() & {"radius", "use_soft_cutoff"} or given.get("background") is False:
         config["use_radius_cutoff"] = True

@@ -91,7 +91,11 @@ def test_a_recipe_gives_defaults_and_flags_win():
     assert (modern["smear"], modern["sink"]) == ("none", False)
     old = resolved("--recipe", "gpt2")
     assert all(old[name] == DEFAULTS[name] for name in RECIPES["modern"])
-    assert old == resolved() | {"recipe": "gpt2"} or module.DEFAULT_RECIPE != "gpt2"
+    assert old == resolved()
+    text = resolved("--dataset", "text")
+    assert (text["recipe"], text["learning_rate"]) == ("modern", 8e-3)
+    published = resolved("--dataset", "text", "--law", "published")
+    assert (published["recipe"], published["learning_rate"]) == ("gpt2", 4e-3)
 
 
 def test_a_checkpoint_says_it_all(capsys):
