@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from gravity.law import TINY, Law, reach
+from gravity.law import TINY, Law, windows
 
 try:
     from gravity.cuda_backward import key_gradient_kernel, query_gradient_kernel
@@ -70,7 +70,7 @@ def launches(dtype, width, num_queries):
         query, half = (16, 16) if few else (64, 32)
         return Launch(query, 64, 4, 2), Launch(query, 64, 4, 1), Launch(half, 64, 8, 1)
     query, half, warps = (16, 16, 4) if few else (128, 64, 8)
-    return Launch(query, 64, warps, 3), Launch(query, 64, warps, 2), Launch(half, 64, 4, 2)
+    return Launch(query, 64, warps, 3), Launch(query, 64, warps, 2), Launch(half, 64, 4, 1)
 
 
 def triton_attention(q, k, v, mass, law):
@@ -141,16 +141,16 @@ class _TritonGravity(torch.autograd.Function):
         # gradients get the strides of their inputs, which need not be kept for that
         ctx.like_q, ctx.like_k, ctx.like_v = (torch.empty_like(t, device="meta") for t in (q, k, v))
         with torch.cuda.device_of(q):
-            saved, first_kept = attend(q, k, v, mass, law)
-        ctx.save_for_backward(mass, *saved, first_kept)
-        return saved.out
+            out, saved = attend(q, k, v, mass, law)
+        ctx.save_for_backward(mass, *saved)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
-        mass, *saved, first_kept = ctx.saved_tensors
+        mass, *saved = ctx.saved_tensors
         with torch.autocast(grad_out.device.type, enabled=False), torch.cuda.device_of(grad_out):
-            return _backward(ctx, grad_out, mass, _Saved(*saved), first_kept)
+            return _backward(ctx, grad_out, mass, _Saved(*saved))
 
 
 class _Saved(NamedTuple):
@@ -167,18 +167,20 @@ class _Saved(NamedTuple):
     time_scale: torch.Tensor  # (H,) fp32
     time_offset: torch.Tensor  # (H,) fp32
     radius: torch.Tensor  # (H,) fp32; time_scale without a cutoff
+    window: torch.Tensor  # (H,) fp32, whole numbers or inf
     visible: torch.Tensor  # (Tq,) int32
     first_seen: torch.Tensor  # (Tk,) int32
-    out: torch.Tensor  # (B, H, Tq, D)
-    inverse_total: torch.Tensor  # (B, H, Tq) fp32, 1 / (sum of fields + TINY)
+    out: torch.Tensor  # (B, H, Tq, D) fp32
+    inverse_total: torch.Tensor  # (B, H, Tq) fp32, 1 / (sum of fields + background)
+    first_kept: torch.Tensor | None  # (B, H, query blocks) int32; None if windows are all it takes
 
 
 def attend(q, k, v, mass, law):
     """The forward pass; arguments as for `triton_attention`.
 
     Returns:
-        `(_Saved, first_kept)`: first_kept is the oldest key that each query block summed,
-        (B, H, query blocks) int32. The block's pairs with older keys are left out.
+        `(out, _Saved)`: `first_kept` is the oldest key that each query block summed; the block's
+        pairs with older keys are left out.
     """
     batch, heads, num_queries, _ = q.shape
     num_keys, width = v.shape[2:]
@@ -197,27 +199,32 @@ def attend(q, k, v, mass, law):
     launch = launches(
         torch.promote_types(coordinates, v.dtype), _padded(max(q.shape[-1], width)), num_queries
     )[0]
-    if law.cutoff == "none":
-        radius = heads_reach = time_scale  # any tensor: the kernel reads neither
-    else:
+    radius, background = time_scale, torch.full_like(time_scale, TINY)
+    if law.cutoff != "none":  # else any tensor will do: the kernels do not read it
         radius = law.radius.float().contiguous()
-        heads_reach = reach(time_scale, time_offset, radius)
-    bounded = law.tolerance > 0 and num_keys > launch.key
-    log_share = math.log2(law.tolerance * (2 * law.exponent - 1)) if bounded else 0.0
+    if law.background is not None:
+        background = law.background.float().contiguous()
+    max_mass = mass.max()
+    window = windows(law, max_mass).float()  # whole numbers, as positions: fp32 is exact
+    # without a background the sums of fields say how far back to look
+    by_sum = law.background is None and law.tolerance > 0 and num_keys > launch.key
+    log_share = math.log2(law.tolerance * (2 * law.exponent - 1)) if by_sum else 0.0
     # heads of a token side by side: merging them is a view
     out = torch.empty(batch, num_queries, heads, width, dtype=v.dtype, device=v.device)
     out = out.transpose(1, 2)
+    exact = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
     inverse_total = torch.empty_like(q_norm)  # (B, H, Tq)
     blocks = _blocks(num_queries, launch.query)
-    first_kept = torch.empty(batch, heads, blocks, dtype=torch.int32, device=q.device)
+    first_kept = None
+    if by_sum:
+        first_kept = torch.empty(batch, heads, blocks, dtype=torch.int32, device=q.device)
     forward_kernel[(blocks * batch * heads,)](
         *(q, q_norm, k, k_norm, v, mass, times.tq, times.tk, time_scale, time_offset, radius),
-        *(heads_reach, mass.max() if bounded else mass, times.visible),
-        *(out, inverse_total, first_kept),
+        *(background, window, max_mass, times.visible),
+        *(out, None if exact is out else exact, inverse_total, first_kept),
         *(*q.stride(), *k.stride(), *v.stride(), *out.stride()[:3]),
         *(batch * heads, heads, num_queries, num_keys, log_share),
-        TINY=TINY,
-        BOUNDED=bounded,
+        BY_SUM=by_sum,
         **_constants(law.exponent, law.cutoff, width, q.shape[-1]),
         M=launch.query,
         N=launch.key,
@@ -225,9 +232,9 @@ def attend(q, k, v, mass, law):
     )
     saved = _Saved(
         *(q, q_norm, k, k_norm, v, mass, times.tq, times.tk, time_scale, time_offset, radius),
-        *(times.visible, times.first_seen, out, inverse_total),
+        *(window, times.visible, times.first_seen, exact, inverse_total, first_kept),
     )
-    return saved, first_kept
+    return out, saved
 
 
 def _constants(exponent, cutoff, width, coordinates):
@@ -243,7 +250,7 @@ def _constants(exponent, cutoff, width, coordinates):
     }
 
 
-def _backward(ctx, grad_out, mass, saved, first_kept):
+def _backward(ctx, grad_out, mass, saved):
     """The gradients of all arguments of `_TritonGravity.forward`; None for those without one."""
     exponent, cutoff = ctx.fixed[:2]
     batch, heads, num_queries, width = grad_out.shape
@@ -260,17 +267,17 @@ def _backward(ctx, grad_out, mass, saved, first_kept):
     dmass = torch.empty_like(saved.k_norm)  # (B, H, Tk)
     blocks = _blocks(num_queries, for_query.query)
     per_head = torch.empty(
-        3 if cutoff == "soft" else 2, blocks, batch, heads, dtype=torch.float32, device=device
+        4 if cutoff == "soft" else 3, blocks, batch, heads, dtype=torch.float32, device=device
     )
     rows_and_columns = (saved.q, saved.q_norm, saved.k, saved.k_norm, saved.v, saved.mass)
-    scalars = (saved.tq, saved.tk, saved.time_scale, saved.time_offset, saved.radius)
+    scalars = (saved.tq, saved.tk, saved.time_scale, saved.time_offset, saved.radius, saved.window)
     strides = (*saved.q.stride(), *saved.k.stride(), *saved.v.stride())
     sizes = (batch * heads, heads, num_queries, num_keys)
     constants = _constants(exponent, cutoff, width, saved.q.shape[-1])
-    constants["FORWARD_M"] = forward.query
+    constants |= {"BY_SUM": saved.first_kept is not None, "FORWARD_M": forward.query}
     query_gradient_kernel[(blocks * batch * heads,)](
-        *(*rows_and_columns, *scalars, saved.visible, saved.out, saved.inverse_total, first_kept),
-        *(grad_out, delta, dq, per_head),
+        *(*rows_and_columns, *scalars, saved.visible, saved.out, saved.inverse_total),
+        *(saved.first_kept, grad_out, delta, dq, per_head),
         *(*strides, *saved.out.stride()[:3], *grad_out.stride(), *dq.stride(), *sizes),
         **constants,
         M=for_query.query,
@@ -279,7 +286,7 @@ def _backward(ctx, grad_out, mass, saved, first_kept):
     )
     blocks = _blocks(num_keys, for_key.key)
     key_gradient_kernel[(blocks * batch * heads,)](
-        *(*rows_and_columns, *scalars, saved.first_seen, saved.inverse_total, first_kept),
+        *(*rows_and_columns, *scalars, saved.first_seen, saved.inverse_total, saved.first_kept),
         *(grad_out, delta, dk, dv, dmass),
         *(*strides, *grad_out.stride(), *dk.stride(), *dv.stride(), *sizes),
         **constants,
@@ -287,8 +294,10 @@ def _backward(ctx, grad_out, mass, saved, first_kept):
         N=for_key.key,
         **for_key.options(),
     )
-    per_head = per_head.sum((1, 2))  # (2 or 3, H)
-    per_head = [grad.to(dtype) for grad, dtype in zip(per_head, ctx.dtypes, strict=False)]
-    if cutoff != "soft":
-        per_head.append(None)
-    return dq, dk, dv, dmass.sum(1).to(mass.dtype), *per_head, *(None for _ in ctx.fixed)
+    d_scale, d_offset, d_background, *d_radius = per_head.sum((1, 2))  # (H,) each
+    learned = (d_scale, d_offset, d_radius[0] if d_radius else None, d_background)
+    learned = [
+        None if grad is None or dtype is None else grad.to(dtype)
+        for grad, dtype in zip(learned, ctx.dtypes, strict=True)
+    ]
+    return dq, dk, dv, dmass.sum(1).to(mass.dtype), *learned, *(None for _ in ctx.fixed)

@@ -11,6 +11,7 @@ from gravity.cuda_tiles import (
     SUM,
     add_row_sums,
     add_weighted,
+    blocks_before,
     dot,
     load_keys,
     load_rows,
@@ -104,8 +105,9 @@ def query_gradient_kernel(
     time_scale_ptr,
     time_offset_ptr,
     radius_ptr,
+    window_ptr,
     visible_ptr,
-    out_ptr,
+    exact_ptr,
     inverse_total_ptr,
     first_kept_ptr,
     grad_ptr,
@@ -146,6 +148,7 @@ def query_gradient_kernel(
     WIDTH: tl.constexpr,
     C: tl.constexpr,
     D: tl.constexpr,
+    BY_SUM: tl.constexpr,
     FORWARD_M: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -153,10 +156,12 @@ def query_gradient_kernel(
     """Gradients of one query block of one head; M divides FORWARD_M.
 
     Args:
+        exact_ptr: the output in fp32, (B, H, Tq, WIDTH). Were it rounded to 16 bits, the error of
+            g.out would be all that a row gets if one source has all of its pull.
         delta_ptr: written for the other kernel, (B, H, Tq): g.out of each query.
         dq_ptr: written, (B, H, Tq, COORDS).
-        partial_ptr: written, (3, query blocks, B, H): what each block adds to the gradients of
-            time_scale, time_offset and radius (radius under the soft cutoff only).
+        partial_ptr: written, (4, query blocks, B, H): what each block adds to the gradients of
+            time_scale, time_offset, background and radius (radius under the soft cutoff only).
     """
     pid = tl.program_id(0)
     blocks = tl.cdiv(num_queries, M)
@@ -182,9 +187,9 @@ def query_gradient_kernel(
 
     grad_ptr += b * stride_gb + h * stride_gh
     g = load_rows(grad_ptr, rows, stride_gt, stride_gd, num_queries, True, WIDTH, D)  # [M, D]
-    out_ptr += b * stride_ob + h * stride_oh
-    out = load_rows(out_ptr, rows, stride_ot, 1, num_queries, True, WIDTH, D)  # [M, D]
-    delta = tl.sum(g.to(tl.float32) * out.to(tl.float32), 1)  # [M]
+    exact_ptr += b * stride_ob + h * stride_oh
+    out = load_rows(exact_ptr, rows, stride_ot, 1, num_queries, True, WIDTH, D)  # [M, D]
+    delta = tl.sum(g.to(tl.float32) * out, 1)  # [M]
     tl.store(delta_ptr + query, delta, mask=real)
 
     k_ptr += b * stride_kb + h * stride_kh
@@ -193,8 +198,11 @@ def query_gradient_kernel(
     mass_ptr += b * num_keys
     newest = tl.load(visible_ptr + tl.minimum(block * M + M, num_queries) - 1)
     high = tl.load(visible_ptr + block * M) // N
-    forward_blocks = tl.cdiv(num_queries, FORWARD_M)
-    low = tl.load(first_kept_ptr + bh * forward_blocks + block * M // FORWARD_M) // N
+    if BY_SUM:
+        forward_blocks = tl.cdiv(num_queries, FORWARD_M)
+        low = tl.load(first_kept_ptr + bh * forward_blocks + block * M // FORWARD_M) // N
+    else:
+        low = blocks_before(tk_ptr + N - 1, t_first - tl.load(window_ptr + h), high, N)
 
     dq = tl.zeros([M, C], tl.float32)
     slope_sum = tl.zeros([M, SUM], tl.float32)
@@ -233,9 +241,10 @@ def query_gradient_kernel(
     step = blocks.to(tl.int64) * batch_heads
     tl.store(partial_ptr + partial, per_scale * tl.sum(factor * lag2_sum, 0))
     tl.store(partial_ptr + step + partial, -2.0 * time_scale * tl.sum(factor * lag_sum, 0))
+    tl.store(partial_ptr + 2 * step + partial, -tl.sum(inverse_total * delta, 0))
     if CUTOFF == "soft":
         d_radius = 4.0 * inverse_radius2 / radius * tl.sum(inverse_total * radius_sum, 0)
-        tl.store(partial_ptr + 2 * step + partial, d_radius)
+        tl.store(partial_ptr + 3 * step + partial, d_radius)
 
 
 @triton.jit
@@ -274,6 +283,7 @@ def _key_gradient(
     WIDTH: tl.constexpr,
     C: tl.constexpr,
     D: tl.constexpr,
+    BY_SUM: tl.constexpr,
     FORWARD_M: tl.constexpr,
     M: tl.constexpr,
 ):
@@ -292,9 +302,9 @@ def _key_gradient(
     q_time = time_scale * (tq - t_first - time_offset)
     delta = tl.load(delta_ptr + m, mask=real, other=0.0)
     inverse_total = tl.load(inverse_total_ptr + m, mask=real, other=0.0)
-    # between blocks that kept this key there may be some that did not
-    kept = tl.load(first_kept_ptr + block * M // FORWARD_M) <= first_key
-    inverse_total = tl.where(kept, inverse_total, 0.0)
+    if BY_SUM:  # between blocks that kept this key there may be some that did not
+        kept = tl.load(first_kept_ptr + block * M // FORWARD_M) <= first_key
+        inverse_total = tl.where(kept, inverse_total, 0.0)
 
     base = (q_norm[None, :] + k_norm[:, None]) - 2.0 * dot(k, tl.trans(q))  # [N, M]
     lag = q_time[None, :] - time_scale * (tk - t_first)[:, None]  # [N, M]
@@ -333,6 +343,7 @@ def key_gradient_kernel(
     time_scale_ptr,
     time_offset_ptr,
     radius_ptr,
+    window_ptr,
     first_seen_ptr,
     inverse_total_ptr,
     first_kept_ptr,
@@ -376,6 +387,7 @@ def key_gradient_kernel(
     WIDTH: tl.constexpr,
     C: tl.constexpr,
     D: tl.constexpr,
+    BY_SUM: tl.constexpr,
     FORWARD_M: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -412,17 +424,23 @@ def key_gradient_kernel(
     grad_ptr += b * stride_gb + h * stride_gh
     delta_ptr += bh * num_queries
     inverse_total_ptr += bh * num_queries
-    forward_blocks = tl.cdiv(num_queries, FORWARD_M)
-    first_kept_ptr += bh * forward_blocks
     low = tl.load(first_seen_ptr + first_key) // M
-    all_seen = tl.load(first_seen_ptr + tl.minimum(first_key + N, num_keys) - 1)
-    middle = tl.minimum(tl.cdiv(all_seen, M), tl.cdiv(num_queries, M))
-    end = 0  # all forward blocks from here on left out these keys
-    for start in range(low * M // FORWARD_M, forward_blocks, SEARCH):
-        m = start + tl.arange(0, SEARCH)
-        kept = tl.load(first_kept_ptr + m, mask=m < forward_blocks, other=2147483647)
-        end = tl.maximum(end, tl.max(tl.where(kept <= first_key, m + 1, 0), 0))
-    end = tl.minimum(end * (FORWARD_M // M), tl.cdiv(num_queries, M))
+    newest = tl.minimum(first_key + N, num_keys) - 1
+    blocks = tl.cdiv(num_queries, M)
+    middle = tl.minimum(tl.cdiv(tl.load(first_seen_ptr + newest), M), blocks)
+    if BY_SUM:
+        forward_blocks = tl.cdiv(num_queries, FORWARD_M)
+        first_kept_ptr += bh * forward_blocks
+        end = 0  # all forward blocks from here on left out these keys
+        for start in range(low * M // FORWARD_M, forward_blocks, SEARCH):
+            m = start + tl.arange(0, SEARCH)
+            kept = tl.load(first_kept_ptr + m, mask=m < forward_blocks, other=2147483647)
+            end = tl.maximum(end, tl.max(tl.where(kept <= first_key, m + 1, 0), 0))
+        end = tl.minimum(end * (FORWARD_M // M), blocks)
+    else:
+        # the blocks whose oldest query has the newest of these keys in its window
+        last_time = tl.load(tk_ptr + newest) + tl.load(window_ptr + h)
+        end = blocks_before(tq_ptr, last_time + 1.0, blocks, M)
 
     dk = tl.zeros([N, C], tl.float32)
     dv = tl.zeros([N, D], tl.float32)
@@ -434,7 +452,7 @@ def key_gradient_kernel(
             *(q_ptr, q_norm_ptr, tq_ptr, grad_ptr, delta_ptr, inverse_total_ptr, first_kept_ptr),
             *(stride_qt, stride_qc, stride_gt, stride_gd, num_queries),
             *(time_scale, time_offset, edge, inverse_radius2),
-            *(True, EXPONENT, BITS, CUTOFF, COORDS, WIDTH, C, D, FORWARD_M, M),
+            *(True, EXPONENT, BITS, CUTOFF, COORDS, WIDTH, C, D, BY_SUM, FORWARD_M, M),
         )
     for m in range(middle, end):
         dk, dv, slope_sum, mass_sum = _key_gradient(
@@ -442,7 +460,7 @@ def key_gradient_kernel(
             *(q_ptr, q_norm_ptr, tq_ptr, grad_ptr, delta_ptr, inverse_total_ptr, first_kept_ptr),
             *(stride_qt, stride_qc, stride_gt, stride_gd, num_queries),
             *(time_scale, time_offset, edge, inverse_radius2),
-            *(False, EXPONENT, BITS, CUTOFF, COORDS, WIDTH, C, D, FORWARD_M, M),
+            *(False, EXPONENT, BITS, CUTOFF, COORDS, WIDTH, C, D, BY_SUM, FORWARD_M, M),
         )
 
     dk = k.to(tl.float32) * (tl.sum(slope_sum, 1) / SUM)[:, None] - dk

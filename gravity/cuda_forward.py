@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 
 from gravity.cuda_tiles import (
+    SUM,
+    add_row_sums,
     add_weighted,
     blocks_before,
     dot,
@@ -47,7 +49,7 @@ def _attend(
     D: tl.constexpr,
     N: tl.constexpr,
 ):
-    """Add one key block to the sums of a query block: sums [M, D], total [M]."""
+    """Add one key block to the sums of a query block: sums [M, D], total [M, SUM]."""
     n = block * N + tl.arange(0, N)
     k, v, k_norm, mass, tk = load_keys(
         *(k_ptr, k_norm_ptr, v_ptr, mass_ptr, tk_ptr, n, stride_kt, stride_kc),
@@ -62,7 +64,7 @@ def _attend(
     if CUTOFF == "soft":
         rho = tl.maximum((edge - u) * inverse_radius2, 0.0)
         field = field * rho * rho
-    total += tl.sum(field, 1)
+    total = add_row_sums(total, field, v.dtype)
     sums = add_weighted(sums, field, v)
     return sums, total
 
@@ -80,10 +82,12 @@ def forward_kernel(
     time_scale_ptr,
     time_offset_ptr,
     radius_ptr,
-    reach_ptr,
+    background_ptr,
+    window_ptr,
     max_mass_ptr,
     visible_ptr,
     out_ptr,
+    exact_ptr,
     inverse_total_ptr,
     first_kept_ptr,
     stride_qb,
@@ -106,8 +110,7 @@ def forward_kernel(
     num_queries,
     num_keys,
     log_share,
-    TINY: tl.constexpr,
-    BOUNDED: tl.constexpr,
+    BY_SUM: tl.constexpr,
     EXPONENT: tl.constexpr,
     BITS: tl.constexpr,
     CUTOFF: tl.constexpr,
@@ -122,11 +125,13 @@ def forward_kernel(
 
     Args:
         visible_ptr: how many keys are not later than each query, (Tq,).
-        reach_ptr: how many tokens back each head feels anything, (H,); read with a cutoff only.
-        max_mass_ptr: the largest mass, one number; read if BOUNDED, that is with a tolerance.
+        window_ptr: how many tokens back each head must look, as far as that is known, (H,).
+        max_mass_ptr: the largest mass, one number.
         log_share: log2 of `tolerance * (2 * EXPONENT - 1)`.
-        out_ptr, inverse_total_ptr, first_kept_ptr: written; (B, H, Tq, WIDTH), (B, H, Tq), and
-            (B, H, query blocks), the oldest key that was summed.
+        out_ptr, inverse_total_ptr: written; (B, H, Tq, WIDTH) and (B, H, Tq).
+        exact_ptr: written, the output in fp32; None if `out_ptr` is in fp32 already.
+        first_kept_ptr: written if BY_SUM, the oldest key that was summed, (B, H, query blocks).
+        BY_SUM: whether the sums so far also decide how far back to look.
     """
     pid = tl.program_id(0)
     blocks = tl.cdiv(num_queries, M)
@@ -156,7 +161,7 @@ def forward_kernel(
     high = tl.load(visible_ptr + block * M) // N  # every row sees all blocks below it
 
     sums = tl.zeros([M, D], tl.float32)
-    total = tl.zeros([M], tl.float32)
+    total = tl.zeros([M, SUM], tl.float32)  # the same in each column
     for n in range(high, tl.cdiv(newest, N)):
         sums, total = _attend(
             *(sums, total, n, q, q_norm, q_time, tq, t_first),
@@ -165,14 +170,14 @@ def forward_kernel(
             *(time_scale, edge, inverse_radius2),
             *(True, EXPONENT, BITS, CUTOFF, COORDS, WIDTH, C, D, N),
         )
-    low = 0
-    if CUTOFF != "none":
-        low = blocks_before(tk_ptr, t_first - tl.load(reach_ptr + h), high, N)
-    if BOUNDED:
+    # a block is left out if its newest key is beyond the window of the oldest query
+    last_ptr = tk_ptr + N - 1
+    low = blocks_before(last_ptr, t_first - tl.load(window_ptr + h), high, N)
+    if BY_SUM:
         log_window = tl.log2(tl.load(max_mass_ptr)) - log_share
         log_window = (log_window - 2 * EXPONENT * tl.log2(time_scale)) / (2 * EXPONENT - 1)
-        needed = provably_needed_from(total, tq, real, time_offset, log_window, EXPONENT)
-        end = tl.maximum(low, blocks_before(tk_ptr, needed, high, N))
+        needed = provably_needed_from(tl.max(total, 1), tq, real, time_offset, log_window, EXPONENT)
+        end = tl.maximum(low, blocks_before(last_ptr, needed, high, N))
         chunk = 1
         # few searches, each after four times as many blocks: the loops between them are pipelined
         while high > end:
@@ -187,8 +192,11 @@ def forward_kernel(
                 )
             high = stop
             chunk *= 4
-            needed = provably_needed_from(total, tq, real, time_offset, log_window, EXPONENT)
-            end = tl.maximum(low, blocks_before(tk_ptr, needed, high, N))
+            needed = provably_needed_from(
+                tl.max(total, 1), tq, real, time_offset, log_window, EXPONENT
+            )
+            end = tl.maximum(low, blocks_before(last_ptr, needed, high, N))
+        tl.store(first_kept_ptr + bh * blocks + block, high * N)
     else:
         for i in range(low, high):
             sums, total = _attend(
@@ -198,12 +206,12 @@ def forward_kernel(
                 *(time_scale, edge, inverse_radius2),
                 *(False, EXPONENT, BITS, CUTOFF, COORDS, WIDTH, C, D, N),
             )
-        high = low
 
-    inverse_total = 1.0 / (total + TINY)
+    inverse_total = 1.0 / (tl.max(total, 1) + tl.load(background_ptr + h))  # [M]
     out = sums * inverse_total[:, None]  # [M, D]
     place = b * stride_ob + h * stride_oh + rows.to(tl.int64)[:, None] * stride_ot + d[None, :]
     inside = real[:, None] & (d < WIDTH)[None, :]
     tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=inside)
+    if exact_ptr is not None:
+        tl.store(exact_ptr + place, out, mask=inside)
     tl.store(inverse_total_ptr + query, inverse_total, mask=real)
-    tl.store(first_kept_ptr + bh * blocks + block, high * N)

@@ -47,6 +47,8 @@ def dot(a, b):
 def add_weighted(sums, weights, values):
     """sums + weights @ values; weights are fp32 and may be too small for fp16."""
     if INTERPRETED:
+        if values.dtype == tl.bfloat16:  # rounds the weights as a GPU does
+            weights = weights.to(tl.bfloat16).to(tl.float32)
         return tl.dot(weights, values.to(tl.float32), sums)
     elif values.dtype == tl.float16:
         return tl.dot(weights, values.to(tl.float32), sums, input_precision="tf32")
@@ -58,8 +60,9 @@ def add_weighted(sums, weights, values):
 def add_row_sums(sums, weights, dtype: tl.constexpr):
     """sums [M, SUM] + the row sums of weights [M, N], the same in each of the SUM columns.
 
-    The terms of `q * sum(slope) - slope @ k` nearly cancel if q and k are far from the origin. Both
-    must see the same rounded slopes, so in 16 bits the sum is a product with ones.
+    In 16 bits the sum is a product with ones, so that it sees the same rounded weights as another
+    product does. The terms of `q * sum(slope) - slope @ k` nearly cancel if q and k are far from
+    the origin; and the shares of a row, field / sum, add up to 1.
     """
     if dtype == tl.float32:
         return sums + tl.sum(weights, 1)[:, None]
@@ -172,13 +175,13 @@ def norm_kernel(
 
 
 @triton.jit
-def blocks_before(tk_ptr, time, high, N: tl.constexpr):
-    """How many of the first `high` key blocks are wholly older than a time."""
+def blocks_before(t_ptr, time, blocks, SIZE: tl.constexpr):
+    """How many of a number of blocks have a time before the given one: t_ptr, one per SIZE."""
     before = 0
-    for start in range(0, high, SEARCH):
+    for start in range(0, blocks, SEARCH):
         n = start + tl.arange(0, SEARCH)
-        newest = tl.load(tk_ptr + (n + 1) * N - 1, mask=n < high, other=LATER)
-        before += tl.sum((newest < time).to(tl.int32), 0)
+        t = tl.load(t_ptr + n * SIZE, mask=n < blocks, other=float("inf"))
+        before += tl.sum((t < time).to(tl.int32), 0)
     return before
 
 

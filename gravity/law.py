@@ -116,12 +116,13 @@ def proven_window(smallest_sum, time_scale, time_offset, exponent, max_mass, tol
 
         max_mass * (time_scale * (d - time_offset))^(-2 * exponent).
 
-    No two tokens have the same position, and the bound falls as d grows. So all tokens with d > n
-    weigh together less than the integral of the bound from n on,
+    No two tokens have the same position, and the bound falls as d grows. So all tokens with
+    d >= n + 1 weigh together less than the integral of the bound from n on,
 
         max_mass * time_scale^(-2 * exponent) * (n - time_offset)^(-p) / p,  p = 2 * exponent - 1.
 
-    The window is the n at which this is `tolerance * smallest_sum`. Fields that are added later
+    The window is the n at which this is `tolerance * smallest_sum`; a token less than one further
+    back is still needed, so whoever compares whole numbers rounds n up. Fields that are added later
     only make the sum larger, so what lies beyond the window stays below that share of it. The
     output is a mean of values: leaving out that share moves it by at most 2 * tolerance * max|v|.
 
@@ -159,7 +160,8 @@ def windows(law, max_mass):
         max_mass: the largest mass of any token that will be read; 1 if masses multiply values.
 
     Returns:
-        (H,) float64, on the law's device; inf where nothing is known. Nothing waits for a GPU.
+        (H,) float64 whole numbers, on the law's device: what is more tokens back may be left out.
+        inf where nothing is known. Nothing waits for a GPU.
     """
     scale, offset = law.time_scale.double(), law.time_offset.double()
     found = torch.full_like(scale, math.inf)
@@ -174,7 +176,7 @@ def windows(law, max_mass):
         # what is not below inf is NaN, which proves nothing
         proven = offset + log_window.exp() * (1 + 1e-6)
         found = torch.where(proven < found, proven, found)
-    return found
+    return found.ceil()  # `proven_window` says why up
 
 
 class Law(NamedTuple):

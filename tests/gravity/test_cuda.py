@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from gravity import attention
-from gravity.law import TINY, Law, gravity_attention_reference, gravity_field
+from gravity.law import TINY, Law, gravity_attention_reference, gravity_field, windows
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -50,7 +50,10 @@ def interpreted():
         ).result(timeout=300)
 
 
-def particles(length, heads=2, batch=1, coords=5, width=6, queries=None, seed=0):
+LAW_TENSORS = ("time_scale", "time_offset", "radius", "background")
+
+
+def particles(length, heads=2, batch=1, coords=5, width=6, queries=None, seed=0, background=False):
     """Arguments of the operator in float64, with numbers that fp32 can hold."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -58,7 +61,7 @@ def particles(length, heads=2, batch=1, coords=5, width=6, queries=None, seed=0)
         return torch.randn(*shape, generator=generator).double()
 
     queries = length if queries is None else queries
-    return {
+    data = {
         "q": 0.5 * normal(batch, heads, queries, coords),
         "k": 0.5 * normal(batch, heads, length, coords) + 0.25,
         "v": normal(batch, heads, length, width),
@@ -67,6 +70,9 @@ def particles(length, heads=2, batch=1, coords=5, width=6, queries=None, seed=0)
         "time_offset": torch.tensor([0.3, 1.25, -2.0][:heads]).double(),
         "radius": torch.tensor([3.3, 4.1, 2.9][:heads]).double(),
     }
+    if background:
+        data["background"] = torch.tensor([0.04, 1.5, 0.001][:heads]).double()
+    return data
 
 
 def set_blocks(forward, query_gradient, key_gradient):
@@ -84,8 +90,7 @@ def arguments(data, law, mass_in_value, tolerance, positions):
     if mass_in_value:
         v = v * mass[:, None, :, None].to(v.dtype)
         mass = torch.ones_like(mass)
-    learned = (data["time_scale"], data["time_offset"], data.get("radius"))
-    given = Law(*learned, law["exponent"], law["cutoff"], tolerance, *positions)
+    given = Law(*map(data.get, LAW_TENSORS), law["exponent"], law["cutoff"], tolerance, *positions)
     return data["q"], data["k"], v, mass, given
 
 
@@ -94,18 +99,19 @@ def kept_pairs(*args):
     from gravity import cuda
 
     query_block = cuda.launches()[0].query
-    saved, first = cuda.attend(*arguments(*args))
-    first = first.repeat_interleave(query_block, -1)[:, :, : saved.q.shape[2]]
+    _, saved = cuda.attend(*arguments(*args))
+    first = saved.first_kept.repeat_interleave(query_block, -1)[:, :, : saved.q.shape[2]]
     return torch.arange(saved.k.shape[2]) >= first[..., None]
 
 
 def reference(data, law, mass_in_value, positions, kept=None):
     """The formula in float64, over all pairs or over those kept."""
     law = law | {"query_positions": positions[0], "key_positions": positions[1]}
-    law |= {name: data.get(name) for name in ("time_scale", "time_offset", "radius")}
+    law |= {name: data.get(name) for name in LAW_TENSORS}
     q, k, v, mass = (data[name] for name in ("q", "k", "v", "mass"))
     if kept is None:
         return gravity_attention_reference(q, k, v, mass, mass_in_value=mass_in_value, **law)
+    del law["background"]
     field = gravity_field(q, k, mass, mass_in_value=mass_in_value, **law) * kept
     if mass_in_value:
         v = v * mass[:, None, :, None]
@@ -130,7 +136,9 @@ def absolute_terms(data, law, mass_in_value, positions, upstream, output):
         if law["cutoff"] == "soft":
             rho, squeeze = torch.relu(1 - r2 / radius.square()), 2 / radius.square()
     brought = upstream @ v.transpose(-1, -2) - (upstream * output.detach()).sum(-1, keepdim=True)
-    share = power * brought.abs() / ((power * rho**2).sum(-1, keepdim=True) + TINY)
+    background = data["background"].detach()[:, None, None] if "background" in data else TINY
+    total = (power * rho**2).sum(-1, keepdim=True) + background
+    share = power * brought.abs() / total
     slope = share * rho * (rho * law["exponent"] / (1 + r2) + squeeze)
     terms = {
         "time_scale": 2 * scale * slope * (distance - offset).square(),
@@ -138,6 +146,8 @@ def absolute_terms(data, law, mass_in_value, positions, upstream, output):
     }
     if law["cutoff"] == "soft":
         terms["radius"] = share * rho * 4 * r2 / radius**3
+    if "background" in data:
+        terms["background"] = (upstream * output.detach() / total).abs()
     return {name: term.sum((0, 2, 3)) for name, term in terms.items()}
 
 
@@ -161,9 +171,10 @@ def errors(
         arrange: gives q, k, v their strides.
 
     Returns:
-        Relative norms; for per-head numbers relative to their absolute terms. With a tolerance also
-        "skipped", the share of causal pairs left out; "weight", the largest sum of fields left out
-        relative to the sum kept; "beyond", the largest error against all pairs, over max|v|.
+        Relative norms; for per-head numbers relative to their absolute terms. With a tolerance and
+        no background, which are compared over the pairs kept, also "skipped", the share of causal
+        pairs left out; "weight", the largest sum of fields left out relative to the sum kept;
+        "beyond", the largest error against all pairs, over max|v|.
     """
     from gravity.cuda import triton_attention
 
@@ -180,7 +191,7 @@ def errors(
     computed = {n: (arrange(t) if n in "qkv" else t) for n, t in computed.items()}
     data = {name: tensor.double() for name, tensor in computed.items()}
     given = (computed, law, mass_in_value, tolerance, positions)
-    kept = kept_pairs(*given) if tolerance else None
+    kept = kept_pairs(*given) if tolerance and "background" not in data else None
     for tensor in (*data.values(), *computed.values()):
         tensor.requires_grad_()
     truth = reference(data, law, mass_in_value, positions, kept)
@@ -222,7 +233,7 @@ def assert_small(found, limit=1e-5, scalars=1e-5):
     """Assert that all errors over the same pairs are below a limit."""
     for name, error in found.items():
         if name not in ("skipped", "weight", "beyond"):
-            small = scalars if name in ("time_scale", "time_offset", "radius") else limit
+            small = scalars if name in LAW_TENSORS else limit
             assert error < small, found
 
 
@@ -354,6 +365,124 @@ def test_beyond_the_radius(interpreted, cutoff):
     assert found["beyond"] <= 5e-6, found
 
 
+@pytest.mark.parametrize("length", [1, 17, 130])
+@pytest.mark.parametrize("cutoff", CUTOFFS)
+@pytest.mark.parametrize("tolerance", [0.0, 1e-6])
+def test_background(interpreted, tolerance, cutoff, length):
+    """With a background, its gradient included, against the sum of all pairs."""
+    turn = CUTOFFS.index(cutoff) + (1, 17, 130).index(length)
+    data = particles(length, heads=3, background=True)
+    found = interpreted(
+        errors,
+        data,
+        cutoff,
+        exponent=EXPONENTS[turn % 4],
+        mass_in_value=turn % 2 == 1,
+        tolerance=tolerance,
+    )
+    assert "background" in found
+    assert_small(found)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("cutoff", CUTOFFS)
+def test_decoding_with_a_background(interpreted, cutoff, queries):
+    """A few new queries against cached keys; positions with gaps, windows of a few tokens."""
+    data = particles(80, heads=3, queries=queries, seed=5, background=True)
+    data["time_scale"] = torch.tensor([4.0, 1.5, 0.3]).double()
+    tk = torch.cumsum(torch.randint(1, 4, (80,), generator=torch.Generator().manual_seed(2)), 0)
+    tq = torch.stack([tk[20] + 1, tk[77], tk[79] + 2])[-queries:]
+    blocks = ((16, 16), (16, 16), (16, 16))
+    found = interpreted(
+        errors, data, cutoff, positions=(tq, tk), blocks=blocks, tolerance=1e-6, mass_in_value=True
+    )
+    assert_small(found, limit=3e-5, scalars=3e-5)
+
+
+def poisoned_beyond_the_window(tolerance, gaps):
+    """NaN in what must not be read, where the background says how far back heads look.
+
+    Returns:
+        The largest error of the output against the sum of all pairs, over max|v|; and, for output
+        and gradients, which of them may not be NaN, which must be, and which are.
+    """
+    from gravity.cuda import triton_attention
+
+    set_blocks((32, 16), (32, 16), (16, 16))
+    t = torch.arange(96)
+    if gaps:
+        t = torch.cumsum(torch.randint(1, 4, (96,), generator=torch.Generator().manual_seed(4)), 0)
+    data = {n: x.float() for n, x in particles(96, heads=3, seed=7, background=True).items()}
+    del data["radius"]
+    data["time_offset"] = torch.tensor([0.0, 7.5, -2.0])
+    # the windows that are wanted; key 15 is the oldest that query 64 sees
+    lengths = torch.tensor([5.0, 30.0, float(t[64] - t[15]) - 0.5])
+    share = 5 * tolerance * data["background"] / data["mass"].max()
+    data["time_scale"] = (share * (lengths - data["time_offset"]) ** 5) ** (-1 / 6)
+    data["v"][:, :, :48] = 1.0  # old against new, so that leaving out shows
+    data["v"][:, :, 48:] = -1.0
+    law = {"cutoff": "none", "exponent": 3}
+    given = arguments(data, law, False, tolerance, (t, t))
+    truth = reference({n: x.double() for n, x in data.items()}, law, False, (t, t))
+    error = float((triton_attention(*given).double() - truth).abs().max())
+
+    window = windows(given[-1], data["mass"].max())[:, None]  # (H, 1)
+    last = slice(64, None)
+    q, k, v = (x.requires_grad_() for x in given[:3])
+    v = v.clone()
+    v[:, :, :16] = torch.nan
+    out = triton_attention(q, k, v, *given[3:])
+    dq = torch.autograd.grad(out[:, :, last].sum(), q)[0]
+    # blocks of 32 queries, of which the oldest decides; the newest of the NaN is key 15
+    oldest = t[torch.arange(96) // 32 * 32]
+    unread = (oldest - t[15] > window)[:, last]
+    read = (t - t[15] <= window)[:, last]
+    result = [(unread, read, x[0, :, last].isnan().any(-1)) for x in (out, dq)]
+
+    push = torch.ones_like(out)
+    push[:, :, 64:] = torch.nan
+    grads = torch.autograd.grad(triton_attention(q, k, given[2], *given[3:]), (k, given[2]), push)
+    newest = t[torch.arange(96) // 16 * 16 + 15]
+    unread, read = t[64] - newest > window, (t[64] - t <= window) & (t <= t[-1])
+    return error, result + [(unread, read, x[0].isnan().any(-1)) for x in grads]
+
+
+@pytest.mark.parametrize("tolerance, gaps", [(1e-2, False), (1e-4, True)])
+def test_windows_of_a_background(interpreted, tolerance, gaps):
+    """Blocks beyond the window are not read in either pass, all tokens within are."""
+    error, results = interpreted(poisoned_beyond_the_window, tolerance, gaps)
+    assert error <= 2 * tolerance + 1e-6
+    assert tolerance < 1e-2 or error > 1e-5
+    for unread, read, poisoned in results:
+        assert unread.any() and read.any()
+        assert not (unread & poisoned).any()
+        assert (poisoned | ~read).all()
+
+
+def test_the_host_never_waits(monkeypatch):
+    """No number is read back: fake tensors have none, and raise if asked."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from gravity import cuda
+
+    called = []
+    for kernel in ("norm", "forward", "query_gradient", "key_gradient"):
+
+        def launch(*_, name=kernel, **__):
+            called.append(name)
+
+        stub = type("Stub", (), {"__getitem__": lambda self, grid, launch=launch: launch})()
+        monkeypatch.setattr(cuda, f"{kernel}_kernel", stub)
+    with FakeTensorMode():
+        data = {n: x.float() for n, x in particles(70, background=True).items()}
+        positions = (torch.arange(70), torch.arange(70))
+        for names in (data.keys(), data.keys() - {"background"}):
+            some = {n: x.requires_grad_() for n, x in data.items() if n in names}
+            law = {"cutoff": "soft", "exponent": 4}
+            cuda.triton_attention(*arguments(some, law, True, 1e-4, positions)).sum().backward()
+    assert called == ["norm", "norm", "forward", "query_gradient", "key_gradient"] * 2
+
+
 def in_empty_space(cutoff):
     """The largest absolute number in the output and gradients of tokens that nothing reaches."""
     from gravity.cuda import triton_attention
@@ -392,19 +521,48 @@ def test_stops_only_where_something_was_summed(interpreted):
     assert interpreted(kept_after_underflow) == (False, True)
 
 
+@pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 2e-2), (torch.float16, 5e-3)])
-def test_16_bits(interpreted, dtype, limit):
+def test_16_bits(interpreted, dtype, limit, background):
     """With wide limits: the interpreter multiplies 16-bit numbers as fp32 and rounds towards 0."""
-    data = particles(33, coords=16, width=16)
+    data = particles(33, coords=16, width=16, background=background)
     found = interpreted(errors, data, "soft", dtype=dtype, tolerance=1e-4)
     assert_small(found, limit=limit, scalars=limit)
+
+
+def gradients_of_one_token_each(dtype):
+    """The largest gradient of q or k if each token feels only itself; and of v."""
+    from gravity.cuda import triton_attention
+
+    set_blocks((16, 16), (16, 16), (16, 16))
+    data = {n: x.float() for n, x in particles(37, coords=16, width=16).items()}
+    data = {n: x.to(dtype) if n in "qkv" else x for n, x in data.items()}
+    data["k"] = data["q"] + 0.5
+    data["time_scale"], data["radius"] = torch.full((2,), 9.0), torch.full((2,), 6.0)
+    data["time_offset"] = torch.zeros(2)
+    law = {"cutoff": "hard", "exponent": 4}
+    q, k, v, *rest = arguments(data, law, False, 1e-4, (torch.arange(37), torch.arange(37)))
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    upstream = torch.randn(v.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    grads = torch.autograd.grad(triton_attention(*inputs, *rest), inputs, upstream)
+    return [float(grad.abs().max()) for grad in grads]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_window_of_one_token_has_no_gradient_of_its_place(interpreted, dtype):
+    """Its share is 1 wherever it is; rounding to 16 bits must not look like a pull."""
+    dq, dk, dv = interpreted(gradients_of_one_token_each, dtype)
+    assert max(dq, dk) < 1e-4 and dv > 1
 
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-def compiled(dtype, cutoff, coords, width, launches=None):
+def compiled(dtype, cutoff, coords, width, launches=None, by_sum=False):
     """Compile the three kernels for Hopper without a GPU.
+
+    Args:
+        by_sum: as without a background, when the sums say how far back to look.
 
     Returns:
         Bytes of shared memory and the GPU's assembler, for each kernel.
@@ -421,7 +579,9 @@ def compiled(dtype, cutoff, coords, width, launches=None):
     else:
         launches = [cuda.Launch(*launch) for launch in launches]
     shared = cuda._constants(4, cutoff, width, coords)
-    shared |= {"TINY": TINY, "BOUNDED": True, "FORWARD_M": launches[0].query}
+    shared |= {"BY_SUM": by_sum, "FORWARD_M": launches[0].query}
+    if not by_sum:
+        shared["first_kept_ptr"] = None
     inputs = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "grad_ptr", "dq_ptr", "dk_ptr", "dv_ptr")
     tables = ("visible_ptr", "first_seen_ptr", "first_kept_ptr")
     results = []
@@ -451,8 +611,9 @@ def compiled(dtype, cutoff, coords, width, launches=None):
 
 def check_compiled(cases):
     with process(interpreted=False) as executor:
-        for dtype, cutoff, coords, width, launches in cases:
-            kernels = executor.submit(compiled, dtype, cutoff, coords, width, launches).result()
+        for case in cases:
+            dtype = case[0]
+            kernels = executor.submit(compiled, *case).result()
             for shared, ptx in kernels:
                 assert shared <= 99 * 1024  # what the smallest recent GPUs have
                 assert ptx.count("rcp.approx.ftz") > ptx.count("div.full")  # rows may be divided
@@ -467,14 +628,21 @@ SMALL = ((16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2))
 
 def test_compiles_for_a_gpu():
     """The kernels as launched in 16 bits, and in fp32 with small tiles, which compile faster."""
-    check_compiled([(torch.bfloat16, "soft", 16, 64, None), (torch.float32, "hard", 16, 16, SMALL)])
+    check_compiled(
+        [
+            (torch.bfloat16, "soft", 16, 64, None, False),
+            (torch.bfloat16, "soft", 16, 64, None, True),
+            (torch.float32, "hard", 16, 16, SMALL, False),
+        ]
+    )
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("by_sum", [False, True])
 @pytest.mark.parametrize("cutoff", CUTOFFS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
-def test_compiles_every_kernel_for_a_gpu(dtype, cutoff):
-    check_compiled([(dtype, cutoff, 16, 64, None), (dtype, cutoff, 24, 80, None)])
+def test_compiles_every_kernel_for_a_gpu(dtype, cutoff, by_sum):
+    check_compiled([(dtype, cutoff, *widths, None, by_sum) for widths in ((16, 64), (24, 80))])
 
 
 def on_gpu(data):
@@ -482,20 +650,23 @@ def on_gpu(data):
 
 
 @ON_GPU
+@pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("cutoff", CUTOFFS)
 @pytest.mark.parametrize("length", [1, 17, 130, 500])
-def test_gpu_fp32(cutoff, length):
-    found = errors(on_gpu(particles(length, coords=16, width=20)), cutoff, blocks=None)
+def test_gpu_fp32(cutoff, length, background):
+    data = on_gpu(particles(length, coords=16, width=20, background=background))
+    found = errors(data, cutoff, blocks=None, tolerance=1e-7 if background else 0.0)
     assert_small(found, limit=2e-5, scalars=2e-5)
 
 
 @ON_GPU
+@pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("cutoff", CUTOFFS)
 @pytest.mark.parametrize("width", [20, 64, 128, 256])
-def test_gpu_16_bits(dtype, cutoff, width):
-    data = on_gpu(particles(500, batch=2, coords=16, width=width))
-    found = errors(data, cutoff, dtype=dtype, blocks=None)
+def test_gpu_16_bits(dtype, cutoff, width, background):
+    data = on_gpu(particles(500, batch=2, coords=16, width=width, background=background))
+    found = errors(data, cutoff, dtype=dtype, blocks=None, tolerance=1e-5 if background else 0.0)
     assert found.pop("output") < 5e-3, found
     assert_small(found, limit=1e-2, scalars=1e-2)
 
@@ -530,10 +701,12 @@ def test_gpu_at_16384_tokens():
 
 
 @ON_GPU
-def test_gpu_never_waits_for_the_device():
+@pytest.mark.parametrize("background", [False, True])
+def test_gpu_never_waits_for_the_device(background):
     from gravity.cuda import triton_attention
 
-    data = {n: t.float().requires_grad_() for n, t in on_gpu(particles(300)).items()}
+    data = on_gpu(particles(300, background=background))
+    data = {n: t.float().requires_grad_() for n, t in data.items()}
     positions = (torch.arange(300, device="cuda"), torch.arange(300, device="cuda"))
     law = {"cutoff": "soft", "exponent": 4}
     for mode in ("default", "error"):  # compiling may wait
