@@ -1,36 +1,33 @@
 """Measure what a checkpoint's loss depends on, on the validation text of its training.
 
 That is the length of the context, the place in the window, the frequency of the token, and whether
-the text repeats itself.
+the text repeats itself. With --long-range also whether the model uses what is far behind it.
 """
 
-import contextlib
 import itertools
 import json
 import math
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
 from data import eval_windows
 from engine.checkpoint import load_model
+from engine.long_range import STRING, long_range
+from engine.losses import Losses
 from system.cli import choose_device, script_parser, whole, whole_list
 from system.errors import UserError, run_script, warn
 from system.files import write_whole
-from system.machine import cpu_multiplies_bf16
 from text.token_files import data_of_checkpoint
 
 EXAMPLES = """examples:
   python evaluate.py --checkpoint-path checkpoints/shakespeare.pt_best.pt
   python evaluate.py --checkpoint-path checkpoints/b.pt_best.pt --json runs/b/evaluation.json
+  python evaluate.py --checkpoint-path checkpoints/b.pt_best.pt --long-range
 """
 TARGETS = 64  # the loss by length of context is that of the last 64 tokens
 PLACES = (1, 2, 5, 17, 65, 129, 257, 513, 1025)  # the first place of each group
 RANKS = (10, 100, 1000)  # the last rank of each group
-STRING = 20  # tokens of a string that is repeated
 GAPS = (20, 100, 200)  # tokens from its first start to its second
 RANDOM_LENGTHS = (20, 100)  # tokens of a string of random ids
 
@@ -53,62 +50,18 @@ def make_parser():
         help="number of windows of the longest context and of repeated strings (default: "
         "%(default)s)",
     )
+    add(
+        "--long-range",
+        type=whole,
+        nargs="?",
+        const=100,
+        metavar="TRIALS",
+        help="also ask for a pass key and for a string after up to 4,096 tokens, and for numbers "
+        "of a phone book, each in so many trials (default: off; without a number: 100)",
+    )
     add("--json", metavar="FILE", help="also write the numbers to this file")
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
     return parser
-
-
-class Losses:
-    """Computes losses of a model's predictions, in bf16 if it was trained in bf16.
-
-    Args:
-        model: an NGT or a vanilla transformer.
-        config: that of its checkpoint.
-    """
-
-    def __init__(self, model, config):
-        self.model = model
-        self.device = next(model.parameters()).device
-        is_fast = self.device.type == "cuda" or cpu_multiplies_bf16()
-        self.amp = bool(config.get("use_amp")) and is_fast
-        # learned positions end with the window, rotary and ALiBi do not; an NGT has no `pos`, and
-        # its limit is None, or under the published law its window
-        has_learned_positions = getattr(model.config, "pos", "learned") == "learned"
-        self.limit = model.max_context if has_learned_positions else None
-
-    @torch.no_grad()
-    def of(self, tokens, count):
-        """Losses of the last tokens of several sequences.
-
-        Args:
-            tokens: ids, int64, (B, T + 1).
-            count: number of tokens at the end, at most T.
-
-        Returns:
-            Losses in nats as a NumPy array of float64, (B, count).
-        """
-        tokens = torch.as_tensor(tokens).to(self.device)
-        autocast = torch.autocast(self.device.type, torch.bfloat16)
-        with autocast if self.amp else contextlib.nullcontext():
-            logits = self.model(tokens[:, :-1])[:, -count:]
-        targets = tokens[:, -count:]
-        losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-        return losses.view(targets.shape).double().cpu().numpy()
-
-    def of_all(self, sequences, count, title):
-        """`of` for any number of sequences, in batches of about 8192 tokens.
-
-        Args:
-            title: of the progress bar.
-        """
-        rows = max(1, 8192 // sequences.shape[1])
-        starts = range(0, len(sequences), rows)
-        return np.concatenate(
-            [
-                self.of(sequences[start : start + rows], count)
-                for start in tqdm(starts, title, leave=False, delay=2, disable=None)
-            ]
-        )
 
 
 def by_length(losses, tokens, lengths, num_windows):
@@ -242,6 +195,32 @@ def show(result):
         )
 
 
+def show_long_range(found):
+    """Print the tables of `long_range`."""
+    print(
+        f"\nis what is far used? {found['trials']:,} trials each\n"
+        "loss of an answer that the text gave before (of the same answer, not given before)"
+    )
+    for key, title, size, unit in (
+        ("passkey", "a pass key of five digits", "distance", "tokens later"),
+        ("phone_book", "a number from a phone book", "names", "names"),
+        ("repeats", "a string that comes again", "distance", "tokens later"),
+    ):
+        print(f"\n{title}" + ("" if found[key] else ": left out"))
+        for row in found[key]:
+            line = f"  {row[size]:>6,} {unit}  "
+            if row["loss"] is None:
+                print(line + "longer than its positions")
+                continue
+            line += f"{row['loss']:8.4f}  ({row['reference']:.4f})  gain {row['gain']:+.4f}"
+            line += "" if row["error"] is None else f" ± {row['error']:.4f}"
+            if key != "repeats":
+                line += f"  all digits right {row['exact']:.1%}"
+            elif row["share"] is not None:
+                line += f"  {row['share']:.1%} of the first"
+            print(line)
+
+
 def main(argv=None):
     """Evaluate; returns the exit code."""
     args = make_parser().parse_args(argv)
@@ -266,7 +245,11 @@ def main(argv=None):
         "by_frequency": frequencies,
         "repeats": on_repeats(losses, tokens, vocab_size, args.num_windows, block_size),
     }
+    if args.long_range:
+        result["long_range"] = long_range(losses, tokens, tokenizer, args.long_range, block_size)
     show(result)
+    if args.long_range:
+        show_long_range(result["long_range"])
     if args.json:
         write_whole(Path(args.json), json.dumps(result, indent=1).encode())
     return 0

@@ -7,6 +7,8 @@ A token has a hidden state `h`, coordinates `z` and a positive mass `m`. One lay
     h = h + FeedForward(LayerNorm(h))
     z = LayerNorm(z + W_z a)
 
+or what a recipe makes of these parts (`layers/parts.py`).
+
 `vanilla_model.py` is written in parallel: the same names in the same order, with dot-product
 attention and without coordinates. Letters in shapes as in `gravity/law.py`.
 """
@@ -58,7 +60,8 @@ class NGTConfig(ModelConfig):
     )
     use_radius_cutoff: bool = setting(
         True,
-        "no pull from beyond the radius; --no-radius-cutoff: no limit",
+        "no pull from beyond the radius (default: on if --radius, --use-soft-cutoff or "
+        "--no-background is given and under the published law, otherwise off)",
         flag="--radius-cutoff",
     )
     use_soft_cutoff: bool = setting(
@@ -74,13 +77,13 @@ class NGTConfig(ModelConfig):
     background: bool = setting(
         False,
         "add a learned number per head to the sum of fields, so that what a token receives fades "
-        "with the field (newton)",
+        "with the field (newton) (default: on)",
     )
     background_start: float = setting(
         0.0015, "where that number starts (newton with a background)", positive
     )
     farthest_time_scale: float = setting(
-        0.0035,
+        0.00035,
         "initial softenings per token of the head that looks farthest back (newton)",
         positive,
     )

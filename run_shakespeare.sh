@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains a vanilla transformer and an NGT of the same size on Shakespeare, and shows the result.
+# Trains a vanilla transformer with rotary positions and an NGT of the same size on Shakespeare, and
+# shows the result.
 #
 #   bash run_shakespeare.sh                        minutes on two CPU cores; call again to continue
 #   MAX_STEPS=200 bash run_shakespeare.sh          fewer steps
@@ -24,14 +25,17 @@ for name in MAX_STEPS BATCH_SIZE BLOCK_SIZE HIDDEN_DIM NUM_LAYERS NUM_HEADS LEAR
 done
 read -r -a extra <<<"${EXTRA_FLAGS:-}"
 
+# train MODEL NAME FLAGS...
 train() {
-    python train_shakespeare.py --model "$1" --checkpoint-path "checkpoints/$2.pt" --run-name "$2" \
-        --resume ${flags[@]+"${flags[@]}"} ${extra[@]+"${extra[@]}"}
+    local model=$1 name=$2
+    shift 2
+    python train_shakespeare.py --model "$model" --checkpoint-path "checkpoints/$name.pt" \
+        --run-name "$name" --resume "$@" ${flags[@]+"${flags[@]}"} ${extra[@]+"${extra[@]}"}
 }
 
 echo
 echo "== 1 of 2: vanilla"
-train vanilla "${NAME}_vanilla"
+train vanilla "${NAME}_vanilla" --pos rotary
 echo
 echo "== 2 of 2: NGT"
 train ngt "$NAME"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The study: compares gravity with dot-product attention, and tries one change of the law at a time.
+# The study: compares gravity with the strongest control we know, rotary attention with smeared keys
+# and values and a learned sink, and tries one change of the law at a time.
 # Every run has a folder below runs/; call the script again to continue an interrupted study.
 #
 #   bash run_study.sh                                    all stages on Shakespeare, two CPU cores
@@ -7,14 +8,16 @@
 #   STAGES="headline" SEEDS="1 2 3" bash run_study.sh    parts of it
 #
 # Settings, given as environment variables, with their defaults:
-#   STAGES="rates ablations headline full sizes evaluate report"
+#   STAGES="rates headline ablations full sizes evaluate report"
+#   RECIPE=modern        of both models, or gpt2, which names its runs MODEL_gpt2
 #   SIZE=small           or 25m: WikiText-103's setting on the same text, a job for a GPU
 #   JOBS=2 THREADS=1     runs at the same time, and CPU threads of each
 #   DATASET=shakespeare DATA_PATH BPE_VOCAB_SIZE=2048
-#   SEEDS="1 2 3"        seeds of the headline
+#   SEEDS="1 2 3"        seeds of the headline and of the sizes
+#   ABLATION_SEEDS="1 2" seeds of the ablations
 #   RATE_SEED=100        seed of the runs that compare learning rates
 #   RATES="1e-3 2e-3 4e-3 8e-3"   learning rates to try for each model
-#   NGT_RATE=4e-3 VANILLA_RATE=4e-3   learning rates of all other stages
+#   NGT_RATE=4e-3 CONTROL_RATE=4e-3   learning rates of all other stages
 #   STEPS=6000           steps of the headline;   SHORT_STEPS=1500   of rates and ablations
 #   NAME=study_$DATASET  names the report and the folders below runs/, checkpoints/ and logs/
 #   ONLY                 only the runs whose name matches, such as headline/rotary*
@@ -26,19 +29,21 @@ set -euo pipefail
 cd "$(dirname "$0")"
 source ./setup_venv.sh
 
-STAGES=${STAGES:-rates ablations headline full sizes evaluate report}
+STAGES=${STAGES:-rates headline ablations full sizes evaluate report}
+RECIPE=${RECIPE:-modern}
 SIZE=${SIZE:-small}
 JOBS=${JOBS:-2}
 DATASET=${DATASET:-shakespeare}
 NAME=${NAME:-study_$DATASET}
 BPE_VOCAB_SIZE=${BPE_VOCAB_SIZE:-2048}
 SEEDS=${SEEDS:-1 2 3}
+ABLATION_SEEDS=${ABLATION_SEEDS:-1 2}
 RATE_SEED=${RATE_SEED:-100}
 RATES=${RATES:-1e-3 2e-3 4e-3 8e-3}
 STEPS=${STEPS:-6000}
 SHORT_STEPS=${SHORT_STEPS:-1500}
 NGT_RATE=${NGT_RATE:-4e-3}
-VANILLA_RATE=${VANILLA_RATE:-4e-3}
+CONTROL_RATE=${CONTROL_RATE:-4e-3}
 FULL=${FULL:-}
 SIZES=${SIZES:-300000 3000000}
 export OMP_NUM_THREADS=${THREADS:-1}
@@ -46,8 +51,8 @@ export OMP_NUM_THREADS=${THREADS:-1}
 for stage in $STAGES; do
     case "$stage" in
         rates | ablations | headline | full | sizes | evaluate | report) ;;
-        *) fail "STAGES contains $stage, which is unknown: choose from rates, ablations, headline, full, sizes," \
-            "evaluate, report" ;;
+        *) fail "STAGES contains $stage, which is unknown: choose from rates, headline, ablations, full," \
+            "sizes, evaluate, report" ;;
     esac
 done
 case "$SIZE" in
@@ -66,6 +71,13 @@ esac
 corpus=(--dataset "$DATASET" --tokenizer bpe --bpe-vocab-size "$BPE_VOCAB_SIZE")
 [ -z "${DATA_PATH:-}" ] || corpus+=(--data-path "$DATA_PATH")
 read -r -a extra <<<"${EXTRA_FLAGS:-}"
+rotary=(--model vanilla --pos rotary)
+control=("${rotary[@]}" --smear keys-values --sink)
+case "$RECIPE" in
+    modern) suffix= ;;
+    gpt2) suffix=_gpt2 ;;
+    *) fail "RECIPE=$RECIPE is unknown: give modern or gpt2" ;;
+esac
 
 # tenth RATE: prints a tenth of a learning rate, the value at which its cosine schedule ends
 tenth() { python -c "import sys; print(f'{float(sys.argv[1]) / 10:g}')" "$1"; }
@@ -77,7 +89,7 @@ add() {
     [[ $1 == ${ONLY:-*} ]] || return 0
     shift 4
     jobs+=("$(printf '%q ' "$name" "${corpus[@]}" "${shape[@]}" --num-parameters "$parameters" \
-        --seed "$seed" --max-steps "$steps" --warmup-steps 100 --learning-rate "$rate" \
+        --recipe "$RECIPE" --seed "$seed" --max-steps "$steps" --warmup-steps 100 --learning-rate "$rate" \
         --min-learning-rate "$(tenth "$rate")" --eval-interval $((steps < 4 ? 1 : steps / 12)) \
         --eval-iters 50 --checkpoint-interval $((steps < 4 ? 1 : steps / 12)) --use-amp "$@" \
         ${extra[@]+"${extra[@]}"})")
@@ -123,7 +135,8 @@ set_size() {
 ablation() {
     case "$1" in
         default) flags=() ;;
-        default_seed_*) flags=(--seed "${1#default_seed_}") ;; # shows how much seeds differ
+        no_background) flags=(--no-background) ;;
+        background_*) flags=(--background-start "${1#background_}") ;;
         exponent_*[0-9]) flags=(--exponent "${1#exponent_}") ;;
         head_coord_dim_*) flags=(--head-coord-dim "${1#head_coord_dim_}") ;;
         coord_dim_*) flags=(--coord-dim "${1#coord_dim_}") ;;
@@ -131,20 +144,25 @@ ablation() {
         no_retardation) flags=(--no-retardation) ;;
         farthest_*) flags=(--farthest-time-scale "${1#farthest_}") ;;
         no_repulsion) flags=(--no-repulsion) ;;
-        repulsion_*) flags=(--lambda-repulsion "${1#repulsion_}") ;;
-        no_radius) flags=(--no-radius-cutoff) ;;
-        radius_*) flags=(--radius "${1#radius_}") ;;
-        soft_radius_*) flags=(--use-soft-cutoff --radius "${1#soft_radius_}") ;;
+        radius_*) flags=(--radius-cutoff --radius "${1#radius_}") ;;
+        soft_radius_*) flags=(--radius-cutoff --use-soft-cutoff --radius "${1#soft_radius_}") ;;
         tolerance_*) flags=(--field-tolerance "${1#tolerance_}") ;;
+        layernorm) flags=(--norm layernorm) ;;
+        biases) flags=(--bias) ;;
+        gelu) flags=(--activation gelu) ;;
+        no_zero_init) flags=(--no-zero-init-outputs) ;;
+        no_value_residual) flags=(--no-value-residual) ;;
+        no_embedding_skip) flags=(--no-embedding-skip) ;;
+        no_softcap) flags=(--logit-softcap 0) ;;
+        adamw) flags=(--optimizer adamw) ;;
         published) flags=(--law published --mass-in-value) ;;
         *) fail "no ablation $1: see the names in run_study.sh" ;;
     esac
 }
-ABLATIONS=${ABLATIONS:-default default_seed_2 default_seed_3 no_retardation mass_in_value
-    exponent_1 exponent_2 exponent_3 exponent_8 exponent_16 farthest_0.0005 head_coord_dim_8
-    head_coord_dim_32 coord_dim_32 coord_dim_128 no_repulsion repulsion_0.5 no_radius radius_4
-    radius_8 radius_32 soft_radius_8 soft_radius_16 soft_radius_32 tolerance_0 tolerance_1e-3
-    published}
+ABLATIONS=${ABLATIONS:-default no_background background_0.0001 background_0.005 background_0.02
+    no_repulsion exponent_3 exponent_6 head_coord_dim_8 head_coord_dim_32 farthest_0.0035
+    no_retardation mass_in_value radius_16 layernorm biases gelu no_zero_init no_value_residual
+    no_embedding_skip no_softcap adamw}
 
 for name in $ABLATIONS $FULL; do ablation "$name"; done
 use_environment requirements.txt
@@ -157,25 +175,24 @@ for stage in $STAGES; do
     case "$stage" in
         rates)
             for rate in $RATES; do
-                add "rates/ngt_$rate" "$RATE_SEED" "$SHORT_STEPS" "$rate" --model ngt
-                add "rates/rotary_$rate" "$RATE_SEED" "$SHORT_STEPS" "$rate" --model vanilla --pos rotary
-                add "rates/learned_$rate" "$RATE_SEED" "$SHORT_STEPS" "$rate" --model vanilla
-            done
-            ;;
-        ablations)
-            for name in $ABLATIONS; do
-                ablation "$name"
-                add "ablations/$name" 1 "$SHORT_STEPS" "$NGT_RATE" ${flags[@]+"${flags[@]}"}
+                add "rates/ngt${suffix}_$rate" "$RATE_SEED" "$SHORT_STEPS" "$rate"
+                add "rates/control${suffix}_$rate" "$RATE_SEED" "$SHORT_STEPS" "$rate" "${control[@]}"
             done
             ;;
         headline)
             for seed in $SEEDS; do
-                add "headline/ngt_$seed" "$seed" "$STEPS" "$NGT_RATE"
-                add "headline/rotary_$seed" "$seed" "$STEPS" "$VANILLA_RATE" --model vanilla --pos rotary
-                add "headline/ngt_mass_in_value_$seed" "$seed" "$STEPS" "$NGT_RATE" --mass-in-value
+                add "headline/ngt${suffix}_$seed" "$seed" "$STEPS" "$NGT_RATE"
+                add "headline/control${suffix}_$seed" "$seed" "$STEPS" "$CONTROL_RATE" "${control[@]}"
             done
-            add headline/learned_1 1 "$STEPS" "$VANILLA_RATE" --model vanilla
-            add headline/alibi_1 1 "$STEPS" "$VANILLA_RATE" --model vanilla --pos alibi
+            add "headline/rotary${suffix}_1" 1 "$STEPS" "$CONTROL_RATE" "${rotary[@]}"
+            ;;
+        ablations)
+            for name in $ABLATIONS; do
+                ablation "$name"
+                for seed in $ABLATION_SEEDS; do
+                    add "ablations/${name}_$seed" "$seed" "$SHORT_STEPS" "$NGT_RATE" ${flags[@]+"${flags[@]}"}
+                done
+            done
             ;;
         full)
             for name in $FULL; do
@@ -186,9 +203,11 @@ for stage in $STAGES; do
         sizes)
             for size in $SIZES; do
                 set_size "$size"
-                add "sizes/ngt_$size" 1 $((12 * size / 2048)) "$NGT_RATE"
-                add "sizes/rotary_$size" 1 $((12 * size / 2048)) "$VANILLA_RATE" \
-                    --model vanilla --pos rotary
+                for seed in $SEEDS; do
+                    add "sizes/ngt_${size}_$seed" "$seed" $((12 * size / 2048)) "$NGT_RATE"
+                    add "sizes/control_${size}_$seed" "$seed" $((12 * size / 2048)) "$CONTROL_RATE" \
+                        "${control[@]}"
+                done
             done
             ;;
         evaluate)
@@ -196,7 +215,7 @@ for stage in $STAGES; do
                 run=${folder#runs/}
                 [ ! -e "$folder/config.json" ] || [ -e "$folder/evaluation.json" ] && continue
                 echo "$run"
-                python evaluate.py --checkpoint-path "checkpoints/$run.pt_best.pt" \
+                python evaluate.py --checkpoint-path "checkpoints/$run.pt_best.pt" --long-range 40 \
                     --json "$folder/evaluation.json" >"logs/$run.evaluation.log"
             done
             ;;

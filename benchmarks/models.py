@@ -11,7 +11,7 @@ from model import NGT
 from system.errors import UsageError, UserError
 from system.settings import add_flag, flag_of
 from text.token_files import data_of_checkpoint
-from training.config import DEFAULTS, PRESETS, SETTINGS
+from training.config import DEFAULTS, SETTINGS, preset_settings
 
 TIMED_PRESETS = {  # --preset: the preset of training, and the vocabulary size of its text
     "shakespeare": ("shakespeare", 66),
@@ -95,8 +95,8 @@ def fresh_model(preset, kind, device, **changes):
         changes: settings that replace the preset's.
     """
     name, vocab_size = TIMED_PRESETS[preset]
-    sizes = dict(PRESETS[name]) | {"vocab_size": vocab_size, "model_type": kind}
-    sizes["mlp_dim"] = sizes["mlp_dim"]["vanilla" if kind == "vanilla" else "newton"]
+    sizes = preset_settings(name, "vanilla" if kind == "vanilla" else "newton")
+    sizes |= {"vocab_size": vocab_size, "model_type": kind}
     torch.manual_seed(0)
     return build_model(DEFAULTS | sizes | changes).to(device).eval()
 

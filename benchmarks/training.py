@@ -30,7 +30,7 @@ from system.cli import whole
 from system.errors import UsageError, warn
 from system.machine import cpu_multiplies_bf16, peak_memory_bytes
 from system.settings import flag_of
-from training.config import DEFAULTS, PRESETS, SETTINGS
+from training.config import DEFAULTS, SETTINGS, preset_settings
 from training.trainer import Trainer
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmark.py"
@@ -131,11 +131,9 @@ def print_row(name, numbers):
 def make_trainer(args, name, device):
     """The real Trainer on random tokens; `name` is ngt, vanilla or first-release."""
     preset, vocab_size = TIMED_PRESETS[args.preset]
-    sizes = dict(PRESETS[preset])
     kind = "vanilla" if name == "vanilla" else "ngt"
     law = "published" if name == "first-release" else args.law
-    sizes["mlp_dim"] = sizes["mlp_dim"]["vanilla" if kind == "vanilla" else law]
-    config = DEFAULTS | sizes
+    config = DEFAULTS | preset_settings(preset, "vanilla" if kind == "vanilla" else law)
     config |= {"model_type": kind, "law": law, "compile": args.compile} | law_given(args)
     config["gradient_accumulation_steps"] = 1  # a step is one batch of --batch-size
     for flag in ("batch_size", "block_size"):

@@ -1,1 +1,1 @@
-"""A trained model: checkpoints, generation, and which token pulls which."""
+"""A trained model: checkpoints, generation, losses, and which token pulls which."""

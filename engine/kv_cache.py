@@ -18,7 +18,7 @@ class KVCache:
     def __init__(self):
         self.length, self.largest_mass = 0, None
         self._layers = {}  # layer: _Memory
-        self._newest = {}  # layer: (B, 1, C), see `exchange`
+        self._newest = {}  # name: (B, 1, C), see `exchange`
         self._windows = {}  # layer: see `forget_beyond`
 
     def append(self, layer, positions, *entries):
@@ -37,14 +37,17 @@ class KVCache:
             memory = self._layers[layer] = _Memory(new)
         return memory.append(new)
 
-    def exchange(self, layer, entries):
-        """Keep the last of a layer's `entries`, (B, T, C), and return the one kept before.
+    def exchange(self, name, entries):
+        """Keep the last of `entries`, (B, T, C), and return the one kept before under this name.
+
+        Args:
+            name: a layer, or whatever tells its entries from others.
 
         Returns:
             (B, 1, C); the first of `entries` if none was kept.
         """
-        before = self._newest.get(layer, entries[:, :1])
-        self._newest[layer] = entries[:, -1:].clone()
+        before = self._newest.get(name, entries[:, :1])
+        self._newest[name] = entries[:, -1:].clone()
         return before
 
     def forget_beyond(self, layer, window):

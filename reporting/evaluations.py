@@ -12,6 +12,12 @@ TABLES = {  # of an evaluation.json: the keys of a row and their types
     "by_frequency": SPAN,
     "repeats": {"text": str, "gap": int, "again": NUMBER, "once": NUMBER},
 }
+ANSWER = {"gain": LOSS, "error": LOSS, "exact": LOSS}
+LONG_RANGE = {  # of its long_range, which evaluate.py --long-range adds
+    "passkey": {"distance": int, **ANSWER},
+    "phone_book": {"names": int, **ANSWER},
+    "repeats": {"distance": int, "share": LOSS, **ANSWER},
+}
 
 
 def read_evaluation(run):
@@ -25,11 +31,18 @@ def read_evaluation(run):
         return None
     remedy = "write it again with evaluate.py"
     found = read_json(path, remedy)
-    check_types(found, dict.fromkeys(TABLES, list), path, remedy)
-    for key, expected in TABLES.items():
+    _check_rows(found, TABLES, path, remedy)
+    if "long_range" in found:
+        check_types(found["long_range"], {"trials": int}, path, remedy)
+        _check_rows(found["long_range"], LONG_RANGE, f"{path}, long_range", remedy)
+    return found
+
+
+def _check_rows(found, tables, path, remedy):
+    check_types(found, dict.fromkeys(tables, list), path, remedy)
+    for key, expected in tables.items():
         for row in found[key]:
             check_types(row, expected, f"{path}, {key}", remedy)
-    return found
 
 
 def length_table(evaluations):
@@ -70,19 +83,74 @@ def where_it_wins(evaluations):
         "### On repeated text",
         "Loss of a string of real text (20 tokens), or of random ids, that is repeated after this "
         "many tokens; the second table has the loss of the same string without the repetition.",
-        _table(evaluations, "repeats", "repeated", repeated, "again"),
-        _table(evaluations, "repeats", "not repeated", repeated, "once"),
+        _table(
+            evaluations, "repeats", "repeated", repeated, lambda row: _four_digits(row, "again")
+        ),
+        _table(
+            evaluations, "repeats", "not repeated", repeated, lambda row: _four_digits(row, "once")
+        ),
     ]
 
 
-def _table(evaluations, key, title, name_of, value="loss"):
-    """Markdown: a line for each row of evaluate.py's table `key`, a column for each model."""
+def what_is_far(evaluations):
+    """Markdown, in parts: what a model gains from an answer that stood far back in the text.
+
+    Models that were evaluated without --long-range are left out.
+    """
+    found = {label: e["long_range"] for label, e in evaluations.items() if "long_range" in e}
+    if not found:
+        return [f"{NOT_RUN}: evaluate.py --long-range."]
+    trials = ", ".join(sorted({f"{far['trials']:,}" for far in found.values()}))
+
+    def table(key, title, size, share):
+        if not any(far[key] for far in found.values()):
+            return f"{NOT_RUN}: the text is too short, or its vocabulary cannot spell the question."
+
+        def shown(row):
+            if row["gain"] is None:
+                return ""
+            error = "" if row["error"] is None else f" ± {row['error']:.3f}"
+            in_brackets = "" if row[share] is None else f" ({row[share]:.1%})"
+            return f"{row['gain']:+.3f}{error}{in_brackets}"
+
+        return _table(found, key, title, lambda row: f"{row[size]:,}", shown)
+
+    return [
+        "Gain: nats per token by which the answer is likelier if the text gave it than if the same "
+        f"text gave another or none; ± is the standard error over {trials} trials. A gain of 0 "
+        "means that what was far had no effect. Empty if the text is longer than the positions "
+        "that the model has learned.",
+        "### A pass key",
+        "Five digits named in one sentence and asked for after so many tokens of real text; in "
+        "brackets how often greedy decoding finds all five.",
+        table("passkey", "tokens between", "distance", "exact"),
+        "### A phone book",
+        "One of so many numbers of five digits, asked for by name; in brackets how often greedy "
+        "decoding finds all five.",
+        table("phone_book", "names", "names", "exact"),
+        "### A string that comes again",
+        "Twenty tokens of real text that come again so many tokens after their first start; in "
+        "brackets the share of the gain at the shortest distance, if that gain is more than two "
+        "standard errors.",
+        table("repeats", "after", "distance", "share"),
+    ]
+
+
+def _four_digits(row, key="loss"):
+    return "" if row[key] is None else f"{row[key]:.4f}"
+
+
+def _table(evaluations, key, title, name_of, shown=_four_digits):
+    """Markdown: a line for each row of evaluate.py's table `key`, a column for each model.
+
+    Args:
+        name_of, shown: take a row and return the text of its first cell, and of a model's cell.
+    """
     rows = {}  # a model may lack rows that another has: its block size may be smaller
     for label, evaluation in evaluations.items():
         for row in evaluation[key]:
-            rows.setdefault(name_of(row), {})[label] = row[value]
-    lines = []
-    for name, found in rows.items():
-        values = [found.get(label) for label in evaluations]
-        lines.append([name, *("" if v is None else f"{v:.4f}" for v in values)])
+            rows.setdefault(name_of(row), {})[label] = shown(row)
+    lines = [
+        [name, *(found.get(label, "") for label in evaluations)] for name, found in rows.items()
+    ]
     return markdown_table([title, *evaluations], lines)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from system.errors import UserError
 from system.safe_text import one_line
+from training.config import described
 from training.run_log import read_metrics
 
 NOT_RUN = "not run"
@@ -172,10 +173,7 @@ def find_runs(names, root=Path("runs")):
 
 def label_of(config):
     """A name for a model of this configuration, in one printable line."""
-    if config["model"] == "vanilla":
-        return one_line(f"vanilla ({config['pos']})")
-    mass = ", mass in value" if config["mass_in_value"] else ""
-    return one_line(f"ngt ({config['law']}{mass})")
+    return one_line(described(config | {"model_type": config["model"]}))
 
 
 def group(runs):

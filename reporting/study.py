@@ -1,21 +1,16 @@
 """Writes the report of run_study.sh: one table per question, every number from the runs' files."""
 
-import math
 import statistics
 from pathlib import Path
 
-import torch
-
-from engine.flops import training_flops
-from engine.models import build_model
-from reporting.evaluations import length_table, read_evaluation, where_it_wins
+from reporting.evaluations import length_table, read_evaluation, what_is_far, where_it_wins
 from reporting.geometry import geometry_section
+from reporting.headline import baseline, by_model, cost_table, headline_table, paired, unfinished
 from reporting.runs import (
     NOT_RUN,
     PER_RUN,
     all_values,
     find_runs,
-    label_of,
     loss_or_worst,
     mean,
 )
@@ -25,8 +20,7 @@ from system.files import write_whole
 from system.markdown import markdown_block, markdown_code, markdown_table, markdown_text
 from system.safe_text import one_line
 
-BASELINE = "rotary"
-STAGES = ("rates", "ablations", "headline", "full", "sizes")
+STAGES = ("rates", "ablations", "ablations_before", "headline", "full", "sizes")
 # settings that differ between an ablation and its default for other reasons
 NOT_A_CHANGE = PER_RUN | {
     *("parameters", "mlp_dim", "source", "vocab_size", "model_type", "deterministic")
@@ -43,18 +37,23 @@ def write_study(output, name):
     runs = [run for found in stages.values() for run in found]
     if not runs:
         raise UserError(f"--study: there is no run below runs/{name}: start with run_study.sh")
-    headline = _by_model(stages["headline"])
+    headline = by_model(stages["headline"])
     evaluations = _evaluations(headline, [*stages["full"], *stages["ablations"]])
     parts = [
         *_introduction(runs, name, output),
-        *("## Headline", _headline_table(headline)),
+        *("## Headline", headline_table(headline)),
         *(_curves_and_cost(output, headline) if headline else []),
         *("## Learning rates", _rate_table(stages["rates"])),
         *("## Ablations", _ablation_table(stages["ablations"])),
+        *(
+            "### Of the law before, without a background",
+            _ablation_table(stages["ablations_before"]),
+        ),
         *("### In full", _full_table(stages["full"], headline)),
         *("## Other sizes", _size_table(stages["sizes"])),
         *("## Past its training length", length_table(evaluations)),
         *(_lengths_picture(output, evaluations) if evaluations else []),
+        *("## Is what is far used?", *what_is_far(evaluations)),
         *("## Where each wins", *where_it_wins(evaluations)),
         *("## What the geometry learned", *_geometry(headline, stages["ablations"])),
         *("## Commands", _commands(runs)),
@@ -71,20 +70,6 @@ def _stage(name, stage):
 def _short(run):
     """The last part of a run's name."""
     return one_line(run.name.split("/")[-1])
-
-
-def _by_model(runs):
-    """Headline runs by their label, the baseline first; each list in order of the seeds.
-
-    Runs of one label belong together even if a later version of this program added settings to
-    the configurations of some.
-    """
-    found = {}
-    for run in runs:
-        found.setdefault(label_of(run.config), []).append(run)
-    for same in found.values():
-        same.sort(key=lambda run: run.config["seed"])
-    return dict(sorted(found.items(), key=lambda item: BASELINE not in item[0]))
 
 
 def _evaluations(headline, others):
@@ -120,7 +105,7 @@ def _curves_and_cost(output, headline):
 
     curves = [(label, run.name, run.rows) for label, runs in headline.items() for run in runs]
     write_whole(output.with_suffix(".png"), curves_png(curves))
-    return [f"![validation loss]({output.stem}.png)", "### At equal cost", _cost_table(headline)]
+    return [f"![validation loss]({output.stem}.png)", "### At equal cost", cost_table(headline)]
 
 
 def _lengths_picture(output, evaluations):
@@ -151,109 +136,8 @@ def _commands(runs):
     return markdown_block("\n".join(lines), "bash")
 
 
-def _baseline(headline):
-    """The headline runs that others are compared with; an empty list if there are none."""
-    return next((runs for label, runs in headline.items() if BASELINE in label), [])
-
-
 def _last(run, key, form):
     return mean([run.rows[-1][key]], form)
-
-
-def _unfinished(run):
-    """Text such as (step 300 of 1,000) if a run has not reached its last step, else none."""
-    step, steps = run.rows[-1]["step"], run.config["max_steps"]
-    return f" (step {step:,} of {steps:,})" if step < steps else ""
-
-
-def _paired(runs, others, key):
-    """Pairs of values at the last common step of two runs, for each seed that both models have.
-
-    Runs of one seed read the same batches, so their difference has less noise than that of means.
-    """
-    others = {run.config["seed"]: run for run in others}
-    pairs = []
-    for run in runs:
-        other = others.get(run.config["seed"])
-        if other is None:
-            continue
-        common = {row["step"] for row in run.rows} & {row["step"] for row in other.rows}
-        if common:
-            pairs.append((run.at_step(max(common))[key], other.at_step(max(common))[key]))
-    return [pair for pair in pairs if None not in pair]
-
-
-def _headline_table(headline):
-    head = ["model", "parameters", "seeds", "val loss", "perplexity", "bits per byte"]
-    head += ["perplexity / rotary, paired", "tokens/s", "training time"]
-    lines = []
-    for label, runs in headline.items():
-        last = [run.rows[-1] for run in runs]
-        ratios = [a / b for a, b in _paired(runs, _baseline(headline), "perplexity")]
-        lines.append(
-            [
-                label + "".join({_unfinished(run) for run in runs}),
-                f"{runs[0].config['parameters']:,}",
-                ", ".join(str(run.config["seed"]) for run in runs),
-                mean([row["val_loss"] for row in last], ".4f"),
-                mean([row["perplexity"] for row in last], ".2f"),
-                mean([row.get("bits_per_byte") for row in last], ".4f"),
-                mean(ratios, ".4f") if ratios else "",
-                mean([run.median("tokens_per_s") for run in runs], ",.0f"),
-                duration(statistics.mean(row["wall_time"] for row in last)),
-            ]
-        )
-    return markdown_table(head, lines) if lines else f"{NOT_RUN}."
-
-
-def _model_of(config):
-    """The model of a run's config, without memory for its weights."""
-    with torch.device("meta"):
-        return build_model(config | {"model_type": config["model"]})
-
-
-def _cost_table(headline):
-    """What each model needs to reach the last loss of the baseline's run of the same seed."""
-    baseline = {run.config["seed"]: run for run in _baseline(headline)}
-    if not baseline:
-        return f"{NOT_RUN}: there is no {BASELINE} run to compare with."
-    head = ["model", "steps to rotary's last loss", "of its training time", "of its flops"]
-    head += ["loss after rotary's time"]
-    lines = []
-    for label, runs in headline.items():
-        steps, times, flops, losses = [], [], [], []
-        for run in runs:
-            other = baseline.get(run.config["seed"])
-            if other is None:
-                continue
-            end = other.rows[-1]
-            within = run.within(end["wall_time"])
-            losses += [within["val_loss"]] if within else []
-            reached = next(
-                (r for r in run.rows if loss_or_worst(r) <= loss_or_worst(end) < math.inf), None
-            )
-            if reached is None:
-                continue
-            # flops and not steps alone: the models' steps cost differently
-            steps.append(reached["step"])
-            times.append(reached["wall_time"] / end["wall_time"])
-            cost = training_flops(_model_of(run.config), reached["tokens"])
-            flops.append(cost / training_flops(_model_of(other.config), end["tokens"]))
-        lines.append(
-            [
-                label,
-                mean(steps, ",.0f") if steps else "never",
-                mean(times, ".2f") if times else "never",
-                mean(flops, ".2f") if flops else "never",
-                mean(losses, ".4f") if losses else "",
-            ]
-        )
-    note = (
-        "The first evaluation at or below the last loss of the baseline with the same seed. A "
-        "model that gets there early has not decayed its learning rate as far, which is a "
-        "disadvantage."
-    )
-    return f"{markdown_table(head, lines)}\n\n{note}"
 
 
 def _rate_table(runs):
@@ -268,7 +152,7 @@ def _rate_table(runs):
     for model, found in models.items():
         best = min(found, key=lambda rate: loss_or_worst(found[rate].rows[-1]))
         shown = [
-            _last(found[rate], "val_loss", ".4f") + _unfinished(found[rate])
+            _last(found[rate], "val_loss", ".4f") + unfinished(found[rate])
             if rate in found
             else NOT_RUN
             for rate in rates
@@ -286,34 +170,44 @@ def _change(config, default):
 
 
 def _ablation_table(runs):
-    default = next((run for run in runs if run.name.endswith("/default")), None)
-    if default is None:
+    names = {}  # by the name without its seed
+    for run in runs:
+        name = _short(run).removesuffix(f"_{run.config['seed']}")
+        names.setdefault(name, []).append(run)
+    defaults = names.get("default")
+    if defaults is None:
         return f"{NOT_RUN}."
-    head = ["name", "what changes", "parameters", "val loss", "perplexity", "difference of loss"]
+    head = ["name", "what changes", "parameters", "val loss", "perplexity", "seed", "difference"]
     head += ["repulsion", "tokens/s"]
     lines = []
-    for run in sorted(runs, key=lambda run: loss_or_worst(run.rows[-1])):
-        pairs = _paired([run], [default], "val_loss")
+    for name, same in sorted(names.items(), key=lambda item: _mean_difference(item[1], defaults)):
+        last = [run.rows[-1] for run in same]
+        differences = [a - b for a, b in paired(same, defaults, "val_loss")]
         lines.append(
             [
-                _short(run) + _unfinished(run),
-                _change(run.config, default.config),
-                f"{run.config['parameters']:,}",
-                _last(run, "val_loss", ".4f"),
-                _last(run, "perplexity", ".2f"),
-                f"{pairs[0][0] - pairs[0][1]:+.4f}" if pairs else "",
-                f"{run.rows[-1].get('repulsion') or 0:.4f}",
-                f"{run.median('tokens_per_s'):,.0f}",
+                name + "".join({unfinished(run) for run in same}),
+                _change(same[0].config, defaults[0].config),
+                f"{same[0].config['parameters']:,}",
+                mean([row["val_loss"] for row in last], ".4f"),
+                mean([row["perplexity"] for row in last], ".2f"),
+                ", ".join(str(run.config["seed"]) for run in same),
+                ", ".join(f"{difference:+.4f}" for difference in differences),
+                mean([row.get("repulsion") or 0 for row in last], ".4f"),
+                mean([run.median("tokens_per_s") for run in same], ",.0f"),
             ]
         )
     note = (
-        f"One change at a time from `default`, {default.config['max_steps']:,} steps, seed "
-        f"{default.config['seed']}, same batches; below 0 is better than the default. This is one "
-        "seed: the spread of the default over other seeds shows which differences matter. "
-        "Repulsion: the energy of the final coordinates, which grows without bound if they "
-        "collapse."
+        f"One change at a time from `default`, {defaults[0].config['max_steps']:,} steps, same "
+        "batches. Difference: of the loss from the default's with the same seed; below 0 is better "
+        "than the default. Repulsion: the energy of the final coordinates, which grows without "
+        "bound if they collapse."
     )
     return f"{note}\n\n{markdown_table(head, lines)}"
+
+
+def _mean_difference(runs, defaults):
+    pairs = paired(runs, defaults, "val_loss")
+    return statistics.mean(a - b for a, b in pairs) if pairs else 0.0
 
 
 def _full_table(runs, headline):
@@ -321,17 +215,17 @@ def _full_table(runs, headline):
         return f"{NOT_RUN}."
     lines = []
     for run in runs:
-        pairs = _paired([run], _baseline(headline), "perplexity")
+        pairs = paired([run], baseline(headline), "perplexity")
         lines.append(
             [
-                _short(run) + _unfinished(run),
+                _short(run) + unfinished(run),
                 run.config["seed"],
                 _last(run, "val_loss", ".4f"),
                 _last(run, "perplexity", ".2f"),
                 f"{pairs[0][0] / pairs[0][1]:.4f}" if pairs else "",
             ]
         )
-    return markdown_table(["name", "seed", "val loss", "perplexity", "perplexity / rotary"], lines)
+    return markdown_table(["name", "seed", "val loss", "perplexity", "perplexity / control"], lines)
 
 
 def _size_table(runs):
@@ -340,7 +234,7 @@ def _size_table(runs):
     head = ["run", "parameters", "tokens", "val loss", "perplexity", "tokens/s", "training time"]
     lines = [
         [
-            _short(run) + _unfinished(run),
+            _short(run) + unfinished(run),
             f"{run.config['parameters']:,}",
             f"{run.rows[-1]['tokens']:,}",
             _last(run, "val_loss", ".4f"),

@@ -1,6 +1,7 @@
 """Tests evaluate.py: each loss against the same loss computed another way."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +35,12 @@ def evaluated(*flags):
     return json.loads(Path("e.json").read_text())
 
 
-def test_parts_make_up_the_whole(trained):
-    """The mean of the groups, weighted by their tokens, is the trainer's loss."""
-    result = evaluated("--context-lengths", 64, "--num-windows", 3)
+def test_parts_make_up_the_whole(trained, capsys):
+    """The mean of the groups, weighted by their tokens, is the trainer's loss.
+
+    What is printed of the long range is what is written.
+    """
+    result = evaluated("--context-lengths", 64, "--num-windows", 3, "--long-range", 2)
     places = result["by_place"]
     weights = [row["last"] - row["first"] + 1 for row in places]
     assert sum(weights) == 64
@@ -44,6 +48,11 @@ def test_parts_make_up_the_whole(trained):
     ranks = result["by_frequency"]
     mean = np.average([row["loss"] for row in ranks], weights=[row["tokens"] for row in ranks])
     assert mean == pytest.approx(trained)
+    printed = capsys.readouterr().out
+    assert result["long_range"]["trials"] == 2 and "pass key of five digits: left out" in printed
+    for row in result["long_range"]["repeats"]:
+        number = "longer than" if row["gain"] is None else f"gain {row['gain']:+.4f} ±"
+        assert re.search(rf"{row['distance']:,} tokens later .*{re.escape(number)}", printed)
 
 
 @torch.no_grad()

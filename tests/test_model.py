@@ -28,7 +28,8 @@ from small_models import (
     lively,
 )
 from system.errors import UsageError
-from training.config import DEFAULTS, PRESETS
+from training.config import PRESETS, RECIPES, resolve
+from training.options import train_parser
 from vanilla_model import Attention, VanillaConfig, alibi_slopes, rotate, rotation
 
 UNLIMITED = [*NEWTON, *(name for name in VANILLA if "learned" not in name)]
@@ -370,20 +371,25 @@ def test_geometry_is_what_the_blocks_saw():
 
 
 @pytest.mark.parametrize("vocab_size", [66, 2048, 8192])
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_compare_equal_sizes(preset, vocab_size, monkeypatch):
+def test_presets_compare_equal_sizes(preset, recipe, vocab_size):
     """NGT has as many parameters under either law as its vanilla counterpart, within 1 %."""
-    for initialiser in ("normal_", "constant_", "zeros_", "kaiming_uniform_", "uniform_"):
-        monkeypatch.setattr(torch.nn.init, initialiser, lambda tensor, *a, **k: tensor)
+    kinds = {
+        "newton": (),
+        "published": ("--law", "published"),
+        "vanilla": ("--model", "vanilla"),
+    }
+    if recipe == "modern":
+        kinds["control"] = ("--model", "vanilla", "--smear", "keys-values", "--sink")
     counts = {}
-    for kind in ("newton", "published", "vanilla"):
-        config = {**DEFAULTS, **PRESETS[preset], "vocab_size": vocab_size, "radius": None}
-        config["mlp_dim"] = PRESETS[preset]["mlp_dim"][kind]
-        config["model_type"] = "vanilla" if kind == "vanilla" else "ngt"
-        config["law"] = "newton" if kind == "vanilla" else kind
-        model = build_model(config)
+    for kind, flags in kinds.items():
+        given = ["--dataset", preset, "--recipe", recipe, *flags]
+        config = resolve(train_parser("", "").parse_args(given))
+        with torch.device("meta"):
+            model = build_model(config | {"vocab_size": vocab_size})
         counts[kind] = sum(p.numel() for p in model.parameters())
-    for kind in ("newton", "published"):
+    for kind in counts:
         assert abs(counts[kind] / counts["vanilla"] - 1) < 0.01, counts
 
 

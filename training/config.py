@@ -1,8 +1,8 @@
 """Settings of a run: its fields with their defaults, the presets, and which value wins.
 
-A given flag wins over the checkpoint being resumed, that over the recipe, that over the preset of
-the dataset, and that over the default. The result is the run's config: a dict with a value for
-every setting.
+A given flag wins over the checkpoint being resumed, that over the preset of the dataset, that over
+the recipe, and that over the default. The result is the run's config: a dict with a value for every
+setting.
 """
 
 from dataclasses import MISSING, dataclass, fields
@@ -31,8 +31,11 @@ RECIPES = {
         "beta2": 0.95,
     },
 }
-# A value may be a dict by kind of model. mlp_dim is chosen so that compared models have equal
-# parameters, to within 1 %, under the recipe gpt2. What stands under a recipe's name wins there.
+# What a new run gets by its law; the defaults of the fields are what an older checkpoint means.
+LAW_DEFAULTS = {"newton": {"background": True, "use_radius_cutoff": False}, "published": {}}
+# A value may be a dict by kind of model: newton, published or vanilla. A dict under a recipe's name
+# holds what is different under that recipe. mlp_dim gives compared models equal parameters, to
+# within 1 %, under the recipe gpt2; for the others `_mlp_dim` computes it.
 PRESETS = {
     "shakespeare": {"mlp_dim": {"newton": 576, "published": 596, "vanilla": 512}},
     "text": {
@@ -139,7 +142,7 @@ class RunSettings:
     )
     compile: bool = setting(False, "compile the model with torch.compile")
     shard_optimizer: bool = setting(
-        False, "under torchrun, each process keeps only a part of AdamW's state"
+        False, "under torchrun, each process keeps only a part of the optimizer's state"
     )
     deterministic: bool = setting(False, "bit-identical runs on a GPU too (slower)")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
@@ -180,6 +183,16 @@ FREE_ON_RESUME = {  # they change nothing that the model learns: no warning of a
 }
 
 
+def preset_settings(dataset, kind, recipe="gpt2"):
+    """The settings of a preset for a kind of model, newton, published or vanilla."""
+    preset = PRESETS[dataset] | PRESETS[dataset].get(recipe, {})
+    return {
+        name: value[kind] if isinstance(value, dict) else value
+        for name, value in preset.items()
+        if name not in RECIPES
+    }
+
+
 def given_settings(args):
     """The settings that the user gave as flags, by name."""
     values = {name: getattr(args, name, None) for name in SETTINGS}
@@ -200,15 +213,17 @@ def resolve(args, resumed=None):
     if resumed is not None:
         _check_against(given, resumed)
         return {name: resumed.get(name, DEFAULTS[name]) for name in SETTINGS} | given
-    recipe = given.get("recipe", DEFAULT_RECIPE)
-    preset = dict(PRESETS[given.get("dataset", DEFAULTS["dataset"])])
-    of_recipe = {name: preset.pop(name, {}) for name in RECIPES}[recipe]
-    config = DEFAULTS | preset | RECIPES[recipe] | of_recipe | given | {"recipe": recipe}
+    config = DEFAULTS | {"recipe": DEFAULT_RECIPE} | given
+    recipe, dataset = config["recipe"], config["dataset"]
     kind = "vanilla" if config["model_type"] == "vanilla" else config["law"]
-    widths = config["mlp_dim"]
-    config = {name: v[kind] if isinstance(v, dict) else v for name, v in config.items()}
+    preset = preset_settings(dataset, kind, recipe)
+    config |= LAW_DEFAULTS[config["law"]] | RECIPES[recipe] | preset
+    # who names a radius wants one; without a background only a radius bounds what a head must read
+    if given.keys() & {"radius", "use_soft_cutoff"} or given.get("background") is False:
+        config["use_radius_cutoff"] = True
+    config |= {"recipe": recipe} | given
     if "mlp_dim" not in given:
-        config["mlp_dim"] = _mlp_dim(config, given, kind, widths)
+        config["mlp_dim"] = _mlp_dim(config, given, kind, PRESETS[dataset]["mlp_dim"])
     return config
 
 
@@ -258,6 +273,20 @@ def _check_against(given, resumed):
             )
         if name not in FREE_ON_RESUME and value != before:
             warn(f"{flag} changes from {before} to {value}")
+
+
+def described(config):
+    """A model in words: its kind, and in brackets what a reader must know of it."""
+    c = DEFAULTS | config
+    if c["model_type"] == "vanilla":
+        words = [c["pos"]]
+        words += [f"smear {c['smear']}"] if c["smear"] != "none" else []
+        words += ["sink"] if c["sink"] else []
+    else:
+        words = [c["law"]]
+        words += [name.replace("_", " ") for name in ("background", "mass_in_value") if c[name]]
+    words += [c["recipe"]] if c["recipe"] != "gpt2" else []
+    return f"{c['model_type']} ({', '.join(words)})"
 
 
 def warn_of_no_effect(args, config):

@@ -5,51 +5,44 @@ import math
 import torch
 from torch import nn
 
-from system.errors import warn
-
 
 def make_optimizer(model, config, device, ranks):
     """AdamW, or under `--optimizer muon` a `MuonAndAdamW`, with weight decay on matrices only.
 
     AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101. With `shard_optimizer` every rank keeps a
-    share of AdamW's state (ZeRO stage 1, Rajbhandari et al. 2020, arXiv:1910.02054).
+    share of the state (ZeRO stage 1, Rajbhandari et al. 2020, arXiv:1910.02054).
     """
-    matrices = matrices_inside(model) if config["optimizer"] == "muon" else []
-    for_muon = {id(parameter) for parameter in matrices}
+    for_muon = matrices_inside(model) if config["optimizer"] == "muon" else []
+    of_muon = {id(parameter) for parameter in for_muon}
     decay, keep = [], []
     for name, parameter in model.named_parameters():
-        if id(parameter) in for_muon:
+        if id(parameter) in of_muon:
             continue
         # biases, norms and masses have no reason to be near 0
         is_matrix = parameter.dim() >= 2 and not name.startswith("mass_emb")
         (decay if is_matrix else keep).append(parameter)
-    adamw = _adamw(decay, keep, config, device, ranks)
-    if not matrices:
-        return adamw
-    if config["shard_optimizer"] and ranks.size > 1 and ranks.is_main:
-        warn("--shard-optimizer shares out AdamW's state only: each process keeps all of Muon's")
-    # the factor gives Muon's steps the size of AdamW's (Liu et al. 2025, arXiv:2502.16982)
-    muon = torch.optim.Muon(
-        matrices,
-        lr=config["learning_rate"],
-        weight_decay=config["weight_decay"],
-        adjust_lr_fn="match_rms_adamw",
-    )
-    return MuonAndAdamW(muon, adamw)
-
-
-def _adamw(decay, keep, config, device, ranks):
     groups = [
         {"params": decay, "weight_decay": config["weight_decay"]},
         {"params": keep, "weight_decay": 0.0},
     ]
     settings = {"lr": config["learning_rate"], "betas": (0.9, config["beta2"])}
     settings["fused"] = device.type in ("cpu", "cuda")
-    if config["shard_optimizer"] and ranks.size > 1:
-        from torch.distributed.optim import ZeroRedundancyOptimizer  # takes a second to import
+    is_shared = config["shard_optimizer"] and ranks.size > 1
+    adamw = _optimizer(torch.optim.AdamW, groups, settings, is_shared)
+    if not for_muon:
+        return adamw
+    # the factor gives Muon's steps the size of AdamW's (Liu et al. 2025, arXiv:2502.16982)
+    settings = {"lr": config["learning_rate"], "adjust_lr_fn": "match_rms_adamw"}
+    settings["weight_decay"] = config["weight_decay"]
+    return MuonAndAdamW(_optimizer(torch.optim.Muon, for_muon, settings, is_shared), adamw)
 
-        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
-    return torch.optim.AdamW(groups, **settings)
+
+def _optimizer(kind, parameters, settings, is_shared):
+    if not is_shared:
+        return kind(parameters, **settings)
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # takes a second to import
+
+    return ZeroRedundancyOptimizer(parameters, kind, **settings)
 
 
 def matrices_inside(model):
@@ -66,59 +59,57 @@ class MuonAndAdamW:
     """
 
     def __init__(self, muon, adamw):
-        self.muon, self.adamw = muon, adamw
+        self.parts = adamw, muon
 
     @property
     def param_groups(self):
-        return [*self.adamw.param_groups, *self.muon.param_groups]
+        return [group for part in self.parts for group in part.param_groups]
 
     def step(self):
-        self.adamw.step()
-        self.muon.step()
+        for part in self.parts:
+            part.step()
 
     def zero_grad(self, set_to_none=True):
-        self.adamw.zero_grad(set_to_none)
-        self.muon.zero_grad(set_to_none)
+        for part in self.parts:
+            part.zero_grad(set_to_none)
 
     def state_dict(self):
-        adamw, muon = self.adamw.state_dict(), self.muon.state_dict()
-        first = self._first_of_muon()
-        state = {number + first: averages for number, averages in muon["state"].items()}
-        groups = [
-            group | {"params": [number + first for number in group["params"]]}
-            for group in muon["param_groups"]
-        ]
-        return {
-            "state": adamw["state"] | state,
-            "param_groups": [*adamw["param_groups"], *groups],
-        }
+        saved, first = {"state": {}, "param_groups": []}, 0
+        for part in self.parts:
+            state, groups = _renumbered(part.state_dict(), first)
+            saved["state"] |= state
+            saved["param_groups"] += groups
+            first += _size(part)
+        return saved
 
     def load_state_dict(self, saved):
-        first, count = self._first_of_muon(), len(self.adamw.param_groups)
-        state, groups = saved["state"], saved["param_groups"]
-        self.adamw.load_state_dict(
-            {
-                "state": {number: x for number, x in state.items() if number < first},
-                "param_groups": groups[:count],
-            }
-        )
-        self.muon.load_state_dict(
-            {
-                "state": {number - first: x for number, x in state.items() if number >= first},
-                "param_groups": [
-                    group | {"params": [number - first for number in group["params"]]}
-                    for group in groups[count:]
-                ],
-            }
-        )
+        first, groups = 0, [*saved["param_groups"]]
+        for part in self.parts:
+            count, numbers = len(part.param_groups), range(first, first + _size(part))
+            own = {number: x for number, x in saved["state"].items() if number in numbers}
+            state, own_groups = _renumbered({"state": own, "param_groups": groups[:count]}, -first)
+            part.load_state_dict({"state": state, "param_groups": own_groups})
+            first, groups = numbers.stop, groups[count:]
 
-    def _first_of_muon(self):
-        return sum(len(group["params"]) for group in self.adamw.param_groups)
+
+def _size(optimizer):
+    """How many parameters an optimizer has."""
+    return sum(len(group["params"]) for group in optimizer.param_groups)
+
+
+def _renumbered(saved, shift):
+    """The state and the groups of a saved optimizer, with all numbers of parameters shifted."""
+    state = {number + shift: averages for number, averages in saved["state"].items()}
+    groups = [
+        group | {"params": [number + shift for number in group["params"]]}
+        for group in saved["param_groups"]
+    ]
+    return state, groups
 
 
 def is_muons(group):
     """Whether a group of parameters is Muon's."""
-    return "ns_steps" in group
+    return "adjust_lr_fn" in group
 
 
 def set_learning_rates(optimizer, step, config):
@@ -152,12 +143,11 @@ def learning_rate(step, config):
 def state_of(optimizer, ranks):
     """An optimizer's state, for a checkpoint; None on all ranks but the main one if it is shared
     out. All ranks call it."""
-    adamw = getattr(optimizer, "adamw", optimizer)
-    if hasattr(adamw, "consolidate_state_dict"):
-        adamw.consolidate_state_dict(to=0)
-        if not ranks.is_main:
-            return None
-    return optimizer.state_dict()
+    parts = getattr(optimizer, "parts", [optimizer])
+    shared = [part for part in parts if hasattr(part, "consolidate_state_dict")]
+    for part in shared:
+        part.consolidate_state_dict(to=0)
+    return None if shared and not ranks.is_main else optimizer.state_dict()
 
 
 def restore_optimizer(optimizer, state):

@@ -85,8 +85,10 @@ def _stated_default(name, help, defaults):
     if value is None or "(default: " in help:
         return ""
     parts = [_shown(value)]
-    special = (PRESETS | RECIPES).items()
-    parts += [f"{title}: {_shown(p[name])}" for title, p in special if name in p]
+    special = PRESETS | RECIPES
+    for recipe in RECIPES:
+        special |= {f"{title} {recipe}": p[recipe] for title, p in PRESETS.items() if recipe in p}
+    parts += [f"{title}: {_shown(p[name])}" for title, p in special.items() if name in p]
     return f" (default: {'; '.join(parts)})"
 
 

@@ -13,7 +13,7 @@ from system.cli import choose_device
 from system.errors import UsageError, UserError, warn
 from system.machine import code_version, machine
 from text.preparation import check_tokenizer_file, prepare_data
-from training.config import CORPUS, DEFAULTS, resolve, warn_of_no_effect
+from training.config import CORPUS, DEFAULTS, described, resolve, warn_of_no_effect
 from training.loop import loop
 from training.ranks import is_restarted
 from training.resume import check_tokenizer_is_here, read_to_resume
@@ -140,9 +140,8 @@ def _announce(trainer):
     """Print what will be trained."""
     config, ranks = trainer.config, trainer.ranks
     print(f"text: {trainer.data.meta['source']}")
-    kind = config["pos"] if config["model_type"] == "vanilla" else config["law"]
     print(
-        f"{config['model_type']} ({kind}): {trainer.num_parameters:,} parameters; "
+        f"{described(config)}: {trainer.num_parameters:,} parameters; "
         f"{trainer.tokens_per_step:,} tokens per step, {config['max_steps']:,} steps; "
         f"{trainer.device}" + (f", {ranks.size} processes" if ranks.size > 1 else "")
     )

@@ -32,12 +32,14 @@ AGAINST = {"": "steps", "by_tokens/": "tokens", "by_seconds/": "seconds of train
 HYPERPARAMETERS = (
     *("model", "law", "pos", "dataset", "tokenizer", "vocab_size", "parameters", "hidden_dim"),
     *("coord_dim", "head_coord_dim", "num_layers", "num_heads", "mlp_dim", "block_size"),
+    *("recipe", "norm", "bias", "activation", "zero_init_outputs", "value_residual"),
+    *("embedding_skip", "logit_softcap", "qk_norm", "smear", "sink", "optimizer", "beta2"),
     *("exponent", "retardation", "background", "mass_in_value", "use_radius_cutoff"),
     *("use_soft_cutoff", "dropout", "batch_size", "gradient_accumulation_steps"),
     *("learning_rate", "weight_decay", "max_steps", "seed"),
 )
 HISTOGRAMS = ("radius", "time_scale", "time_offset", "window", "retardation", "background")
-SHOWN_FIRST = ("model", "law", "pos", "parameters", "learning_rate")
+SHOWN_FIRST = ("model", "law", "pos", "recipe", "parameters", "learning_rate")
 
 
 class Dashboard:

@@ -170,6 +170,45 @@ def test_losses_that_are_not_finite(losses, in_tmp):
     assert headline[2] == ("not finite" if losses[-1] is None else "4.0000")
 
 
+def answer(gain, exact, **row):
+    return {"gain": gain, "error": gain and 0.25, "exact": exact, **row}
+
+
+def test_what_is_far(in_tmp):
+    """A column for each model that was asked; empty cells beyond the positions of a model."""
+    write_study_of([4.0, 3.0])
+    report.main(["--study", "s", "--output", "reports/s.md"])
+    before = parts_of(Path("reports/s.md").read_text())
+    assert before["Is what is far used?"].startswith("\nnot run")
+    ngt = {
+        "trials": 50,
+        "passkey": [answer(1.5, 0.125, distance=64), answer(0.0, 0.0, distance=2048)],
+        "phone_book": [],
+        "repeats": [
+            answer(2.0, 0.0, distance=20, share=1.0),
+            answer(1.1, 0.0, distance=2048, share=0.55),
+        ],
+    }
+    rotary = {
+        "trials": 50,
+        "passkey": [answer(0.5, 0.0, distance=64), answer(None, None, distance=2048)],
+        "phone_book": [],
+        "repeats": [answer(0.25, 0.0, distance=20, share=None)],
+    }
+    for name, found in (("ngt_1", ngt), ("rotary_1", rotary)):
+        path = Path(f"runs/s/headline/{name}/evaluation.json")
+        path.write_text(json.dumps(EVALUATION | {"long_range": found}))
+    report.main(["--study", "s", "--output", "reports/s.md"])
+    parts = parts_of(Path("reports/s.md").read_text())
+    key, book = cells(parts["A pass key"]), parts["A phone book"]
+    assert key["64"] == ["+0.500 ± 0.250 (0.0%)", "+1.500 ± 0.250 (12.5%)"]
+    assert key["2,048"] == ["", "+0.000 ± 0.000 (0.0%)"]
+    assert "not run" in book
+    strings = cells(parts["A string that comes again"])
+    assert strings["20"] == ["+0.250 ± 0.250", "+2.000 ± 0.250 (100.0%)"]
+    assert strings["2,048"] == ["", "+1.100 ± 0.250 (55.0%)"]
+
+
 SHORTEST = {"by_length": [], "by_place": [], "by_frequency": [], "repeats": []}
 
 
@@ -182,6 +221,8 @@ SHORTEST = {"by_length": [], "by_place": [], "by_frequency": [], "repeats": []}
         (json.dumps(SHORTEST | {"by_frequency": {"first": 1}}), "a wrong by_frequency"),
         (json.dumps(SHORTEST | {"by_place": [[1, 2]]}), "no dictionary"),
         (json.dumps(SHORTEST | {"repeats": [{"text": "real", "gap": 1}]}), "no again"),
+        (json.dumps(SHORTEST | {"long_range": []}), "no dictionary"),
+        (json.dumps(SHORTEST | {"long_range": {"trials": 9, "passkey": 1}}), "a wrong passkey"),
     ],
 )
 def test_damaged_evaluations_are_one_line(text, words, in_tmp):

@@ -82,11 +82,14 @@ def weights(cwd, name):
         (),
         pytest.param(("--model", "vanilla"), marks=pytest.mark.slow),
         pytest.param(("--law", "published", "--no-radius-cutoff"), marks=pytest.mark.slow),
+        pytest.param(("--recipe", "modern"), marks=pytest.mark.slow),
     ],
-    ids=["newton", "vanilla", "published"],
+    ids=["newton", "vanilla", "published", "modern"],
 )
 def test_any_number_of_ranks_gives_one_curve(flags, in_tmp, small_text, request):
-    """Losses of 1, 2 and 4 ranks agree to 1e-5 over 50 steps, also with a sharded optimizer."""
+    """Losses of 1, 2 and 4 ranks agree to 1e-5 over 50 steps, also with a sharded optimizer; to
+    1e-4 with Muon, which computes in bf16."""
+    limit = 1e-4 if "modern" in flags else 1e-5
     run("train_shakespeare.py", *SMALL, *flags, *named("one"), cwd=in_tmp, check=0)
     expected = curve(in_tmp, "one")
     assert expected[-1]["step"] == STEPS and expected[-1]["val_loss"] < expected[0]["val_loss"]
@@ -100,7 +103,7 @@ def test_any_number_of_ranks_gives_one_curve(flags, in_tmp, small_text, request)
         assert [row["step"] for row in found] == [row["step"] for row in expected]
         for key in ("train_loss", "val_loss"):
             for row, other in zip(found, expected, strict=True):
-                assert row[key] == pytest.approx(other[key], abs=1e-5), (name, row["step"])
+                assert row[key] == pytest.approx(other[key], abs=limit), (name, row["step"])
 
 
 def killed(cwd, name, *flags, restarts):
@@ -115,9 +118,11 @@ def killed(cwd, name, *flags, restarts):
     return finish(process, code=0 if restarts else 1)
 
 
-def test_resuming_on_two_ranks_is_bit_identical(in_tmp, small_text):
+@pytest.mark.parametrize("recipe", ["gpt2", "modern"])
+def test_resuming_on_two_ranks_is_bit_identical(recipe, in_tmp, small_text):
     """With a sharded optimizer, and dropout whose random numbers differ from rank to rank."""
-    flags = ("--dropout", 0.1, "--shard-optimizer", "--no-use-cosine-schedule", "--max-steps")
+    flags = ("--recipe", recipe, "--dropout", 0.1, "--shard-optimizer")
+    flags += ("--no-use-cosine-schedule", "--max-steps")
     on_ranks(in_tmp, 2, *flags, 40, *named("whole"))
     on_ranks(in_tmp, 2, *flags, 20, *named("cut"))
     assert "resuming at step 20" in on_ranks(in_tmp, 2, *flags, 40, "--resume", *named("cut"))
