@@ -47,7 +47,10 @@ def test_flag_model_and_checkpoint_refuse_the_same_value():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--background-start 0.01", "--background-start has no effect without --background"),
+        (
+            "--no-background --background-start 0.01",
+            "--background-start has no effect without --background",
+        ),
         (
             "--background-start 0.01 --law published",
             "--background-start has no effect under --law published",
@@ -88,7 +91,11 @@ def test_a_recipe_gives_defaults_and_flags_win():
     assert (modern["smear"], modern["sink"]) == ("none", False)
     old = resolved("--recipe", "gpt2")
     assert all(old[name] == DEFAULTS[name] for name in RECIPES["modern"])
-    assert old == resolved() | {"recipe": "gpt2"} or module.DEFAULT_RECIPE != "gpt2"
+    assert old == resolved()
+    text = resolved("--dataset", "text")
+    assert (text["recipe"], text["learning_rate"]) == ("modern", 8e-3)
+    published = resolved("--dataset", "text", "--law", "published")
+    assert (published["recipe"], published["learning_rate"]) == ("gpt2", 4e-3)
 
 
 def test_a_checkpoint_says_it_all(capsys):
@@ -103,6 +110,26 @@ def test_a_checkpoint_says_it_all(capsys):
     assert capsys.readouterr().err == ""
     changed = resolved("--beta2", 0.9, resumed=saved)
     assert changed["beta2"] == 0.9 and "--beta2 changes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, background, cutoff",
+    [
+        ((), True, False),
+        (("--no-background",), False, True),
+        (("--radius", 8), True, True),
+        (("--use-soft-cutoff",), True, True),
+        (("--no-background", "--no-radius-cutoff"), False, False),
+        (("--law", "published"), False, True),
+    ],
+)
+def test_a_new_run_has_a_background_or_a_radius(flags, background, cutoff):
+    """A checkpoint from before, whose config names no background, has none and keeps its radius."""
+    config = resolved(*flags)
+    assert (config["background"], config["use_radius_cutoff"]) == (background, cutoff)
+    before = {k: v for k, v in resolved().items() if not k.startswith(("background", "use_radius"))}
+    resumed = resolved(resumed=before)
+    assert (resumed["background"], resumed["use_radius_cutoff"]) == (False, True)
 
 
 def test_a_preset_may_have_rates_by_recipe_and_kind(monkeypatch):
