@@ -11,7 +11,7 @@ from model import NGT
 from system.errors import UsageError, UserError
 from system.settings import add_flag, flag_of
 from text.token_files import data_of_checkpoint
-from training.config import DEFAULTS, SETTINGS, preset_settings
+from training.config import DEFAULTS, LAW_DEFAULTS, SETTINGS, preset_settings
 
 TIMED_PRESETS = {  # --preset: the preset of training, and the vocabulary size of its text
     "shakespeare": ("shakespeare", 66),
@@ -40,7 +40,7 @@ def add_dtype_flag(parser):
 def add_law_flags(parser):
     """Add the flags of training that shape the law of a fresh NGT; `law_given` reads them."""
     for name in LAW_SETTINGS:
-        default = "on" if DEFAULTS[name] else "off"
+        default = "on" if LAW_DEFAULTS["newton"][name] else "off"
         help = f"of a fresh NGT: {SETTINGS[name].metadata['help']} (default: {default})"
         add_flag(parser, SETTINGS[name], help)
 
@@ -96,7 +96,7 @@ def fresh_model(preset, kind, device, **changes):
     """
     name, vocab_size = TIMED_PRESETS[preset]
     sizes = preset_settings(name, "vanilla" if kind == "vanilla" else "newton")
-    sizes |= {"vocab_size": vocab_size, "model_type": kind}
+    sizes |= {"vocab_size": vocab_size, "model_type": kind} | LAW_DEFAULTS["newton"]
     torch.manual_seed(0)
     return build_model(DEFAULTS | sizes | changes).to(device).eval()
 

@@ -29,7 +29,7 @@ from system.errors import UsageError, UserError
 from system.files import write_whole
 from system.machine import code_version
 from system.markdown import markdown_table
-from training.config import DEFAULTS, PRESETS
+from training.config import DEFAULTS, LAW_DEFAULTS, PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "The mass of a word is what draws the next one near. "
@@ -113,8 +113,8 @@ def benchmark_scaling(args, device):
 def trained_or_fresh(path):
     """The NGT whose windows are counted, and words for it: `(model, words)`."""
     if path is None:
-        shape = DEFAULTS | {"mlp_dim": 512, "model_type": "ngt", "vocab_size": 66}
-        return build_model(shape), "an untrained model"
+        shape = {"mlp_dim": 512, "model_type": "ngt", "vocab_size": 66}
+        return build_model(DEFAULTS | LAW_DEFAULTS["newton"] | shape), "an untrained model"
     model, *_ = load_newton(path, "cpu")
     return model, f"`{Path(path).name}`"
 

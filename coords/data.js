@@ -24,6 +24,7 @@ class Run {
     this.z = unpacked(given.z, Int16Array);
     this.sources = unpacked(given.sources, Uint16Array);
     this.weights = unpacked(given.weights, Uint16Array);
+    this.quiet = given.quiet === null ? null : unpacked(given.quiet, Uint16Array);
     this.boxes = this.points.map(boxAround);
     const [low, high] = boxAround(this.boxes.flat());
     this.box = [low, high];
@@ -64,13 +65,24 @@ class Run {
     return from.map((x, axis) => x + (to[axis] - x) * (at - before));
   }
 
+  // Where the pulls of a head, or of "mean", on a token are; below 0 before the first layer.
+  #row(layer, head, token) {
+    const index = this.layerOf(layer) - 1;
+    const which = head === "mean" || head >= this.numHeads ? this.numHeads : head;
+    return (index * (this.numHeads + 1) + which) * this.count + token;
+  }
+
+  // The background's share in a row of pulls; null without a background and before the first layer.
+  quietOf(layer, head, token) {
+    const row = this.#row(layer, head, token);
+    return this.quiet === null || row < 0 ? null : this.quiet[row] / 65535;
+  }
+
   // [source, weight] of the strongest sources of a head, or of "mean".
   pulls(layer, head, token) {
-    const index = this.layerOf(layer) - 1;
-    if (index < 0) return [];
-    const which = head === "mean" || head >= this.numHeads ? this.numHeads : head;
-    const row = (index * (this.numHeads + 1) + which) * this.count + token;
+    const row = this.#row(layer, head, token);
     const found = [];
+    if (row < 0) return found;
     for (let n = row * this.numStored; n < (row + 1) * this.numStored; n++) {
       if (this.weights[n]) found.push([this.sources[n], this.weights[n] / 65535]);
     }

@@ -13,7 +13,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from tqdm import tqdm
 
-from engine.pulls import visit_pulls
+from engine.pulls import quietness, visit_pulls
 from system.errors import UserError
 
 STORED_SOURCES = 8  # the strongest, per token and head
@@ -28,12 +28,14 @@ class Pulls:
 
     `sources` (L, H + 1, T, K) int are places in the text, strongest first; `weights` of the same
     shape are their shares of the pull, 0 if a token has fewer sources; `profile` (L, H, T) is the
-    share that comes from each distance in tokens, mean over the text.
+    share that comes from each distance in tokens, mean over the text; `quiet` (L, H + 1, T) is the
+    background's share, None for a model without a background.
     """
 
     sources: np.ndarray
     weights: np.ndarray
     profile: np.ndarray
+    quiet: np.ndarray | None
 
 
 @dataclass
@@ -90,6 +92,7 @@ def _measure_pulls(model, tokens):
         np.zeros(shape, np.int64),
         np.zeros(shape),
         np.zeros((config.num_layers, config.num_heads, count)),
+        np.zeros(shape[:-1]) if config.background else None,
     )
     total = config.num_layers * count
     bar = tqdm(total=total, unit=" tokens", desc="pulls", delay=PROGRESS_DELAY, leave=False)
@@ -102,6 +105,8 @@ def _measure_pulls(model, tokens):
         stored = slice(strongest.values.shape[-1])
         pulls.weights[layer, :, rows, stored] = strongest.values.numpy()
         pulls.sources[layer, :, rows, stored] = strongest.indices.numpy()
+        if pulls.quiet is not None:
+            pulls.quiet[layer, :, rows] = quietness(shares).numpy()
         bar.update(rows.stop - rows.start)
 
     with bar:

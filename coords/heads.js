@@ -42,7 +42,17 @@ const COLUMNS = [
     "90 % of its pull in this text comes from at most this many tokens back",
     orNone(plain.format),
   ),
-  column("window", "window", "tokens back beyond which its pull is exactly 0"),
+  column(
+    "quiet",
+    "quiet",
+    "the background's share, mean over this text: so much weaker is what it passes on",
+    orNone(percent),
+  ),
+  column(
+    "window",
+    "window",
+    "tokens back beyond which its pull is exactly 0; with a background, next to nothing beside it",
+  ),
   column(
     "time_scale",
     "time scale",
@@ -58,6 +68,11 @@ const COLUMNS = [
     "retardation",
     "retardation",
     "how much a source is felt at the place of the token before it (1: only there), mean over the head's coordinates",
+  ),
+  column(
+    "background",
+    "background",
+    "what is added to the sum of its fields; a sum much smaller than that passes on next to nothing",
   ),
   column("gamma", "gamma", "scales the score -gamma / r²"),
   column("bias", "bias", "added to the score"),

@@ -28,10 +28,14 @@ def heads_table(model, profile):
 
     Returns:
         L * H dicts of numbers, `layer` from 1 and `head` from 0; None if the law or the head has
-        no such number.
+        no such number. `quiet` is the background's share, mean over the text.
     """
+    has_background = model.config.background
     return [
-        {"layer": layer + 1, "head": head, **learned, **_looks(profile[layer, head])}
+        {
+            **{"layer": layer + 1, "head": head, **learned, **_looks(profile[layer, head])},
+            "quiet": float(1 - profile[layer, head].sum()) if has_background else None,
+        }
         for (layer, head), learned in zip(
             np.ndindex(profile.shape[:2]), heads_learned(model), strict=True
         )

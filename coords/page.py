@@ -81,6 +81,7 @@ def run_data(run):
         "zScale": scale,
         "sources": _packed(pulls.sources, "<u2"),
         "weights": _packed(pulls.weights * LARGEST_SHARE, "<u2"),
+        "quiet": None if pulls.quiet is None else _packed(pulls.quiet * LARGEST_SHARE, "<u2"),
         "heads": run.heads,
         "field": None if back is None else {"back": back.tolist(), "of": _significant(field, 4)},
         "pull": {"back": run.pull[0].tolist(), "of": _significant(run.pull[1], 6)},

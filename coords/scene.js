@@ -312,6 +312,7 @@ class Scene {
     const loss =
       run.loss[token] === null ? "none: it comes first" : `${number(run.loss[token])} nats`;
     const pulls = run.pulls(state.shown, state.head, token).slice(0, 3);
+    const quiet = run.quietOf(state.shown, state.head, token);
     this.tooltip.replaceChildren(
       chip(run.labels[token]),
       element("div", {
@@ -320,12 +321,13 @@ class Scene {
       element(
         "div",
         {},
-        ...(pulls.length ? ["pulled by "] : ["nothing has pulled yet"]),
+        ...(pulls.length ? ["pulled by "] : quiet === null ? ["nothing has pulled yet"] : []),
         ...pulls.flatMap(([source, weight], n) => [
           n ? ", " : "",
           chip(run.labels[source]),
           ` ${percent(weight)}`,
         ]),
+        ...(quiet === null ? [] : [`${pulls.length ? ", " : ""}quiet ${percent(quiet)}`]),
       ),
     );
     this.tooltip.hidden = false;

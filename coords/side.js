@@ -60,7 +60,13 @@ class Side {
     this.spoken.textContent =
       selected === undefined
         ? ""
-        : spokenToken(selected, run.mass[selected], pulls, this.#labelOf);
+        : spokenToken(
+            selected,
+            run.mass[selected],
+            pulls,
+            run.quietOf(state.shown, state.head, selected),
+            this.#labelOf,
+          );
     this.details.replaceChildren(
       ...(selected === undefined ? this.#overview() : this.#selected(state, selected)),
     );
@@ -172,11 +178,10 @@ class Side {
     const isMean = state.head === "mean" || state.head >= run.numHeads;
     const who = isMean ? `mean of ${plural(run.numHeads, "head")}` : `head ${state.head + 1}`;
     const pulls = run.pulls(state.shown, state.head, token);
+    const quiet = run.quietOf(state.shown, state.head, token);
     return [
       heading(`Pulled in layer ${layer} by (${who})`),
-      ...(pulls.length
-        ? [pullList(token, pulls, this.#labelOf, this.#go), note(otherPulls(pulls))]
-        : [note("Nothing reaches it.")]),
+      ...pulledBy(token, pulls, quiet, 1, this.#labelOf, this.#go),
     ];
   }
 

@@ -26,6 +26,11 @@ def share_of_pull(field, background=None):
     return field / (background + field.sum(-1, keepdim=True))
 
 
+def quietness(shares):
+    """The background's share, from shares of the pull (..., N): what they lack to a sum of 1."""
+    return (1 - shares.sum(-1)).clamp(min=0)
+
+
 def listen(model, heard):
     """Call `heard(attn, z, mass, positions, kv_cache)` before each attention layer of an NGT runs.
 
@@ -50,7 +55,7 @@ def layer_pulls(attn, z, mass, positions, kv_cache=None):
     Yields:
         `(rows, shares)`: a slice of the new tokens, and (num_heads, rows, N). The N sources are all
         that the layer remembers, up to the last token of the slice. Rows sum to 1, or are
-        0 if no source reaches the token.
+        0 if no source reaches the token; with a background they sum to less.
     """
     key_mass, key_positions = mass, positions
     if kv_cache is None:
@@ -122,8 +127,9 @@ def newest_pulls(stream):
     """The shares of the pull on the newest token of a `TokenStream`, which is read once more.
 
     Returns:
-        `(shares, tokens)`: (num_layers, num_heads, N) on the CPU, each row summing to 1 or 0, and
-        the ids of the N tokens that the model remembers, the newest last.
+        `(shares, tokens)`: (num_layers, num_heads, N) on the CPU, each row summing to 1 or 0, or
+        with a background to less than 1, and the ids of the N tokens that the model remembers, the
+        newest last.
 
     Raises:
         ValueError: if the law is not newton, or nothing was fed yet.
@@ -151,11 +157,13 @@ class Pulls(NamedTuple):
 
     The rows are, layer by layer, its heads and their mean; the last row is the mean over all.
     `sources` (rows, NUM_STRONGEST) are positions in the stream and `weights` of the same shape
-    their shares of the pull, strongest first; 0 if there are fewer sources.
+    their shares of the pull, strongest first; 0 if there are fewer sources. `quiet` (rows,) is the
+    background's share, None for a model without a background.
     """
 
     sources: np.ndarray
     weights: np.ndarray
+    quiet: np.ndarray | None
 
 
 class PullRecord:
@@ -169,6 +177,7 @@ class PullRecord:
 
     def __init__(self, model):
         self.num_layers = model.config.num_layers
+        self.has_background = model.config.background
         self.is_on = True
         self._rows, self._sum, self._finished = [], None, []
         listen(model, self._record)
@@ -192,22 +201,27 @@ class PullRecord:
             mean, num_sources = shares.mean(0), shares.shape[-1]
             end = self._sum.shape[1] - (count - rows.stop)
             self._sum[rows, end - num_sources : end] += mean
-            places, weights = strongest(torch.cat([shares, mean[None]]))
-            blocks.append((places + (kv_cache.length + rows.stop - num_sources), weights))
+            shares = torch.cat([shares, mean[None]])
+            places, weights = strongest(shares)
+            places += kv_cache.length + rows.stop - num_sources
+            blocks.append((places, weights, quietness(shares)))
         self._rows.append([torch.cat(parts, 1) for parts in zip(*blocks, strict=True)])
         if attn.layer == self.num_layers - 1:
-            places, weights = strongest(self._sum[None] / self.num_layers)
+            shares = self._sum[None] / self.num_layers
+            places, weights = strongest(shares)
             first = kv_cache.length + count - self._sum.shape[1]
-            self._rows.append((places + first, weights))
+            self._rows.append((places + first, weights, quietness(shares)))
             self._finish()
 
     def _finish(self):
         """Turn the rows of all layers into one `Pulls` per token."""
-        sources, weights = (
-            torch.cat(parts).transpose(0, 1).cpu().numpy()  # (T, rows, NUM_STRONGEST)
+        sources, weights, quiet = (
+            torch.cat(parts).transpose(0, 1).cpu().numpy()  # (T, rows, NUM_STRONGEST), (T, rows)
             for parts in zip(*self._rows, strict=True)
         )
-        self._finished += [Pulls(*pulls) for pulls in zip(sources, weights, strict=True)]
+        if not self.has_background:
+            quiet = [None] * len(sources)
+        self._finished += [Pulls(*pulls) for pulls in zip(sources, weights, quiet, strict=True)]
 
 
 def strongest(shares):

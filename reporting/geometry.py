@@ -10,8 +10,10 @@ from system.markdown import markdown_code, markdown_table, markdown_text
 SHOWN_TOKENS = 12
 EXPLAINED = {  # the columns of the table of heads, for each law
     "newton": "Time scale: softenings per token of time. Retardation: how far a source's point is "
-    "moved towards that of its predecessor, mean over the head's coordinates. Window: tokens of "
-    "time beyond which nothing reaches, which is the radius (in softenings) in time.",
+    "moved towards that of its predecessor, mean over the head's coordinates. Background: what is "
+    "added to the sum of fields. Window: tokens of time beyond which nothing reaches, which is the "
+    "radius (in softenings) in time; with a background, beyond which all fields together are next "
+    "to nothing beside it.",
     "published": "Gamma scales the score -gamma / r2; each layer has one radius.",
 }
 

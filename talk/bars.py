@@ -2,6 +2,7 @@
 
 import torch
 
+from engine.pulls import quietness
 from system.safe_text import printable
 from system.terminal import bar, cells, columns, encodable, fit, level, styled
 
@@ -30,11 +31,12 @@ def token_lines(tokens, labels, masses):
         yield line.rstrip()
 
 
-def pull_lines(shares, labels, count=SHOWN_PULLS, indent="", full=1.0):
+def pull_lines(shares, labels, count=SHOWN_PULLS, indent="", full=1.0, *, has_background=False):
     """One line per token that pulled hardest: share, label, how far back, bar.
 
     Args:
-        shares: tensor (N,) that sums to 1, or is 0 if nothing reaches the token.
+        shares: tensor (N,) that sums to 1, or is 0 if nothing reaches the token; with a background
+            it sums to less, and a last line says how much is the background's.
         labels: of the N tokens, the newest last.
         full: the share that a bar of full length stands for.
     """
@@ -43,7 +45,7 @@ def pull_lines(shares, labels, count=SHOWN_PULLS, indent="", full=1.0):
         for place in shares.topk(min(count, len(shares))).indices.tolist()
         if shares[place] > 0
     ]
-    if not places:
+    if not places and not has_background:
         yield f"{indent}nothing within reach"
     width = label_width([labels[place] for place in places])
     distances = [_distance(len(labels) - 1 - place) for place in places]
@@ -54,6 +56,8 @@ def pull_lines(shares, labels, count=SHOWN_PULLS, indent="", full=1.0):
         share = float(shares[place])
         line = f"{indent}{share:6.1%}  {fit(labels[place], width)}  {distance:<{distance_width}}"
         yield f"{line}  {bar(share / full, room)}"
+    if has_background:
+        yield f"{indent}{float(quietness(shares)):6.1%}  quiet: the background's share"
 
 
 def _distance(back):
@@ -80,30 +84,35 @@ def strip_lines(shares, labels):
 
 def mean_back(shares):
     """Mean distance of the pull in tokens back; shares (N,), the newest token last."""
-    return float(torch.arange(len(shares) - 1, -1, -1.0) @ shares.float())
+    total = float(shares.sum()) or 1.0  # with a background less than 1
+    return float(torch.arange(len(shares) - 1, -1, -1.0) @ shares.float()) / total
 
 
-def layer_lines(weights, labels, layer):
+def layer_lines(weights, labels, layer, has_background=False):
     """Lines: the hardest pulls of every head of a layer.
 
     Args:
-        weights: (num_heads, N), each row summing to 1.
+        weights: (num_heads, N), rows as the shares of `pull_lines`.
         layer: its number, from 1.
     """
     for head, shares in enumerate(weights, 1):
         title = f"layer {layer} head {head}, {mean_back(shares):,.1f} tokens back on average"
         yield styled(title, "dim")
-        yield from pull_lines(shares, labels, SHOWN_PULLS_OF_HEAD, "  ")
+        yield from pull_lines(
+            shares, labels, SHOWN_PULLS_OF_HEAD, "  ", has_background=has_background
+        )
 
 
-def head_lines(weights, labels):
+def head_lines(weights, labels, has_background=False):
     """One line per head, named `layer.head`: how far back it looks, and its hardest pull.
+
+    With a background also how quiet it is: the background's share.
 
     Args:
         weights: (num_layers, num_heads, N).
     """
     width = label_width([labels[place] for place in weights.argmax(-1).flatten().tolist()])
-    yield styled(" head  mean back  hardest pull", "dim")
+    yield styled(f" head  mean back  {'quiet  ' if has_background else ''}hardest pull", "dim")
     for layer, heads in enumerate(weights, 1):
         for head, shares in enumerate(heads, 1):
             place = int(shares.argmax())
@@ -111,6 +120,8 @@ def head_lines(weights, labels):
                 yield f"{f'{layer}.{head}':>5} nothing within reach"
                 continue
             line = f"{f'{layer}.{head}':>5} {mean_back(shares):>8,.1f} "
+            if has_background:
+                line += f"{float(quietness(shares)):6.1%} "
             line += f"{float(shares[place]):6.1%} {fit(labels[place], width)} "
             line += f"{_distance(len(labels) - 1 - place):<9} "
             room = columns() - cells(line)

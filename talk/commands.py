@@ -113,18 +113,19 @@ class Chat:
             say(f"/pull, /pull heads, or /pull N for one of the layers 1 to {config.num_layers}")
             return
         weights, tokens = newest_pulls(stream)
+        settings = {"has_background": config.background}
         labels = [self.conversation.label(token) for token in tokens]
         say(f"{labels[-1]} was pulled by, of the last {len(labels):,} tokens:", "dim")
         if what is None:
             shares = weights.mean((0, 1))
             lines = (
                 *strip_lines(shares, labels),
-                *pull_lines(shares, labels, full=float(shares.max()) or 1.0),
+                *pull_lines(shares, labels, full=float(shares.max()) or 1.0, **settings),
             )
         elif what == "heads":
-            lines = head_lines(weights, labels)
+            lines = head_lines(weights, labels, **settings)
         else:
-            lines = layer_lines(weights[int(what) - 1], labels, int(what))
+            lines = layer_lines(weights[int(what) - 1], labels, int(what), **settings)
         for line in lines:
             print(line)
 

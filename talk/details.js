@@ -10,6 +10,8 @@ const rowOf = (layer, head) => layer * (state.about.numHeads + 1) + head;
 
 // The mean over all heads comes with every token; the rows of the heads are asked for.
 const pullsOf = (token) => (row() === allHeads() ? token.pulls : token.rows?.[row()]);
+const quietOf = (token) =>
+  row() === allHeads() ? token.quiet : (token.quietRows?.[row()] ?? null);
 
 // The newest token, or if one head is shown during an answer, the newest one whose rows came.
 const livePosition = () =>
@@ -22,8 +24,8 @@ async function askForRows(token) {
   if (isAsking || token.rows) return;
   isAsking = true;
   try {
-    const { rows } = await askForJson(`/pulls?position=${token.position}`);
-    token.rows = rows;
+    const { rows, quiet } = await askForJson(`/pulls?position=${token.position}`);
+    Object.assign(token, { rows, quietRows: quiet });
     answeredPosition = token.position;
   } catch {
     token.rows = []; // the server keeps it no longer
@@ -96,7 +98,7 @@ function details(token, pulls) {
   return [
     ...head,
     heading(`Pulled by (${rowName()})`),
-    ...pulledBy(token, pulls),
+    ...listOfPulls(token, pulls),
     ...headByHead(token),
   ];
 }
@@ -135,16 +137,15 @@ function fillPicker() {
 const labelOf = (position) =>
   cut(tokens.get(position)?.label ?? dropped.get(position) ?? "earlier");
 
-function pulledBy(token, pulls) {
+function listOfPulls(token, pulls) {
   if (pulls === undefined && !token.rows) return [note("…")];
-  if (!pulls?.length)
-    return [note(token.rows?.length === 0 ? "What pulled it is not kept." : "Nothing reaches it.")];
+  if (!pulls?.length && token.rows?.length === 0) return [note("What pulled it is not kept.")];
   const [empty, heads] = countHeads(token);
-  const emptyHeads = empty ? ` Nothing reaches ${empty} of these ${heads} heads.` : "";
-  return [
-    pullList(token.position, pulls, labelOf, goTo),
-    note(otherPulls(pulls, 1 - empty / heads) + emptyHeads),
-  ];
+  const whole = 1 - empty / heads;
+  const made = pulledBy(token.position, pulls ?? [], quietOf(token), whole, labelOf, goTo);
+  if (empty && pulls?.length)
+    made.at(-1).append(` Nothing reaches ${empty} of these ${heads} heads.`);
+  return made;
 }
 
 // [heads of the shown row that nothing reaches, heads that the row is the mean of]
@@ -181,6 +182,7 @@ function headByHead(token) {
               context(distanceBack(token.position, strongest[0])),
             ]
           : [context("nothing within reach")]),
+        ...(token.quietRows ? [context(`quiet ${percent(token.quietRows[index])}`)] : []),
       );
       button.setAttribute("aria-pressed", String(row() === index));
       items.push(element("li", {}, button));
@@ -212,5 +214,5 @@ function choose(position) {
   const token = tokens.get(position);
   if (!token) return ($("spoken").textContent = "");
   scrollWithin($("conversation"), token.element);
-  $("spoken").textContent = spokenToken(position, token.mass, token.pulls, labelOf);
+  $("spoken").textContent = spokenToken(position, token.mass, token.pulls, token.quiet, labelOf);
 }

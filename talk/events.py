@@ -32,7 +32,7 @@ class Token:
     pulls: Pulls | None
 
     def to_json(self):
-        """Plain types; of the pulls the mean over all heads."""
+        """Plain types; of the pulls and of `quiet` the mean over all heads."""
         text = self.text
         return {
             "position": self.position,
@@ -42,17 +42,25 @@ class Token:
             "text": text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + "…",
             "mass": self.mass,
             "pulls": self._row(-1),
+            "quiet": (self.quiet_rows() or [None])[-1],
         }
 
     def pull_rows(self):
         """For every row of `Pulls` a list of [position, weight] of its sources, strongest first."""
         return [self._row(n) for n in range(0 if self.pulls is None else len(self.pulls.weights))]
 
+    def quiet_rows(self):
+        """For every row of `Pulls` the background's share; None without a background or pulls."""
+        if self.pulls is None or self.pulls.quiet is None:
+            return None
+        return [round(quiet, 5) for quiet in self.pulls.quiet.tolist()]
+
     def _row(self, n):
         if self.pulls is None:
             return []
         pairs = zip(self.pulls.sources[n].tolist(), self.pulls.weights[n].tolist(), strict=True)
-        return [[source, round(weight, 5)] for source, weight in pairs if weight > 0]
+        # digits that count, not places: all shares of a quiet head are small
+        return [[source, float(f"{weight:.5g}")] for source, weight in pairs if weight > 0]
 
 
 def notice(text, is_warning=True):

@@ -150,7 +150,8 @@ class ChatServer(ThreadingHTTPServer):
         }
 
     def pulls(self, query):
-        """A dict: `rows`, all rows of the pulls on the token at a `position`.
+        """A dict: `rows`, all rows of the pulls on the token at a `position`, and `quiet`, the
+        background's share in each, None without a background.
 
         Raises:
             Refused: if there is no such position, or its token is no longer kept.
@@ -160,7 +161,8 @@ class ChatServer(ThreadingHTTPServer):
             raise Refused(400, "give the position of a token: /pulls?position=0")
         for token in self.conversation.kept():
             if token.position == int(number):
-                return {"position": token.position, "rows": token.pull_rows()}
+                rows, quiet = token.pull_rows(), token.quiet_rows()
+                return {"position": token.position, "rows": rows, "quiet": quiet}
         raise Refused(404, f"the token at position {int(number):,} is not kept")
 
     def talk(self, request):

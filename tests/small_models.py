@@ -1,11 +1,14 @@
 """Small random models of each kind, and checkpoints of them."""
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 
 from engine.checkpoint import FORMAT_VERSION, save_checkpoint
 from engine.models import build_model
 from engine.pulls import visit_pulls
+from gravity.heads import softplus_inverse
 from model import NGT, NGTConfig
 from text.tokenizer import CharTokenizer
 from vanilla_model import Vanilla, VanillaConfig
@@ -89,12 +92,27 @@ def make_checkpoint(path, tokenizer=LETTERS, **config):
     model = build_model(config)
     for parameter in model.parameters():  # livelier than the start of training
         torch.nn.init.normal_(parameter, std=0.3)
+    _save(path, model, config, tokenizer)
+    return model.eval()
+
+
+def _save(path, model, config, tokenizer):
     checkpoint = {
         **{"format_version": FORMAT_VERSION, "model_state": model.state_dict(), "iter": 7},
         **{"config": config, "vocab": tokenizer.to_vocab(), "best_val": 1.0},
     }
     save_checkpoint(path, checkpoint)
-    return model.eval()
+
+
+@torch.no_grad()
+def make_checkpoint_with_background(path, background=1e-5, tokenizer=LETTERS):
+    """As `make_checkpoint`, without a radius; at 1e-5 heads are about as quiet as loud."""
+    config = {"background": True, "use_radius_cutoff": False}
+    model = make_checkpoint(path, tokenizer, **config)
+    for layer in model.layers:
+        layer.attn.background_raw.fill_(softplus_inverse(background))
+    _save(path, model, {"model_type": "ngt", **dataclasses.asdict(model.config)}, tokenizer)
+    return model
 
 
 def pull_weights(model, tokens):

@@ -56,7 +56,8 @@ const facts = (pairs) =>
     ),
   );
 
-// Pulls are [source, weight] everywhere, strongest first; the weights of all sources sum to 1.
+// Pulls are [source, weight] everywhere, strongest first; the weights of all sources sum to 1, or
+// with a background to less. What is missing is `quiet`, null without a background.
 const distanceBack = (position, source) =>
   source === position ? "itself" : `${plain.format(position - source)} back`;
 
@@ -78,19 +79,34 @@ const pullList = (position, pulls, labelOf, goTo) =>
     ),
   );
 
-const otherPulls = (pulls, whole = 1) => {
-  const rest = whole - pulls.reduce((sum, [, weight]) => sum + weight, 0);
-  return rest > 0.0005 ? `All others together: ${percent(rest)}.` : "There are no others.";
+const otherPulls = (pulls, whole, quiet) => {
+  const shown = pulls.reduce((sum, [, weight]) => sum + weight, 0);
+  const rest = (quiet === null ? whole : 1 - quiet) - shown;
+  if (quiet === null && rest <= 0.0005) return "There are no others.";
+  return `All others together: ${percent(Math.max(0, rest))}.`;
 };
 
+// The pulls on a token and the background's share; without a background they sum to `whole`.
+const pulledBy = (position, pulls, quiet, whole, labelOf, goTo) => [
+  ...(pulls.length
+    ? [pullList(position, pulls, labelOf, goTo), note(otherPulls(pulls, whole, quiet))]
+    : quiet === null
+      ? [note("Nothing reaches it.")]
+      : []),
+  ...(quiet === null
+    ? []
+    : [note(`Quiet ${percent(quiet)}: the background's share, which passes on nothing.`)]),
+];
+
 // A token as a screen reader says it.
-const spokenToken = (position, mass, pulls, labelOf) =>
+const spokenToken = (position, mass, pulls, quiet, labelOf) =>
   [
     `${labelOf(position)}, position ${position}`,
     ...(mass === null ? [] : [`mass ${number(mass)}`]),
     ...pulls
       .slice(0, 3)
       .map(([source, weight]) => `pulled ${percent(weight)} by ${labelOf(source)}`),
+    ...(quiet === null ? [] : [`quiet ${percent(quiet)}`]),
   ].join(", ");
 
 // scrollIntoView would move the page too; offsetTop counts from the list, which is positioned.

@@ -10,7 +10,7 @@ import pytest
 import visualize_coords
 from conftest import BROWSER
 from map_contents import TEXT, data_of, unpacked
-from small_models import LETTERS, make_checkpoint
+from small_models import LETTERS, make_checkpoint, make_checkpoint_with_background
 from text.tokenizer import BPETokenizer, CharTokenizer
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright here")
@@ -211,6 +211,43 @@ def test_heads_and_masses(open_map):
         masses.max(), rel=1e-3
     )
     assert "tokens shown" in page.inner_text(".vocabulary")
+
+
+@pytest.mark.parametrize("background", [1e-5, 1e7])
+def test_a_background_shows_how_quiet_a_token_is(open_map, background):
+    """Beside the pulls, in the tooltip and in the table; also if all pulls are too weak to show."""
+    make_checkpoint_with_background("x.pt", background)
+    page, (run,) = open_map("--text", TEXT)
+    page.locator(".token").nth(30).click()
+    quiet = unpacked(run["quiet"], "<u2").reshape(2, 3, -1)[1, 2] / 65535
+    found = re.search(r"Quiet ([\d.]+) %", page.inner_text(".details"))
+    assert float(found[1]) == pytest.approx(100 * quiet[30], abs=0.51)
+    if background < 1:
+        rest = re.search(r"All others together: ([\d.]+) %", page.inner_text(".details"))
+        shown = sum(percent for _, percent in bars(page))
+        assert shown + float(rest[1]) + float(found[1]) == pytest.approx(100, abs=4)
+    else:
+        assert float(found[1]) == 100 and page.locator(".pulls li").count() == 0
+    words = page.inner_text(".details") + page.inner_text(".spoken")
+    assert "Nothing reaches" not in words and "NaN" not in words and "no others" not in words
+    assert f"quiet {found[1]} %" in page.inner_text(".spoken")
+    settle(page)
+    places = on_screen(page, np.array(run["points"])[2])
+    front = int(places[:, 2].argmin())
+    page.mouse.move(places[front][0] + 1, places[front][1])
+    page.wait_for_selector(".tooltip:not([hidden])")
+    told = page.inner_text(".tooltip")
+    assert "quiet" in told and "nothing has pulled" not in told
+    assert ("pulled by" in told) == (background < 1)
+    page.click("#tab-heads")
+    page.wait_for_selector("#panel-heads .chart .main-svg")
+    titles = page.locator("thead button").all_inner_texts()
+    row = page.locator("#panel-heads tbody tr").first.locator("th, td").all_inner_texts()
+    row = dict(zip(titles, row, strict=False))
+    assert float(row["background"].replace(",", "")) == pytest.approx(background, rel=0.01)
+    told = 100 * run["heads"][0]["quiet"]
+    assert float(row["quiet"].rstrip(" %")) == pytest.approx(told, abs=0.51)
+    assert "window ends" in page.inner_text(".answers")
 
 
 def test_by_keyboard_alone_and_in_the_dark(open_map):

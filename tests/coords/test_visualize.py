@@ -14,7 +14,12 @@ from coords import data as coords_data
 from engine import pulls
 from map_contents import TEXT, data_of, unpacked
 from particles import published_by_hand
-from small_models import LETTERS, make_checkpoint, pull_weights
+from small_models import (
+    LETTERS,
+    make_checkpoint,
+    make_checkpoint_with_background,
+    pull_weights,
+)
 from system.errors import UserError
 from system.markdown import json_for_script
 from text.preparation import prepare_data
@@ -137,6 +142,37 @@ def test_pulls_heads_and_distances(law, pairs, in_tmp, monkeypatch):
         assert np.allclose(shares[:33], profile[:33], atol=2e-5) and back[-1] == len(tokens) - 1
         spans = np.diff([*back, len(tokens)])
         assert np.dot(shares, spans) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_background_is_the_rest_of_the_pull(in_tmp):
+    """How quiet each head is, by token and in the table; curves are shares of what it feels."""
+    model = make_checkpoint_with_background("x.pt")
+    tokens = LETTERS.encode(TEXT)
+    write_map("--text", TEXT, "--output", "map.html", "--heads-png", "heads.png")
+    (shown,) = data_of(in_tmp / "map.html")
+    with torch.no_grad():
+        backgrounds = [layer.attn.background.tolist() for layer in model.layers]
+        weights = pull_weights(model.double(), torch.tensor([tokens])).numpy()
+    every = np.concatenate([weights, weights.mean(1, keepdims=True)], 1)
+    quiet = unpacked(shown["quiet"], "<u2").reshape(2, 3, len(tokens)) / 65535
+    assert np.allclose(quiet, 1 - every.sum(-1), atol=2e-5) and 0.1 < quiet.mean() < 0.9
+    for row in shown["heads"]:
+        layer, head = row["layer"] - 1, row["head"]
+        assert row["quiet"] == pytest.approx(quiet[layer, head].mean(), abs=2e-5)
+        assert row["background"] == pytest.approx(backgrounds[layer][head], rel=1e-5)
+        own = weights[layer, head]
+        profile = np.array([np.trace(own, -back) for back in range(len(tokens))]) / own.sum()
+        assert row["one_back"] == pytest.approx(profile[1], abs=1e-5)
+        assert row["mean_distance"] == pytest.approx(profile @ np.arange(len(tokens)), abs=1e-3)
+        back, shares = shown["pull"]["back"], shown["pull"]["of"][layer][head]
+        assert np.dot(shares, np.diff([*back, len(tokens)])) == pytest.approx(1, abs=1e-3)
+    windows = [row["window"] for row in shown["heads"]]
+    assert None not in windows and max(windows) < shown["field"]["back"][-1] + 1
+    make_checkpoint("x.pt")
+    write_map("--text", TEXT, "--output", "map.html")
+    (shown,) = data_of(in_tmp / "map.html")
+    assert shown["quiet"] is None
+    assert shown["heads"][0]["quiet"] is None and shown["heads"][0]["background"] is None
 
 
 def test_published_weights_are_the_first_releases(in_tmp):

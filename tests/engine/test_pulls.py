@@ -6,7 +6,7 @@ import torch
 
 from engine import pulls
 from engine.generation import TokenStream
-from engine.pulls import PullRecord, newest_pulls
+from engine.pulls import PullRecord, newest_pulls, quietness
 from small_models import BLOCK, NEWTON, PUBLISHED, ids, lively, pull_weights
 
 
@@ -68,3 +68,28 @@ def test_the_record_keeps_the_strongest_of_every_row(name, monkeypatch):
         sources = np.where(there, of_token.sources, 0)
         shares = np.take_along_axis(expected, sources, -1)
         assert np.allclose(shares[there], of_token.weights[there], atol=1e-5)
+        if "background" in name:
+            assert np.allclose(of_token.quiet, 1 - expected.sum(-1), atol=1e-5)
+        else:
+            assert of_token.quiet is None
+
+
+@torch.no_grad()
+def test_what_the_shares_lack_is_the_backgrounds():
+    """background / (background + sum of fields), from the formula with loops over tokens."""
+    model, tokens = lively("newton background").double(), ids(BLOCK)
+    attn, z = model.layers[0].attn, model.coord_norm(model.coord_proj(model.token_emb(tokens)))
+    (q, k), mass = attn.points(z), model.mass(tokens)[0].tolist()
+    quiet = quietness(pull_weights(model, tokens)[0])
+    for head in range(4):
+        scale, offset = float(attn.time_scale[head]), float(attn.time_offset[head])
+        background = float(attn.background[head])
+        for i in range(BLOCK):
+            total = 0.0
+            for j in range(i + 1):
+                r2 = float((q[0, head, i] - k[0, head, j]).square().sum())
+                r2 += (scale * (i - j - offset)) ** 2
+                total += mass[j] / (1 + r2) ** 4
+            expected = background / (background + total)
+            assert float(quiet[head, i]) == pytest.approx(expected, abs=1e-5)
+            assert 0.01 < expected < 1

@@ -16,7 +16,12 @@ import torch
 import chat
 from conftest import ROOT, error_line, run
 from engine.checkpoint import save_checkpoint
-from small_models import LETTERS, make_checkpoint, pull_weights
+from small_models import (
+    LETTERS,
+    make_checkpoint,
+    make_checkpoint_with_background,
+    pull_weights,
+)
 from system.safe_text import printable
 from text.tokenizer import BPETokenizer
 
@@ -142,6 +147,33 @@ def test_tokens_and_pull(in_tmp):
     assert len(shares) >= 5
     make_checkpoint("x.pt", model_type="vanilla")
     assert "of the law newton" in piped(in_tmp, "/pull")[0]
+
+
+def test_pull_with_a_background(in_tmp):
+    """Every view of the pull says how quiet it is: what the shares lack to 1, in float64."""
+    model = make_checkpoint_with_background("x.pt")
+    flags = ("--max-new-tokens", 1, "--temperature", 0)
+    lines = piped(in_tmp, "abcab", "/pull", "/pull heads", "/pull 2", flags=flags)
+    ids = LETTERS.encode("abcab\n" + lines[0])
+    assert len(ids) == 7
+    weights = pull_weights(model.double(), torch.tensor([ids]))[:, :, -1]
+    quiet = 1 - weights.sum(-1)
+
+    def share(line):
+        return float(line.split("%")[0]) / 100
+
+    found = [share(line) for line in lines if "quiet: the background's share" in line]
+    assert found == pytest.approx([float(quiet.mean()), *quiet[1].tolist()], abs=6e-4)
+    (start,) = (n for n, line in enumerate(lines) if "mean back  quiet  hardest pull" in line)
+    for line, row, own in zip(
+        lines[start + 1 : start + 5], weights.flatten(0, 1), quiet.flatten(), strict=True
+    ):
+        _, back, of_quiet, hardest, *_ = line.split()
+        assert float(of_quiet.rstrip("%")) == pytest.approx(100 * float(own), abs=0.06)
+        assert float(hardest.rstrip("%")) == pytest.approx(100 * float(row.max()), abs=0.06)
+        mean = float(row @ torch.arange(6, -1, -1.0).double()) / float(row.sum())
+        assert float(back) == pytest.approx(mean, abs=0.06)
+    assert "within reach" not in "".join(lines)
 
 
 def test_pull_weights_are_what_attention_uses(in_tmp):

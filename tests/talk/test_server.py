@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ import torch
 import chat
 from conftest import BROWSER, ROOT
 from engine.checkpoint import load_model
-from small_models import make_checkpoint, pull_weights
+from small_models import make_checkpoint, make_checkpoint_with_background, pull_weights
 from system.errors import UserError
 from system.safe_text import printable
 from talk import conversation as talk_conversation
@@ -417,7 +418,7 @@ def new_page(server):
             executable_path=BROWSER, args=["--no-sandbox", "--disable-background-networking"]
         )
 
-        def new_page(width=1280, height=860, **context):
+        def new_page(width=1280, height=860, at=server, **context):
             size = {"width": width, "height": height}
             page = browser.new_context(viewport=size, **context).new_page()
             page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -425,9 +426,9 @@ def new_page(server):
             page.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
             page.on(
                 "request",
-                lambda request: request.url.startswith(server.url) or wrong.append(request.url),
+                lambda request: request.url.startswith(at.url) or wrong.append(request.url),
             )
-            page.goto(server.url)
+            page.goto(at.url)
             page.wait_for_selector("body[data-ready]")
             return page
 
@@ -560,3 +561,38 @@ def test_in_a_browser(server, new_page):
     page.click("#reset")
     page.wait_for_selector(".empty")
     assert page.locator(".token").count() == 0 and asker.get("/state")["tokens"] == []
+
+
+def test_a_background_in_a_browser(new_page, in_tmp):
+    """The page says how quiet a token is: for the mean of all heads, for one, and for each."""
+    make_checkpoint_with_background("x.pt", tokenizer=LETTERS)
+    conversation = Conversation(*load_model("x.pt", "cpu")[:2], dict(SETTINGS), KEPT_TOKENS)
+    list(conversation.reply("hello there", threading.Event()))
+    with ChatServer("127.0.0.1", 0, conversation, "") as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page = new_page(at=server)
+        asker = Asker(server.server_address[1])
+        tokens = asker.get("/state")["tokens"]
+        told = asker.get("/pulls?position=9")
+        page.locator("#token-9").click()
+        page.wait_for_selector(".by-head")
+
+        def quiet_shown(selector="#details"):
+            text = page.inner_text(selector)
+            assert "Nothing reaches" not in text and "no others" not in text
+            return float(re.search(r"[Qq]uiet ([\d.]+) %", text)[1]) / 100
+
+        assert quiet_shown() == pytest.approx(tokens[9]["quiet"], abs=0.0051)
+        assert told["quiet"][-1] == tokens[9]["quiet"] and len(told["quiet"]) == 7
+        for head, row in enumerate((0, 1, 3, 4)):  # rows 2 and 5 are means of a layer's heads
+            selector = f".by-head li:nth-child({head + 1})"
+            assert quiet_shown(selector) == pytest.approx(told["quiet"][row], abs=0.0051)
+        page.select_option("#head", "4")
+        assert quiet_shown() == pytest.approx(told["quiet"][4], abs=0.0051)
+        assert "quiet" in page.text_content("#spoken")
+        server.shutdown()
+    model = load_model("x.pt", "cpu")[0].double()
+    fed = torch.tensor([LETTERS.encode("hello ther")])
+    lacking = 1 - pull_weights(model, fed)[:, :, -1].sum(-1)
+    of_heads = [told["quiet"][row] for row in (0, 1, 3, 4)]
+    assert of_heads == pytest.approx(lacking.flatten().tolist(), abs=2e-5)

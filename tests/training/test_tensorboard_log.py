@@ -25,6 +25,7 @@ from tensorboard.util.tensor_util import make_ndarray
 from conftest import BROWSER, ROOT, error_line, run
 from engine.checkpoint import read_checkpoint
 from engine.models import build_model
+from reporting.geometry import heads_table
 from small_runs import TINY, assert_same_run, evaluation, same
 from system.errors import UserError
 from text.tokenizer import CharTokenizer
@@ -268,6 +269,26 @@ def test_a_run_of_15000_steps(in_tmp, small_text):
     assert 500 <= len(steps(events, "val_loss")) <= 1002
     assert steps(events, "val_loss")[-1] == 15000
     assert 100 <= len(events.Histograms("mass")) <= 202 and 20 <= len(texts(events)) <= 52
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_every_background_is_in_a_histogram_and_in_the_table_of_heads(background, in_tmp):
+    """One number per head, and in the table "none" without one."""
+    model, data = small(background=background, background_start=0.03)
+    Dashboard(in_tmp, CONFIG | {"background": background}).learned(model, data, 10)
+    events = read(in_tmp)
+    drawn = {tag for tag in events.Tags()["histograms"] if "background" in tag}
+    assert drawn == ({"layer0/background", "layer1/background"} if background else set())
+    if background:
+        (event,) = events.Histograms("layer1/background")
+        values = event.histogram_value
+        assert values.num == 2 and values.min == pytest.approx(0.03, rel=1e-5)
+    (hyperparameters,) = hparams(in_tmp, "session_start_info")
+    shown = hyperparameters.session_start_info.hparams["background"].string_value
+    assert shown == ("yes" if background else "no")
+    head, _, *rows = [line.split("|") for line in heads_table(model).splitlines()]
+    column = [title.strip() for title in head].index("background")
+    assert {row[column].strip() for row in rows} == {"0.03" if background else "none"}
 
 
 def test_a_directory_that_vanishes_is_made_again(in_tmp):
