@@ -19,6 +19,7 @@
 #                        gives it as many parameters)
 #   BATCH_SIZE=16 GRADIENT_ACCUMULATION_STEPS=2 MAX_STEPS=15000 LEARNING_RATE=6e-4
 #   MIN_LEARNING_RATE=6e-5 WEIGHT_DECAY=0.1 SEED=1337 DEVICE=auto
+#   RECIPE=gpt2          or modern, which nobody has tuned at this size
 #   WARMUP_STEPS         (default: 2/15 of the steps)
 #   EVAL_INTERVAL        (default: 1/30 of the steps, at least 10);   CHECKPOINT_INTERVAL   the same
 #   EVAL_ITERS=16        times 16 validation windows
@@ -40,7 +41,7 @@ CHECKPOINT_INTERVAL=${CHECKPOINT_INTERVAL:-$EVAL_INTERVAL}
 : "${HIDDEN_DIM:=512}" "${COORD_DIM:=64}" "${HEAD_COORD_DIM:=16}" "${NUM_LAYERS:=8}"
 : "${NUM_HEADS:=8}" "${BLOCK_SIZE:=512}" "${DROPOUT:=0}" "${BATCH_SIZE:=16}"
 : "${GRADIENT_ACCUMULATION_STEPS:=2}" "${LEARNING_RATE:=6e-4}" "${MIN_LEARNING_RATE:=6e-5}"
-: "${WEIGHT_DECAY:=0.1}" "${SEED:=1337}" "${DEVICE:=auto}" "${EVAL_ITERS:=16}"
+: "${RECIPE:=gpt2}" "${WEIGHT_DECAY:=0.1}" "${SEED:=1337}" "${DEVICE:=auto}" "${EVAL_ITERS:=16}"
 
 # collect NAME...: sets `flags` to the command-line flags of the variables that have a value
 collect() {
@@ -54,7 +55,7 @@ collect() {
 }
 collect DATASET DATA_PATH TOKENIZER BPE_VOCAB_SIZE TOKENIZER_PATH
 corpus=("${flags[@]}")
-collect HIDDEN_DIM COORD_DIM HEAD_COORD_DIM NUM_LAYERS NUM_HEADS MLP_DIM BLOCK_SIZE DROPOUT \
+collect RECIPE HIDDEN_DIM COORD_DIM HEAD_COORD_DIM NUM_LAYERS NUM_HEADS MLP_DIM BLOCK_SIZE DROPOUT \
     BATCH_SIZE GRADIENT_ACCUMULATION_STEPS MAX_STEPS LEARNING_RATE MIN_LEARNING_RATE \
     WARMUP_STEPS WEIGHT_DECAY SEED DEVICE EVAL_INTERVAL EVAL_ITERS CHECKPOINT_INTERVAL
 sizes=("${flags[@]}")
