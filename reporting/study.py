@@ -20,7 +20,7 @@ from system.files import write_whole
 from system.markdown import markdown_block, markdown_code, markdown_table, markdown_text
 from system.safe_text import one_line
 
-STAGES = ("rates", "ablations", "ablations_before", "headline", "full", "sizes")
+STAGES = ("rates", "ablations", "sketches", "ablations_before", "headline", "full", "sizes")
 # settings that differ between an ablation and its default for other reasons
 NOT_A_CHANGE = PER_RUN | {
     *("parameters", "mlp_dim", "source", "vocab_size", "model_type", "deterministic")
@@ -45,6 +45,7 @@ def write_study(output, name):
         *(_curves_and_cost(output, headline) if headline else []),
         *("## Learning rates", _rate_table(stages["rates"])),
         *("## Ablations", _ablation_table(stages["ablations"])),
+        *("### Sketches, one seed each", _ablation_table(stages["sketches"])),
         *(
             "### Of the law before, without a background",
             _ablation_table(stages["ablations_before"]),
@@ -157,10 +158,10 @@ def _rate_table(runs):
             else NOT_RUN
             for rate in rates
         ]
-        lines.append([model, *shown, f"{best:g}"])
-    seed, steps = all_values(runs, "seed"), all_values(runs, "max_steps")
-    note = f"Validation loss after {steps} steps, seed {seed}; no other table uses this seed."
-    return f"{note}\n\n{markdown_table(['model', *(f'{rate:g}' for rate in rates), 'best'], lines)}"
+        lines.append([model, all_values(found.values(), "max_steps"), *shown, f"{best:g}"])
+    note = f"Validation loss, seed {all_values(runs, 'seed')}; no headline uses this seed."
+    head = ["model", "steps", *(f"{rate:g}" for rate in rates), "best"]
+    return f"{note}\n\n{markdown_table(head, lines)}"
 
 
 def _change(config, default):

@@ -22,7 +22,7 @@ TRAIN = (
 )
 
 
-@pytest.fixture(params=[(), ("--model", "vanilla")], ids=["newton", "vanilla"])
+@pytest.fixture(params=[(), ("--model", "vanilla", "--pos", "learned")], ids=["newton", "vanilla"])
 def trained(request, in_tmp, small_text):
     """Train a short run; returns its last validation loss."""
     run(*TRAIN, *request.param, cwd=in_tmp, check=0)

@@ -162,7 +162,7 @@ def test_tensorboard_gets_curves_geometry_and_labels(in_tmp, small_text):
     tags = events.Tags()
     wanted = {"val_loss", "train_loss", "perplexity", "bits_per_byte", "repulsion", "tokens_per_s"}
     assert wanted | {"learning_rate", "grad_norm"} <= set(tags["scalars"])
-    layer = {f"layer1/{name}" for name in ("time_scale", "time_offset", "radius", "window")}
+    layer = {f"layer1/{name}" for name in ("time_scale", "time_offset", "background", "window")}
     assert layer | {"mass"} <= set(tags["histograms"])
     logged = curve(in_tmp / "runs" / "x")[0][1]
     assert events.Scalars("val_loss")[0].value == pytest.approx(logged, rel=1e-6)
@@ -312,9 +312,9 @@ def test_presets_fill_what_is_not_given_and_flags_win(in_tmp):
     parser = train_parser("", "")
     config = resolve(parser.parse_args(["--dataset", "wikitext103", "--num-layers", "3"]))
     assert (config["hidden_dim"], config["num_layers"], config["mlp_dim"]) == (512, 3, 2048)
-    assert config["tokenizer"] == "bpe" and config["use_radius_cutoff"] is True
-    config = resolve(parser.parse_args(["--no-radius-cutoff", "--no-repulsion"]))
-    assert config["use_radius_cutoff"] is False and config["repulsion"] is False
+    assert config["tokenizer"] == "bpe" and config["use_radius_cutoff"] is False
+    config = resolve(parser.parse_args(["--radius-cutoff", "--no-repulsion"]))
+    assert config["use_radius_cutoff"] is True and config["repulsion"] is False
 
 
 @pytest.mark.slow
