@@ -19,7 +19,10 @@ from training.options import train_parser
 
 READMES = ("README.md", "README_KO.md")
 # The guide to training comes first: its commands train what the other pages show.
-PAGES = ("docs/training.md", "README.md", "docs/looking_inside.md", "docs/reliability.md")
+PAGES = (
+    *("docs/training.md", "README.md", "docs/looking_inside.md", "docs/reliability.md"),
+    "docs/credits.md",
+)
 FIRST_RELEASE = """\
 python train_shakespeare.py
 python train_shakespeare.py --resume
