@@ -90,7 +90,7 @@ class NGTConfig(ModelConfig):
     field_tolerance: float | None = setting(
         None,
         "leave out older tokens that together provably weigh less than this share "
-        "(default: 1e-6, under bf16 and fp16 1e-4; 0: leave out nothing)",
+        "(default: 1e-4 with a background and under bf16 and fp16, otherwise 1e-6; 0: nothing)",
         share,
     )
 

@@ -28,7 +28,7 @@ NEWTON = {
     "newton soft": dict(radius=RADIUS, use_soft_cutoff=True),
     "newton mass in value": dict(radius=RADIUS, use_soft_cutoff=True, mass_in_value=True),
     "newton modern": dict(radius=RADIUS, **MODERN),
-    "newton background": dict(use_radius_cutoff=False, background=True),
+    "newton background": dict(use_radius_cutoff=False, background=True, field_tolerance=1e-6),
 }
 PUBLISHED = {
     "published none": dict(law="published", use_radius_cutoff=False),
@@ -107,7 +107,7 @@ def _save(path, model, config, tokenizer):
 @torch.no_grad()
 def make_checkpoint_with_background(path, background=1e-5, tokenizer=LETTERS):
     """As `make_checkpoint`, without a radius; at 1e-5 heads are about as quiet as loud."""
-    config = {"background": True, "use_radius_cutoff": False}
+    config = {"background": True, "use_radius_cutoff": False, "field_tolerance": 1e-6}
     model = make_checkpoint(path, tokenizer, **config)
     for layer in model.layers:
         layer.attn.background_raw.fill_(softplus_inverse(background))
