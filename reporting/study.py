@@ -41,6 +41,7 @@ def write_study(output, name):
     evaluations = _evaluations(headline, [*stages["full"], *stages["ablations"]])
     parts = [
         *_introduction(runs, name, output),
+        *_notes(name),
         *("## Headline", headline_table(headline)),
         *(_curves_and_cost(output, headline) if headline else []),
         *("## Learning rates", _rate_table(stages["rates"])),
@@ -60,6 +61,12 @@ def write_study(output, name):
         *("## Commands", _commands(runs)),
     ]
     write_whole(output, ("\n\n".join(parts) + "\n").encode())
+
+
+def _notes(name):
+    """What `runs/<name>/notes.md` says, which no table can; nothing if there is no such file."""
+    path = Path("runs") / name / "notes.md"
+    return [path.read_text(encoding="utf-8").strip()] if path.exists() else []
 
 
 def _stage(name, stage):
@@ -166,7 +173,8 @@ def _rate_table(runs):
 
 def _change(config, default):
     """The settings in which a configuration differs from the default, as text."""
-    names = [k for k in config if k not in NOT_A_CHANGE and config[k] != default.get(k)]
+    # a setting that the default's commit did not have was off there
+    names = [k for k in config if k not in NOT_A_CHANGE and config[k] != default.get(k, False)]
     return ", ".join(f"{name} {config.get(name)}" for name in names) or "none"
 
 
