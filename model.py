@@ -77,6 +77,10 @@ class NGTConfig(ModelConfig):
         "add a learned number per head to the sum of fields, so that what a token receives fades "
         "with the field (newton) (default: on)",
     )
+    proper_time: float | None = setting(
+        None, "clocks that run at a learned rate of at least this (experiment)", share
+    )
+    exclusive: bool = setting(False, "nothing pulls itself (experiment, arXiv 2603.09078)")
     background_start: float = setting(
         0.0015, "where that number starts (newton with a background)", positive
     )

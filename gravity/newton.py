@@ -34,6 +34,8 @@ class GravityAttention(nn.Module):
         self.retardation = nn.Parameter(torch.empty(points)) if config.retardation else None
         self.v_proj = linear(config, config.hidden_dim, config.hidden_dim)
         self.out_proj = linear(config, config.hidden_dim, config.hidden_dim)
+        if config.proper_time is not None:
+            self.clock_rate = nn.Linear(config.hidden_dim, heads)
         self.value_share = value_share(config, layer)
         self.dropout = nn.Dropout(config.dropout)
         self.time_scale_raw = nn.Parameter(torch.empty(heads))
@@ -61,6 +63,9 @@ class GravityAttention(nn.Module):
         nearest = max(NEAREST_TIME_SCALE, far)
         self.time_scale_raw.copy_(softplus_inverse(nearest * (far / nearest) ** steps))
         self.time_offset.copy_(steps)
+        if self.config.proper_time is not None:
+            nn.init.zeros_(self.clock_rate.weight)
+            nn.init.zeros_(self.clock_rate.bias)
         if self.background_raw is not None:
             self.background_raw.fill_(softplus_inverse(self.config.background_start))
         if self.retardation is not None:
@@ -143,7 +148,18 @@ class GravityAttention(nn.Module):
         if kv_cache is not None:
             key_positions, k, v, mass = kv_cache.append(self.layer, positions, k, v, mass)
         law = self.law() | {"query_positions": positions, "key_positions": key_positions}
+        if self.config.proper_time is not None:
+            least = self.config.proper_time
+            rate = least + 2 * (1 - least) * torch.sigmoid(self.clock_rate(h).float())
+            tau = rate.cumsum(1).transpose(1, 2)  # (B, H, T)
+            scale, offset = self.time_scale[:, None], self.time_offset[:, None]
+            q = torch.cat([q, (scale * (tau - offset))[..., None].to(q.dtype)], -1)
+            k = torch.cat([k, (scale * tau)[..., None].to(k.dtype)], -1)
+            law |= {"time_scale": self.time_scale.detach() * 0 + 1e-6}
+            law |= {"time_offset": self.time_offset.detach() * 0}
         a = gravity_attention(q, k, v, mass, field_tolerance=tolerance, **law)
+        if self.config.exclusive:
+            a = a - (a * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp(1e-6) * v
         if kv_cache is not None:
             kv_cache.forget_beyond(self.layer, lambda: self.window)
         return self.dropout(self.out_proj(merge_heads(a))), values
