@@ -7,6 +7,8 @@ A token has a hidden state `h`, coordinates `z` and a positive mass `m`. One lay
     h = h + FeedForward(LayerNorm(h))
     z = LayerNorm(z + W_z a)
 
+or what a recipe makes of these parts (`layers/parts.py`).
+
 `vanilla_model.py` is written in parallel: the same names in the same order, with dot-product
 attention and without coordinates. Letters in shapes as in `gravity/law.py`.
 """
@@ -85,7 +87,7 @@ class NGTConfig(ModelConfig):
         0.0015, "where that number starts (newton with a background)", positive
     )
     farthest_time_scale: float = setting(
-        0.0035,
+        0.00035,
         "initial softenings per token of the head that looks farthest back (newton)",
         positive,
     )
@@ -105,6 +107,10 @@ class NGTConfig(ModelConfig):
         if self.use_soft_cutoff and not self.use_radius_cutoff:
             raise UsageError(
                 "--no-radius-cutoff and --use-soft-cutoff exclude each other: drop one of them"
+            )
+        if self.background and self.law == "published":
+            raise UsageError(
+                "--background and --law published, a softmax, exclude each other: drop one of them"
             )
 
     @property
@@ -187,6 +193,11 @@ class NGT(nn.Module):
         """Masses of token ids: softplus of a learned embedding, in the shape of `tokens`."""
         return F.softplus(self.mass_emb(tokens).squeeze(-1).float())
 
+    @torch.no_grad()
+    def largest_mass(self):
+        """The largest mass of any token of the vocabulary, ()."""
+        return F.softplus(self.mass_emb.weight.max().float())
+
     def forward(self, tokens, kv_cache=None, return_geometry=False):
         """Logits of the next token after each, (B, T, vocab_size).
 
@@ -199,6 +210,8 @@ class NGT(nn.Module):
             ValueError: if the published law is given more than `block_size` tokens.
         """
         start = 0 if kv_cache is None else kv_cache.length
+        if kv_cache is not None and kv_cache.largest_mass is None:
+            kv_cache.largest_mass = self.largest_mass()
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         check_context(self, start + tokens.shape[1])
         h = embedding = self.dropout(self.token_emb(tokens))  # (B, T, hidden_dim)

@@ -6,7 +6,7 @@ A token has a hidden state `h`. One layer computes
     h = h + a
     h = h + FeedForward(LayerNorm(h))
 
-or what `--recipe modern` makes of it (`layers/parts.py`). Attention is PyTorch's
+or what a recipe makes of these parts (`layers/parts.py`). Attention is PyTorch's
 scaled_dot_product_attention; positions are learned, rotary (Su et al. 2021, arXiv:2104.09864) or
 ALiBi (Press et al. 2022, arXiv:2108.12409). Letters in shapes as in `gravity/law.py`.
 """

@@ -175,7 +175,7 @@ def read_run(loaded, path, tokens, source, method):
         is_corpus=data is not None,
         heads=heads_table(model, measured.pulls.profile),
         field=field_by_distance(model, len(tokens)),
-        pull=pull_by_distance(measured.pulls.profile),
+        pull=pull_by_distance(measured.pulls.profile, model.config.background),
         vocabulary=vocabulary(model, tokenizer, counts),
     )
 

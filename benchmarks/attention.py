@@ -5,18 +5,26 @@ import statistics
 import torch
 import torch.nn.functional as F
 
-from benchmarks.models import DTYPES, VALUE_WIDTH, add_dtype_flag, newton_model, some_tokens
+from benchmarks.models import (
+    DTYPES,
+    VALUE_WIDTH,
+    add_dtype_flag,
+    add_law_flags,
+    newton_model,
+    some_tokens,
+)
 from benchmarks.timing import interleaved, ratios, spread
 from gravity import newton
 from gravity.attention import gravity_attention
 from system.cli import whole, whole_list
 
-DIFFERENTIABLE = ("q", "k", "v", "mass", "time_scale", "time_offset")
+DIFFERENTIABLE = ("q", "k", "v", "mass", "time_scale", "time_offset", "background")
 
 
 def add_flags(parser):
     """Add the flags of `benchmark.py attention`."""
     add_dtype_flag(parser)
+    add_law_flags(parser)
     add = parser.add_argument
     add("--batch-size", type=whole, default=1, help="sequences per batch (default: 1)")
     add(
@@ -45,9 +53,7 @@ def benchmark_attention(args, device):
         # this command has no --preset, but `newton_model` and the JSON's settings need one
         args.preset = "25m"
     network, tokenizer, checkpoint = newton_model(args, device)
-    tolerance = network.config.field_tolerance
-    if tolerance is None:  # what the model takes for this precision
-        tolerance = 1e-4 if args.dtype == "bf16" else 1e-6
+    tolerance = newton.field_tolerance(network.config, DTYPES[args.dtype])
     rows = []
     print(f"{'block':>6} {'ngt ms':>9} {'sdpa ms':>9} {'forward':>24} {'forward+backward':>24}")
     for block in args.block_sizes:
@@ -109,12 +115,13 @@ def functions_to_time(layers, dtype, tolerance):
 
 def operator_and_inputs(layer):
     """Gravity attention as a function of the inputs that get gradients, and these inputs."""
-    settings = {name: x for name, x in layer.items() if name not in DIFFERENTIABLE}
+    learned = [name for name in DIFFERENTIABLE if layer[name] is not None]
+    settings = {name: x for name, x in layer.items() if name not in learned}
 
     def operator(*inputs):
-        return gravity_attention(**dict(zip(DIFFERENTIABLE, inputs, strict=True)), **settings)
+        return gravity_attention(**dict(zip(learned, inputs, strict=True)), **settings)
 
-    return operator, [layer[name].detach().clone().requires_grad_() for name in DIFFERENTIABLE]
+    return operator, [layer[name].detach().clone().requires_grad_() for name in learned]
 
 
 def forward_and_backward(function, inputs, upstream):

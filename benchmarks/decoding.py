@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from benchmarks.models import (
     add_dtype_flag,
+    add_law_flags,
     add_preset_flag,
     fresh_model,
     newton_model,
@@ -29,6 +30,7 @@ def add_flags(parser):
     """Add the flags of `benchmark.py decode`."""
     add_preset_flag(parser)
     add_dtype_flag(parser)
+    add_law_flags(parser)
     add = parser.add_argument
     add(
         "--contexts",

@@ -8,14 +8,16 @@ import torch
 from engine.checkpoint import load_model
 from engine.models import build_model
 from model import NGT
-from system.errors import UserError
+from system.errors import UsageError, UserError
+from system.settings import add_flag, flag_of
 from text.token_files import data_of_checkpoint
-from training.config import DEFAULTS, preset_settings
+from training.config import DEFAULTS, SETTINGS, preset_settings
 
 TIMED_PRESETS = {  # --preset: the preset of training, and the vocabulary size of its text
     "shakespeare": ("shakespeare", 66),
     "25m": ("wikitext103", 8192),
 }
+LAW_SETTINGS = ("background", "use_radius_cutoff")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 VALUE_WIDTH = 64  # of a head, in `benchmark.py attention`
 
@@ -35,15 +37,38 @@ def add_dtype_flag(parser):
     )
 
 
+def add_law_flags(parser):
+    """Add the flags of training that shape the law of a fresh NGT; `law_given` reads them."""
+    for name in LAW_SETTINGS:
+        default = "on" if DEFAULTS[name] else "off"
+        help = f"of a fresh NGT: {SETTINGS[name].metadata['help']} (default: {default})"
+        add_flag(parser, SETTINGS[name], help)
+
+
+def law_given(args):
+    """The settings that `add_law_flags` read, as a dict of those that were given."""
+    return {name: value for name in LAW_SETTINGS if (value := getattr(args, name)) is not None}
+
+
 def newton_model(args, device):
     """The NGT of --checkpoint, or a fresh one of the size of --preset.
 
     Returns:
         `(model, tokenizer, checkpoint)`; the last two are None for a fresh model.
+
+    Raises:
+        UsageError: if flags of a fresh model are given beside a checkpoint.
+        UserError: as `load_newton`.
     """
-    if args.checkpoint:
-        return load_newton(args.checkpoint, device)
-    return fresh_model(args.preset, "ngt", device), None, None
+    law = law_given(args)
+    if not args.checkpoint:
+        return fresh_model(args.preset, "ngt", device, **law), None, None
+    for name in law:
+        raise UsageError(
+            f"{flag_of(SETTINGS[name])} shapes a fresh NGT, but --checkpoint has its own law: drop "
+            "one of them"
+        )
+    return load_newton(args.checkpoint, device)
 
 
 def load_newton(path, device):
@@ -61,21 +86,19 @@ def load_newton(path, device):
     return network, tokenizer, checkpoint
 
 
-def fresh_model(preset, kind, device, block_size=None):
+def fresh_model(preset, kind, device, **changes):
     """A model with random weights, in eval mode.
 
     Args:
         preset: one of `TIMED_PRESETS`.
         kind: ngt or vanilla.
-        block_size: replaces the preset's.
+        changes: settings that replace the preset's.
     """
     name, vocab_size = TIMED_PRESETS[preset]
     sizes = preset_settings(name, "vanilla" if kind == "vanilla" else "newton")
     sizes |= {"vocab_size": vocab_size, "model_type": kind}
-    if block_size is not None:
-        sizes["block_size"] = block_size
     torch.manual_seed(0)
-    return build_model(DEFAULTS | sizes).to(device).eval()
+    return build_model(DEFAULTS | sizes | changes).to(device).eval()
 
 
 def some_tokens(args, network, tokenizer, checkpoint, count):

@@ -271,13 +271,14 @@ def context_section(model, timed, whose):
         whose: words for the model.
     """
     c = model.config
-    windows = [layer.attn.window.tolist() for layer in model.layers]
+    largest_mass = model.largest_mass()
+    windows = [layer.attn.window(largest_mass).tolist() for layer in model.layers]
     flat = sorted(w for layer in windows for w in layer)
     lines = []
     for tokens in CONTEXTS_ON_PAPER:
         ngt = mean_pairs(windows, tokens)
         vanilla = (tokens + 1) / 2
-        cache = sum(min(tokens, math.ceil(max(layer))) for layer in windows)
+        cache = sum(math.ceil(min(tokens, max(layer))) for layer in windows)
         per_token = (c.hidden_dim + c.num_heads * (c.head_coord_dim + 1)) * 4
         lines.append(
             [
@@ -301,10 +302,12 @@ def context_section(model, timed, whose):
     return f"""## Cost of gravity as the context grows
 
 If a head has a radius, nothing beyond `window = time_offset + radius / time_scale` tokens reaches
-it. So a token costs `min(context / 2, window)` pairs instead of `context / 2`, and a text O(T W).
-Windows of {whose}: {len(flat)} heads, {flat[0]:,.0f} to {flat[-1]:,.0f} tokens, median
-{statistics.median(flat):,.0f}. FLOPs are those of the two products of a pair, forward and backward
-(3 x 2 x (coordinates + values)). What --field-tolerance skips inside the window is not counted.
+it. With a background, what is beyond a window that depends on the parameters alone provably does
+not matter (`gravity/law.py`). So a token costs `min(context / 2, window)` pairs instead of
+`context / 2`, and a text O(T W). Windows of {whose}: {len(flat)} heads, {flat[0]:,.0f} to
+{flat[-1]:,.0f} tokens, median {statistics.median(flat):,.0f}. FLOPs are those of the two products
+of a pair, forward and backward (3 x 2 x (coordinates + values)). What --field-tolerance skips
+inside the window is not counted.
 
 {markdown_table(head, lines)}
 

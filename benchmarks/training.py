@@ -14,7 +14,14 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from benchmarks.models import DTYPES, TIMED_PRESETS, add_dtype_flag, add_preset_flag
+from benchmarks.models import (
+    DTYPES,
+    TIMED_PRESETS,
+    add_dtype_flag,
+    add_law_flags,
+    add_preset_flag,
+    law_given,
+)
 from benchmarks.timing import interleaved, peak_flops, ratios, spread
 from engine.flops import training_flops
 from gravity import published
@@ -22,7 +29,8 @@ from model import LAWS
 from system.cli import whole
 from system.errors import UsageError, warn
 from system.machine import cpu_multiplies_bf16, peak_memory_bytes
-from training.config import DEFAULTS, preset_settings
+from system.settings import flag_of
+from training.config import DEFAULTS, SETTINGS, preset_settings
 from training.trainer import Trainer
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmark.py"
@@ -43,6 +51,7 @@ def add_flags(parser):
         help="models to train (default: both)",
     )
     add("--law", choices=LAWS, default="newton", help="law of NGT (default: newton)")
+    add_law_flags(parser)
     add(
         "--against",
         choices=("vanilla", "first-release"),
@@ -125,7 +134,7 @@ def make_trainer(args, name, device):
     kind = "vanilla" if name == "vanilla" else "ngt"
     law = "published" if name == "first-release" else args.law
     config = DEFAULTS | preset_settings(preset, "vanilla" if kind == "vanilla" else law)
-    config |= {"model_type": kind, "law": law, "compile": args.compile}
+    config |= {"model_type": kind, "law": law, "compile": args.compile} | law_given(args)
     config["gradient_accumulation_steps"] = 1  # a step is one batch of --batch-size
     for flag in ("batch_size", "block_size"):
         if getattr(args, flag) is not None:
@@ -169,6 +178,8 @@ def child_peak(args, name):
     for flag in ("preset", "dtype", "batch_size", "block_size", "law", "threads", "device"):
         if getattr(args, flag) is not None:
             command += ["--" + flag.replace("_", "-"), str(getattr(args, flag))]
+    for name, is_on in law_given(args).items():
+        command.append(("--" if is_on else "--no-") + flag_of(SETTINGS[name]).removeprefix("--"))
     if args.compile:
         command.append("--compile")
     result = subprocess.run(command, capture_output=True, text=True)

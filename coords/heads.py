@@ -66,7 +66,8 @@ def field_by_distance(model, num_tokens):
     if model.config.law == "published":
         return None, None
     attns = [layer.attn for layer in model.layers]
-    windows = torch.cat([attn.window for attn in attns])
+    largest_mass = model.largest_mass()
+    windows = torch.cat([attn.window(largest_mass) for attn in attns])
     reached = windows[windows.isfinite()]
     longest = float(reached.max()) if len(reached) else 0.0
     # the curves end one token beyond the longest window, or with the text if that is longer
@@ -79,15 +80,18 @@ def field_by_distance(model, num_tokens):
     now = int(back[-1])
     positions = now - torch.as_tensor(back, device=device)
     here = torch.tensor([now], device=device)
-    fields = [
-        gravity_field(q, k, mass, query_positions=here, key_positions=positions, **attn.law())
-        for attn in attns
-    ]
+    fields = []
+    for attn in attns:
+        law = attn.law() | {"query_positions": here, "key_positions": positions}
+        law.pop("background")  # a part of no field
+        fields.append(gravity_field(q, k, mass, **law))
     return back, torch.stack([field[0, :, 0] for field in fields]).cpu().numpy()
 
 
-def pull_by_distance(profile):
+def pull_by_distance(profile, has_background):
     """Shares of the pull by distance in tokens; far distances are averaged in spans.
+
+    With a background they are shares of what the head feels at all, however little that is.
 
     Args:
         profile: (L, H, T), see `data.Pulls`.
@@ -95,6 +99,9 @@ def pull_by_distance(profile):
     Returns:
         `(distances (D,), shares (L, H, D))`; each distance is the first of its span.
     """
+    if has_background:
+        total = profile.sum(-1, keepdims=True)
+        profile = profile / np.where(total > 0, total, 1)
     edges = distances(profile.shape[-1] - 1)
     ends = np.append(edges[1:], profile.shape[-1])
     # differences of running sums give each span's sum

@@ -11,13 +11,14 @@ class KVCache:
 
     `length` counts all tokens seen; a layer may have forgotten the oldest of them. Each layer's
     memory doubles when it is full, so that a new token seldom copies old ones. It stops growing
-    as soon as forgotten tokens leave enough space for new ones.
+    as soon as forgotten tokens leave enough space for new ones. `largest_mass` is that of any token
+    of the vocabulary, set by an NGT on the first call: windows of heads may depend on it.
     """
 
     def __init__(self):
-        self.length = 0
+        self.length, self.largest_mass = 0, None
         self._layers = {}  # layer: _Memory
-        self._newest = {}  # layer: (B, 1, C), see `exchange`
+        self._newest = {}  # name: (B, 1, C), see `exchange`
         self._windows = {}  # layer: see `forget_beyond`
 
     def append(self, layer, positions, *entries):
@@ -36,21 +37,24 @@ class KVCache:
             memory = self._layers[layer] = _Memory(new)
         return memory.append(new)
 
-    def exchange(self, layer, entries):
-        """Keep the last of a layer's `entries`, (B, T, C), and return the one kept before.
+    def exchange(self, name, entries):
+        """Keep the last of `entries`, (B, T, C), and return the one kept before under this name.
+
+        Args:
+            name: a layer, or whatever tells its entries from others.
 
         Returns:
             (B, 1, C); the first of `entries` if none was kept.
         """
-        before = self._newest.get(layer, entries[:, :1])
-        self._newest[layer] = entries[:, -1:].clone()
+        before = self._newest.get(name, entries[:, :1])
+        self._newest[name] = entries[:, -1:].clone()
         return before
 
     def forget_beyond(self, layer, window):
         """Forget the tokens that are too old for a layer's heads to feel.
 
         Args:
-            window: a function that returns how many tokens back each head feels anything, (H,);
+            window: a function that returns how many tokens back each head must look, (H,);
                 inf keeps everything. It is called once per layer and cache: the law does not
                 change during decoding, and reading a number from a GPU waits for it.
         """
@@ -82,7 +86,8 @@ class KVCache:
         Make a deep copy of it before anything is appended to it.
         """
         cache = KVCache()
-        cache.length, cache._newest = self.length, dict(self._newest)
+        cache.length, cache.largest_mass = self.length, self.largest_mass
+        cache._newest = dict(self._newest)
         cache._windows = dict(self._windows)
         cache._layers = {layer: copy.copy(memory) for layer, memory in self._layers.items()}
         return cache

@@ -12,11 +12,11 @@ def heads_learned(model):
     A value that a head has per coordinate is given as its mean, one that a layer has once is
     repeated for its heads; None stands for what the model lacks, and for infinity.
     """
-    heads = []
+    heads, largest_mass = [], model.largest_mass()
     for layer in model.layers:
         numbers = {
             name: _per_head(values, model.config.num_heads)
-            for name, values in layer.attn.learned().items()
+            for name, values in layer.attn.learned(largest_mass).items()
         }
         heads += [
             dict(zip(numbers, row, strict=True)) for row in zip(*numbers.values(), strict=True)

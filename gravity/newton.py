@@ -11,10 +11,18 @@ import torch.nn.functional as F
 
 from gravity.attention import gravity_attention
 from gravity.heads import merge_heads, softplus_inverse, split_heads
-from gravity.law import reach
+from gravity.law import Law, reach, windows
 from layers.parts import linear, mix_with_token_before, value_residual, value_share
 
 NEAREST_TIME_SCALE = 0.35  # softenings per token, of each layer's first head at the start
+
+
+def field_tolerance(config, dtype):
+    """The share of the fields that a model whose values are of this dtype may leave out."""
+    if config.field_tolerance is not None:
+        return config.field_tolerance
+    # 16-bit values lose more than 1e-4 by their rounding
+    return 1e-4 if dtype in (torch.bfloat16, torch.float16) else 1e-6
 
 
 class GravityAttention(nn.Module):
@@ -49,7 +57,7 @@ class GravityAttention(nn.Module):
 
     @torch.no_grad()
     def reset_geometry(self):
-        """Start with distances of about 1 softening, and heads that look 3 to 300 tokens back."""
+        """Start with distances of about 1 softening, and heads that look 3 to 3,000 tokens back."""
         # PyTorch's start gives |q - k|^2 of about 2/3 per coordinate; 8 makes it 1.3 for 16 of them
         for proj in (self.probe_proj, self.source_proj):
             proj.reset_parameters()
@@ -86,12 +94,31 @@ class GravityAttention(nn.Module):
         """What is added to each head's sum of fields, (H,); None for none."""
         return None if self.background_raw is None else F.softplus(self.background_raw.float())
 
-    @property
-    def window(self):
-        """How many tokens back each head feels anything, (H,); inf without a cutoff."""
-        if self.radius is None:
-            return torch.full_like(self.time_offset, math.inf)
-        return reach(self.time_scale, self.time_offset, self.radius).clamp(min=1)
+    def window(self, largest_mass, dtype=torch.float32):
+        """How many tokens back each head must look, (H,); inf if it must look at all.
+
+        What is older is beyond the radius, or with a background provably weighs, all together, at
+        most half of the tolerance times the background, for every query now and later. The other
+        half is left to the operator, which may leave out what is not forgotten.
+
+        Args:
+            largest_mass: that of any token of the vocabulary, ().
+            dtype: of the values; the tolerance depends on it.
+        """
+        scale, offset = self.time_scale, self.time_offset
+        found = torch.full_like(offset, math.inf)
+        if self.radius is not None:
+            found = reach(scale, offset, self.radius)
+        if self.background is not None:
+            half = field_tolerance(self.config, dtype) / 2
+            law = Law(
+                *(scale, offset, None, self.background, self.config.exponent, "none", half),
+                query_positions=None,
+                key_positions=None,
+            )
+            proven = windows(law, 1.0 if self.config.mass_in_value else largest_mass)
+            found = torch.minimum(found, proven.to(found))
+        return found.clamp(min=1)
 
     def points(self, z, kv_cache=None):
         """Where tokens look from, and where they pull from, both (B, H, T, head_coord_dim)."""
@@ -122,13 +149,14 @@ class GravityAttention(nn.Module):
             mass_in_value=self.config.mass_in_value,
         )
 
-    def learned(self):
+    def learned(self, largest_mass):
         """What the heads learned, by name: (H,), retardation (H * head_coord_dim,).
 
-        A radius or retardation that the model does not have is None.
+        A radius, retardation or background that the model does not have is None; `largest_mass`
+        is as for `window`.
         """
-        names = ("time_scale", "time_offset", "retardation", "radius", "window")
-        return {name: getattr(self, name) for name in names}
+        names = ("time_scale", "time_offset", "retardation", "radius", "background")
+        return {name: getattr(self, name) for name in names} | {"window": self.window(largest_mass)}
 
     def forward(self, h, z, mass, positions, kv_cache=None, first_values=None):
         """What each token receives from itself and those before it, and what it passes on, its
@@ -141,12 +169,12 @@ class GravityAttention(nn.Module):
         q, k = self.points(z, kv_cache)
         values = value_residual(self.v_proj(h), first_values, self.value_share)
         v = split_heads(values, self.config.num_heads)
-        tolerance = self.config.field_tolerance
-        if tolerance is None:  # 16-bit values lose more than 1e-4 by their rounding
-            tolerance = 1e-4 if v.dtype in (torch.bfloat16, torch.float16) else 1e-6
+        tolerance = field_tolerance(self.config, v.dtype)
         key_positions = positions
         if kv_cache is not None:
             key_positions, k, v, mass = kv_cache.append(self.layer, positions, k, v, mass)
+            if self.background_raw is not None:
+                tolerance /= 2  # the other half is for what the cache forgets
         law = self.law() | {"query_positions": positions, "key_positions": key_positions}
         if self.config.proper_time is not None:
             least = self.config.proper_time
@@ -161,5 +189,5 @@ class GravityAttention(nn.Module):
         if self.config.exclusive:
             a = a - (a * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp(1e-6) * v
         if kv_cache is not None:
-            kv_cache.forget_beyond(self.layer, lambda: self.window)
+            kv_cache.forget_beyond(self.layer, lambda: self.window(kv_cache.largest_mass, v.dtype))
         return self.dropout(self.out_proj(merge_heads(a))), values

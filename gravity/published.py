@@ -207,8 +207,11 @@ class PublishedGravityAttention(nn.Module):
             use_rsqrt=self.config.use_rsqrt,
         )
 
-    def learned(self):
-        """What the heads learned, by name: gamma (H,), bias (H,), and one radius () or None."""
+    def learned(self, largest_mass):
+        """What the heads learned, by name: gamma (H,), bias (H,), and one radius () or None.
+
+        `largest_mass` is for the law newton; here nothing depends on it.
+        """
         return {
             "gamma": F.softplus(self.gamma_raw),
             "bias": self.gravity_bias,

@@ -25,6 +25,7 @@ NEWTON = {
     "newton soft": dict(radius=RADIUS, use_soft_cutoff=True),
     "newton mass in value": dict(radius=RADIUS, use_soft_cutoff=True, mass_in_value=True),
     "newton modern": dict(radius=RADIUS, **MODERN),
+    "newton background": dict(use_radius_cutoff=False, background=True),
 }
 PUBLISHED = {
     "published none": dict(law="published", use_radius_cutoff=False),
@@ -37,13 +38,13 @@ VANILLA |= {f"{name} modern": pos | MODERN_VANILLA for name, pos in VANILLA.item
 ALL = {**NEWTON, **PUBLISHED, **VANILLA}
 
 
-def lively(name):
+def lively(name, **sizes):
     """A model whose every parameter is random and large enough that each part is felt in the
-    logits; heads of newton reach 5 to 14 tokens back."""
+    logits; heads of newton reach 5 to 14 tokens back. `sizes` replace those of `SMALL`."""
     if name in VANILLA:
-        model = Vanilla(VanillaConfig(**SMALL, mlp_dim=32, **VANILLA[name]))
+        model = Vanilla(VanillaConfig(**SMALL | {"mlp_dim": 32} | VANILLA[name] | sizes))
     else:
-        model = NGT(NGTConfig(**NGT_SMALL, **ALL[name]))
+        model = NGT(NGTConfig(**NGT_SMALL | ALL[name] | sizes))
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith(("time_scale_raw", "radius_raw")):

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from engine import kv_cache
 from engine.kv_cache import KVCache
 from engine.models import build_model
+from gravity.heads import merge_heads, split_heads
+from gravity.law import gravity_attention_reference
 from model import GravityAttention, NGTConfig, repulsion_loss
 from small_models import (
     ALL,
@@ -26,7 +28,8 @@ from small_models import (
     lively,
 )
 from system.errors import UsageError
-from training.config import DEFAULTS, PRESETS
+from training.config import PRESETS, RECIPES, resolve
+from training.options import train_parser
 from vanilla_model import Attention, VanillaConfig, alibi_slopes, rotate, rotation
 
 UNLIMITED = [*NEWTON, *(name for name in VANILLA if "learned" not in name)]
@@ -57,7 +60,7 @@ def test_cached_equals_uncached(name):
         assert (cached - full).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("name", [n for n in NEWTON if n != "newton none"])
+@pytest.mark.parametrize("name", [n for n in NEWTON if "radius" in NEWTON[n]])
 @torch.no_grad()
 def test_newton_with_a_radius_forgets(name, monkeypatch):
     """The cache stops growing, and the logits equal those of a pass that forgets nothing."""
@@ -88,10 +91,14 @@ def test_newton_with_a_radius_forgets(name, monkeypatch):
 @torch.no_grad()
 def test_the_window_is_computed_once_per_layer_and_cache(monkeypatch):
     """A decoding step reads it from the cache, from a snapshot and from a deep copy as well."""
-    computed, window = [], GravityAttention.window.fget
-    counting = property(lambda attn: computed.append(attn.layer) or window(attn))
+    computed, window = [], GravityAttention.window
+
+    def counting(attn, *given):
+        computed.append(attn.layer)
+        return window(attn, *given)
+
     monkeypatch.setattr(GravityAttention, "window", counting)
-    model, cache = lively("newton soft"), KVCache()
+    model, cache = lively("newton background"), KVCache()
     for _ in range(3):
         model(ids(1), kv_cache=cache)
     for copied in (cache.snapshot(), copy.deepcopy(cache)):
@@ -107,6 +114,103 @@ def test_cache_without_a_radius_keeps_everything():
         model(ids(1), kv_cache=cache)
         sizes.append(cache.num_remembered(1))
     assert sizes == list(range(1, 41))
+
+
+@torch.no_grad()
+def test_newton_with_a_background_forgets(monkeypatch):
+    """A conversation of many tokens takes constant memory, and its logits are those of one pass."""
+    monkeypatch.setattr(kv_cache, "MIN_CAPACITY", 2)
+    model = lively("newton background")
+    tokens = ids(40 * BLOCK)
+    full = model(tokens)
+    cache, sizes, memory, logits = KVCache(), [], [], []
+    for chunk in tokens.split(4, dim=1):
+        logits.append(model(chunk, kv_cache=cache))
+        sizes.append(cache.num_remembered(0))
+        memory.append(cache.num_bytes())
+    assert len(set(sizes[25:])) == 1 and len(set(memory[40:])) == 1
+    assert 20 < sizes[-1] < 60
+    assert (torch.cat(logits, 1) - full).abs().max() < 1e-4
+    # an operator that leaves out nothing remembers everything
+    model = lively("newton background")
+    model.config.field_tolerance = 0.0
+    cache = KVCache()
+    model(tokens, kv_cache=cache)
+    assert cache.num_remembered(0) == tokens.shape[1]
+
+
+def heavy_then_light(mass_in_value):
+    """A layer whose heads feel every token at their own place, and 200 tokens for it, the first 60
+    of which are a thousand times as heavy as the others and pass on the opposite value."""
+    settings = dict(field_tolerance=0.02, mass_in_value=mass_in_value, background_start=0.01)
+    config = NGTConfig(**NGT_SMALL, **NEWTON["newton background"] | settings)
+    attn = GravityAttention(config, 0)
+    attn.reset_geometry()
+    for proj in (attn.v_proj, attn.out_proj):
+        proj.weight.copy_(torch.eye(24))
+        proj.bias.zero_()
+    attn.probe_proj.weight.zero_()
+    attn.source_proj.weight.zero_()
+    attn.source_proj.bias.copy_(attn.probe_proj.bias)
+    attn.time_scale_raw.copy_(torch.log(torch.expm1(torch.tensor([0.5, 0.7, 1.0, 2.0]))))
+    heavy = torch.arange(200)[None] < 60
+    mass = torch.where(heavy, 1.0, 0.001)
+    h = torch.where(heavy, 1.0, -1.0)[:, :, None].expand(1, 200, 24)
+    return attn, h, torch.zeros(1, 200, 12), mass
+
+
+@pytest.mark.parametrize("mass_in_value", [False, True])
+@torch.no_grad()
+def test_what_a_background_lets_forget_never_matters(mass_in_value):
+    """In the worst places, and for all later tokens, the outputs are within 2 tolerance max|v| of
+    those that feel everything; with the mass of light tokens as the largest they are not."""
+    attn, h, z, mass = heavy_then_light(mass_in_value)
+    v = split_heads(attn.v_proj(h), 4)
+    q, k = attn.points(z)
+    full = merge_heads(gravity_attention_reference(q, k, v, mass, **attn.law()))
+    errors = {}
+    for largest in (1.0, 0.001):
+        cache, outputs = KVCache(), []
+        cache.largest_mass = torch.tensor(largest)
+        for t in range(200):
+            part = slice(t, t + 1)
+            out, _ = attn(h[:, part], z[:, part], mass[:, part], torch.tensor([t]), cache)
+            outputs.append(out)
+            cache.length += 1
+        assert cache.num_remembered(0) < 60
+        errors[largest] = (torch.cat(outputs, 1) - full).abs().max()
+    assert 0 < errors[1.0] <= 2 * 0.02
+    assert (errors[0.001] > 2 * 0.02) == (not mass_in_value)  # masses then move no window
+
+
+def test_windows_of_a_background():
+    """They end where `windows` says, for half of the tolerance: exactly, by hand."""
+    config = dict(**NGT_SMALL, background=True, background_start=0.01)
+
+    def windows(mass=3.0, dtype=torch.float32, **settings):
+        attn = GravityAttention(NGTConfig(**config | settings), 0)
+        attn.reset_geometry()
+        scale, offset = attn.time_scale.double(), attn.time_offset.double()
+        return scale, offset, attn.window(torch.tensor(mass), dtype)
+
+    for dtype, tolerance, settings in (
+        (torch.float32, 1e-6, {}),
+        (torch.bfloat16, 1e-4, {}),
+        (torch.float16, 1e-4, {}),
+        (torch.bfloat16, 0.01, {"field_tolerance": 0.01}),
+    ):
+        scale, offset, found = windows(dtype=dtype, use_radius_cutoff=False, **settings)
+        by_hand = offset + (3.0 / (7 * scale**8 * tolerance / 2 * 0.01)) ** (1 / 7)
+        torch.testing.assert_close(found.double(), by_hand, rtol=1e-5, atol=1e-5)
+        assert (found.double() >= by_hand).all()
+    nearest = {"radius": 0.5}  # ends before what the background proves
+    scale, offset, found = windows(**nearest)
+    torch.testing.assert_close(found.double(), (offset + 0.5 / scale + 1).clamp(min=1))
+    assert (windows(field_tolerance=0.0, use_radius_cutoff=False)[-1] == math.inf).all()
+    one, other = (
+        windows(mass, mass_in_value=True, use_radius_cutoff=False)[-1] for mass in (1.0, 9.0)
+    )
+    assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -267,20 +371,25 @@ def test_geometry_is_what_the_blocks_saw():
 
 
 @pytest.mark.parametrize("vocab_size", [66, 2048, 8192])
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_compare_equal_sizes(preset, vocab_size, monkeypatch):
+def test_presets_compare_equal_sizes(preset, recipe, vocab_size):
     """NGT has as many parameters under either law as its vanilla counterpart, within 1 %."""
-    for initialiser in ("normal_", "constant_", "zeros_", "kaiming_uniform_", "uniform_"):
-        monkeypatch.setattr(torch.nn.init, initialiser, lambda tensor, *a, **k: tensor)
+    kinds = {
+        "newton": (),
+        "published": ("--law", "published"),
+        "vanilla": ("--model", "vanilla"),
+    }
+    if recipe == "modern":
+        kinds["control"] = ("--model", "vanilla", "--smear", "keys-values", "--sink")
     counts = {}
-    for kind in ("newton", "published", "vanilla"):
-        config = {**DEFAULTS, **PRESETS[preset], "vocab_size": vocab_size, "radius": None}
-        config["mlp_dim"] = PRESETS[preset]["mlp_dim"][kind]
-        config["model_type"] = "vanilla" if kind == "vanilla" else "ngt"
-        config["law"] = "newton" if kind == "vanilla" else kind
-        model = build_model(config)
+    for kind, flags in kinds.items():
+        given = ["--dataset", preset, "--recipe", recipe, *flags]
+        config = resolve(train_parser("", "").parse_args(given))
+        with torch.device("meta"):
+            model = build_model(config | {"vocab_size": vocab_size})
         counts[kind] = sum(p.numel() for p in model.parameters())
-    for kind in ("newton", "published"):
+    for kind in counts:
         assert abs(counts[kind] / counts["vanilla"] - 1) < 0.01, counts
 
 

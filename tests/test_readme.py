@@ -135,7 +135,7 @@ def test_every_room_and_script_stands_in_the_tree(page):
 
 def test_every_training_flag_stands_in_the_guide():
     guide = set(
-        re.findall(r"`(--[a-z-]+)", (ROOT / "docs/training.md").read_text(encoding="utf-8"))
+        re.findall(r"`(--[a-z0-9-]+)", (ROOT / "docs/training.md").read_text(encoding="utf-8"))
     )
     for action in train_parser("", "")._actions:
         assert set(action.option_strings) & (guide | {"--help"}), action.option_strings

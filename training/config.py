@@ -14,7 +14,6 @@ from system.cli import not_negative, random_seed, share, whole, whole_or_zero
 from system.errors import UsageError, warn
 from system.settings import flag_of, setting
 
-DEFAULT_RECIPE = "gpt2"  # of new runs; a checkpoint without a recipe in its config is of gpt2
 RECIPES = {
     "gpt2": {},  # the defaults of the settings
     "modern": {
@@ -32,7 +31,10 @@ RECIPES = {
     },
 }
 # What a new run gets by its law; the defaults of the fields are what an older checkpoint means.
-LAW_DEFAULTS = {"newton": {"background": True, "use_radius_cutoff": False}, "published": {}}
+LAW_DEFAULTS = {
+    "newton": {"background": True, "use_radius_cutoff": False},
+    "published": {"recipe": "gpt2"},  # it is there to reproduce what was published
+}
 # A value may be a dict by kind of model: newton, published or vanilla. A dict under a recipe's name
 # holds what is different under that recipe. mlp_dim gives compared models equal parameters, to
 # within 1 %, under the recipe gpt2; for the others `_mlp_dim` computes it.
@@ -44,7 +46,10 @@ PRESETS = {
         "bpe_vocab_size": 2048,
         "block_size": 256,
         "batch_size": 8,
-        "learning_rate": 4e-3,  # the best of 1e-3 to 8e-3 for both models (reports/study.md)
+        "recipe": "modern",
+        # the best of those tried for both models (reports/study.md)
+        "modern": {"learning_rate": 8e-3, "min_learning_rate": 8e-4},
+        "learning_rate": 4e-3,
         "min_learning_rate": 4e-4,
         "max_steps": 6000,
         "eval_interval": 500,
@@ -106,8 +111,7 @@ class RunSettings:
     tiktoken_encoding: str = setting("gpt2", "the name of an encoding that tiktoken knows")
     recipe: str = setting(
         "gpt2",
-        "defaults of the model's parts and of the optimizer: gpt2, as in 2019, or modern "
-        f"(default: {DEFAULT_RECIPE})",
+        "defaults of the model's parts and of the optimizer: gpt2, as in 2019, or modern",
         choices=list(RECIPES),
     )
     num_parameters: int | None = setting(
@@ -142,7 +146,7 @@ class RunSettings:
     )
     compile: bool = setting(False, "compile the model with torch.compile")
     shard_optimizer: bool = setting(
-        False, "under torchrun, each process keeps only a part of AdamW's state"
+        False, "under torchrun, each process keeps only a part of the optimizer's state"
     )
     deterministic: bool = setting(False, "bit-identical runs on a GPU too (slower)")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
@@ -213,11 +217,13 @@ def resolve(args, resumed=None):
     if resumed is not None:
         _check_against(given, resumed)
         return {name: resumed.get(name, DEFAULTS[name]) for name in SETTINGS} | given
-    config = DEFAULTS | {"recipe": DEFAULT_RECIPE} | given
-    recipe, dataset = config["recipe"], config["dataset"]
+    dataset = given.get("dataset", DEFAULTS["dataset"])
+    config = DEFAULTS | given
     kind = "vanilla" if config["model_type"] == "vanilla" else config["law"]
+    of_law = LAW_DEFAULTS[config["law"]]
+    recipe = (DEFAULTS | PRESETS[dataset] | of_law | given)["recipe"]
     preset = preset_settings(dataset, kind, recipe)
-    config |= LAW_DEFAULTS[config["law"]] | RECIPES[recipe] | preset
+    config |= of_law | RECIPES[recipe] | preset
     # who names a radius wants one; without a background only a radius bounds what a head must read
     if given.keys() & {"radius", "use_soft_cutoff"} or given.get("background") is False:
         config["use_radius_cutoff"] = True
@@ -307,6 +313,9 @@ def warn_of_no_effect(args, config):
         warn(f"{flag_of(SETTINGS[name])} has no effect on --model ngt")
     if config["use_rsqrt"] and config["law"] == "newton":
         warn("--use-rsqrt has no effect under --law newton")
-    for name in sorted(given & {"exponent", "retardation", "farthest_time_scale"}):
-        if config["law"] == "published":
+    of_newton = {"exponent", "retardation", "farthest_time_scale", "background_start"}
+    if config["law"] == "published":
+        for name in sorted(given & of_newton):
             warn(f"{flag_of(SETTINGS[name])} has no effect under --law published")
+    elif "background_start" in given and not config["background"]:
+        warn("--background-start has no effect without --background")

@@ -34,11 +34,11 @@ HYPERPARAMETERS = (
     *("coord_dim", "head_coord_dim", "num_layers", "num_heads", "mlp_dim", "block_size"),
     *("recipe", "norm", "bias", "activation", "zero_init_outputs", "value_residual"),
     *("embedding_skip", "logit_softcap", "qk_norm", "smear", "sink", "optimizer", "beta2"),
-    *("exponent", "retardation", "mass_in_value", "use_radius_cutoff", "use_soft_cutoff"),
-    *("dropout", "batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay"),
-    *("max_steps", "seed"),
+    *("exponent", "retardation", "background", "mass_in_value", "use_radius_cutoff"),
+    *("use_soft_cutoff", "dropout", "batch_size", "gradient_accumulation_steps"),
+    *("learning_rate", "weight_decay", "max_steps", "seed"),
 )
-HISTOGRAMS = ("radius", "time_scale", "time_offset", "window", "retardation")
+HISTOGRAMS = ("radius", "time_scale", "time_offset", "window", "retardation", "background")
 SHOWN_FIRST = ("model", "law", "pos", "recipe", "parameters", "learning_rate")
 
 
@@ -167,8 +167,9 @@ def _grouped(group, values):
 def _geometry(model):
     """Yield (tag, values) of what the geometry of an NGT learned."""
     yield "mass", model.mass(_all_tokens(model))
+    largest_mass = model.largest_mass()
     for n, layer in enumerate(model.layers):
-        for name, values in layer.attn.learned().items():
+        for name, values in layer.attn.learned(largest_mass).items():
             if name in HISTOGRAMS and values is not None:
                 yield f"layer{n}/{name}", values.flatten()
 

@@ -60,6 +60,16 @@ def test_train_of_one_model_and_of_the_published_law(in_tmp):
     assert {"ratio", "first_release_tokens_per_s", "first_release_peak_bytes"} <= numbers.keys()
 
 
+def test_train_with_a_background(in_tmp):
+    """The timed model has one and no radius, and the process that measures the peak reads both."""
+    flags = ("--background", "--no-radius-cutoff")
+    trainer = make_trainer(arguments("train", *TINY, *flags), "ngt", torch.device("cpu"))
+    attn = trainer.raw_model.layers[0].attn
+    assert attn.background is not None and attn.radius is None
+    numbers = numbers_of(in_tmp, "train", *TINY, *flags, "--model", "ngt")
+    assert numbers["ngt_peak_bytes"] > 1e8
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_attention_rows(in_tmp, dtype):
     numbers = numbers_of(
@@ -70,10 +80,11 @@ def test_attention_rows(in_tmp, dtype):
         assert {"ngt_tokens_per_s", "vanilla_tokens_per_s", "ratio"} <= row.keys()
 
 
-def test_attention_with_a_checkpoint_and_decode(in_tmp, small_text):
+@pytest.mark.parametrize("law", [(), ("--background", "--no-radius-cutoff")], ids=str)
+def test_attention_with_a_checkpoint_and_decode(in_tmp, small_text, law):
     """The points, masses and values timed are those of the checkpoint on its text."""
     run(
-        *("train_shakespeare.py", "--dataset", "text", "--data-path", small_text),
+        *("train_shakespeare.py", "--dataset", "text", "--data-path", small_text, *law),
         *("--tokenizer", "char", "--max-steps", "2", "--hidden-dim", "16", "--num-heads", "2"),
         *("--num-layers", "2", "--block-size", "16", "--checkpoint-path", "checkpoints/a.pt"),
         cwd=in_tmp,
@@ -90,6 +101,8 @@ def test_attention_with_a_checkpoint_and_decode(in_tmp, small_text):
     assert tokenizer.decode(tokens.tolist()) == small_text.read_text()[:40]
     calls = attention.operator_inputs(network, tokens[None])
     assert len(calls) == 2 and torch.equal(calls[0]["mass"], network.mass(tokens[None]))
+    timed = len(attention.operator_and_inputs(calls[0])[1])
+    assert timed == (7 if law else 6)  # with a background its gradient is timed too
 
     numbers = numbers_of(
         *(in_tmp, "decode", "--checkpoint", checkpoint, "--contexts", "8,33"),
@@ -167,6 +180,8 @@ BAD = [
     (("attention", "--block-sizes", "0,64"), "at least 1"),
     (("attention", "--block-sizes", "64,"), "is not a whole number"),
     (("attention", "--checkpoint", "missing.pt"), "does not exist"),
+    (("attention", "--checkpoint", "a.pt", "--background"), "--background shapes a fresh NGT"),
+    (("train", "--law", "published", "--background", "--model", "ngt"), "exclude each other"),
     (("decode", "--contexts", "many"), "is not a whole number"),
     (("data", "--data-path", "missing.txt"), "--data-path"),
     (("scaling", "--ranks", "1,x"), "is not a whole number"),

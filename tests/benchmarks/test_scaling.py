@@ -1,6 +1,7 @@
 """Tests the formulas of the scaling page against brute force, and the page with real trainings."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,21 @@ def test_pairs_are_counted_one_by_one():
             seen = [min(place + 1, window) for place in range(tokens)]
             counts.append(sum(seen) / tokens)
         assert scaling.mean_pairs(windows, tokens) == pytest.approx(sum(counts) / len(counts))
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_the_cache_is_as_long_as_the_windows(background):
+    """With a background it ends without a radius, and without either it holds the whole context."""
+    shape = {"mlp_dim": 8, "model_type": "ngt", "vocab_size": 66, "use_radius_cutoff": False}
+    model = build_model(DEFAULTS | shape | {"background": background})
+    page = scaling.context_section(model, {1024: 1.0}, "a model")
+    (row,) = (line for line in page.splitlines() if "1,048,576" in line)
+    longest = 1_048_576
+    if background:
+        longest = max(map(max, (x.attn.window(1.0).tolist() for x in model.layers)))
+        assert longest < 20_000
+    kept = 4 * math.ceil(longest) * (128 + 4 * 17) * 4 / 2**20
+    assert f"{kept:,.1f} MiB" in row
 
 
 def test_what_a_ring_sends():

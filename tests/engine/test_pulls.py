@@ -34,7 +34,8 @@ def test_pulls_on_the_newest_token(name):
         expected = pull_weights(model, torch.tensor([tokens[:end]]))[:, :, -1]
         count = weights.shape[-1]
         assert labels == tokens[end - count : end] and count == stream.cache.most_remembered()
-        assert (expected[:, :, : end - count] == 0).all()
+        # beyond a radius nothing pulls, and with a background next to nothing
+        assert expected[:, :, : end - count].sum(-1).max() <= (1e-6 if "background" in name else 0)
         torch.testing.assert_close(weights, expected[:, :, end - count :], rtol=1e-3, atol=1e-5)
     state, logits = stream.copy_of_state(), stream.logits
     newest_pulls(stream)

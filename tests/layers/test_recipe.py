@@ -105,7 +105,7 @@ def skeleton(model, tokens, attention):
 @torch.no_grad()
 def test_vanilla_modern_is_its_formula(pos):
     """Smeared keys and values, norms of q and k, rotary, the sink, value residual, skip, cap."""
-    model, tokens = lively(f"vanilla {pos} modern"), ids(BLOCK, batch=2)
+    model, tokens = lively(f"vanilla {pos} modern", num_layers=3), ids(BLOCK, batch=2)
     t = torch.arange(BLOCK)
 
     def turned(x):  # pairs of channels as complex numbers
@@ -137,7 +137,7 @@ def test_vanilla_modern_is_its_formula(pos):
 @torch.no_grad()
 def test_ngt_modern_is_its_formula():
     """The same skeleton; coordinates have RMSNorms and no biases, and retardation as always."""
-    model, tokens = lively("newton modern"), ids(BLOCK, batch=2)
+    model, tokens = lively("newton modern", num_layers=3), ids(BLOCK, batch=2)
     outer = {name: x.double() for name, x in model.state_dict().items()}
     mass = torch.log1p(outer["mass_emb.weight"][tokens].squeeze(-1).exp())
     h = outer["token_emb.weight"][tokens]

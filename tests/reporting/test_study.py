@@ -135,6 +135,35 @@ def test_paired_ratios_by_hand(in_tmp):
     assert Path("reports/s.png").exists()
 
 
+def test_the_strongest_control_comes_first(in_tmp):
+    """All models are compared with the vanilla transformer that has the modern recipe and a sink,
+    and with plain rotary of 2019; p is Student's, integrated numerically here."""
+    vanilla = SHAPE | {"model": "vanilla", "pos": "rotary", "model_type": "vanilla"}
+    control = vanilla | {"recipe": "modern", "smear": "keys-values", "sink": True}
+    losses = {"rotary_gpt2": (4.4, 4.5, 4.3), "control": (4.1, 4.3, 4.0), "ngt": (3.9, 4.15, 3.85)}
+    configs = {"rotary_gpt2": vanilla, "control": control, "ngt": SHAPE | {"recipe": "modern"}}
+    for name, of_seeds in losses.items():
+        for seed, loss in enumerate(of_seeds, 1):
+            write_run(f"s/headline/{name}_{seed}", [5.0, loss], seed=seed, **configs[name])
+    report.main(["--study", "s", "--output", "reports/s.md"])
+    headline = cells(parts_of(Path("reports/s.md").read_text())["Headline"])
+    best = "vanilla (rotary, smear keys-values, sink, modern)"
+    assert next(name for name in headline if "(" in name) == best
+    ngt = headline["ngt (newton, modern)"]
+    differences = np.subtract(losses["ngt"], losses["control"])
+    to_rotary = np.exp(np.subtract(losses["ngt"], losses["rotary_gpt2"]))
+    assert ngt[5].split()[0] == f"{np.exp(differences).mean():.4f}"
+    assert ngt[7].split()[0] == f"{to_rotary.mean():.4f}"
+    t = abs(differences.mean()) / (differences.std(ddof=1) / np.sqrt(3))
+    angle = np.linspace(np.arctan(t), np.pi / 2, 400_001)[
+        :-1
+    ]  # x = tan(angle), to integrate to inf
+    density = (2 + np.tan(angle) ** 2) ** -1.5 / np.cos(angle) ** 2
+    expected = 2 * np.trapezoid(density, angle)
+    assert float(ngt[6]) == pytest.approx(expected, rel=0.02)
+    assert headline[best][5:8] == ["1.0000", "", headline[best][7]]
+
+
 SHAPE = {"block_size": 32, "vocab_size": 300, "hidden_dim": 16, "num_layers": 1, "num_heads": 2}
 SHAPE |= {"mlp_dim": 16, "source_sha256": "0", "learning_rate": 1e-3, "model_type": "ngt"}
 SHAPE |= {"max_steps": 20}

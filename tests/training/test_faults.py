@@ -249,13 +249,15 @@ def test_a_half_written_file_is_removed(trained, in_tmp):
     assert not partial.exists()
 
 
-def test_an_fp16_overflow_does_not_count_as_skipped(in_tmp, small_text):
-    """The scaler halves its scale until the gradients fit; then training goes on."""
+@pytest.mark.parametrize("recipe", ["gpt2", "modern"])
+def test_an_fp16_overflow_does_not_count_as_skipped(recipe, in_tmp, small_text):
+    """The scaler halves its scale until the gradients fit; then training goes on. Under the modern
+    recipe neither AdamW nor Muon takes a step before."""
     from text.preparation import prepare_data
     from training.config import resolve
     from training.options import train_parser
 
-    flags = [*map(str, SMALL), "--no-repulsion", "--warmup-steps", "0"]
+    flags = [*map(str, SMALL), "--no-repulsion", "--warmup-steps", "0", "--recipe", recipe]
     config = resolve(train_parser("", "").parse_args(flags))
     data = prepare_data("shakespeare", str(small_text), say=lambda line: None)
     trainer = training_trainer.Trainer(config, data, torch.device("cpu"))

@@ -4,9 +4,18 @@ import dataclasses
 
 import pytest
 
-from engine.models import MODELS
+from engine.models import MODELS, build_model
 from system.errors import UsageError, UserError
-from training.config import DEFAULTS, SETTINGS, resolve
+from training import config as module
+from training.config import (
+    DEFAULTS,
+    PRESETS,
+    RECIPES,
+    SETTINGS,
+    described,
+    resolve,
+    warn_of_no_effect,
+)
 from training.options import train_parser
 from training.resume import check_saved_settings
 
@@ -35,7 +44,135 @@ def test_flag_model_and_checkpoint_refuse_the_same_value():
             check_saved_settings({"model": "ngt", "model_type": "ngt", name: value}, "x.pt")
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            "--no-background --background-start 0.01",
+            "--background-start has no effect without --background",
+        ),
+        (
+            "--background-start 0.01 --law published",
+            "--background-start has no effect under --law published",
+        ),
+        ("--background --model vanilla", "--background has no effect on --model vanilla"),
+        ("--background --background-start 0.01", None),
+    ],
+)
+def test_a_background_where_it_is_not_used(flags, words, capsys):
+    """One line of warning, or none if it is used."""
+    args = train_parser("", "").parse_args(flags.split())
+    warn_of_no_effect(args, resolve(args))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (words is not None) and (words is None or words in lines[0])
+
+
+def test_a_background_contradicts_the_published_law():
+    args = train_parser("", "").parse_args(["--background", "--law", "published"])
+    with pytest.raises(UsageError, match="--background and --law published"):
+        build_model(resolve(args) | {"vocab_size": 66})
+
+
 def test_a_checkpoint_that_names_two_kinds_of_model_is_refused():
     check_saved_settings({"model": "ngt", "model_type": "ngt"}, "x.pt")
     with pytest.raises(UserError, match=r"x\.pt has an impossible model"):
         check_saved_settings({"model": "vanilla", "model_type": "ngt"}, "x.pt")
+
+
+def resolved(*flags, resumed=None):
+    return resolve(train_parser("", "").parse_args([str(flag) for flag in flags]), resumed)
+
+
+def test_a_recipe_gives_defaults_and_flags_win():
+    modern = resolved("--recipe", "modern", "--no-qk-norm", "--beta2", 0.9)
+    given = {"recipe": "modern", "qk_norm": False, "beta2": 0.9}
+    for name, value in (RECIPES["modern"] | given).items():
+        assert modern[name] == value, name
+    assert (modern["smear"], modern["sink"]) == ("none", False)
+    old = resolved("--recipe", "gpt2")
+    assert all(old[name] == DEFAULTS[name] for name in RECIPES["modern"])
+    assert old == resolved()
+    text = resolved("--dataset", "text")
+    assert (text["recipe"], text["learning_rate"]) == ("modern", 8e-3)
+    published = resolved("--dataset", "text", "--law", "published")
+    assert (published["recipe"], published["learning_rate"]) == ("gpt2", 4e-3)
+
+
+def test_a_checkpoint_says_it_all(capsys):
+    """Resuming takes no defaults from a recipe; without one in its config it is of gpt2."""
+    saved = resolved("--recipe", "modern", "--norm", "layernorm")
+    assert resolved(resumed=saved) == resolved("--recipe", "modern", resumed=saved) == saved
+    for name in RECIPES["modern"]:
+        older = {key: value for key, value in saved.items() if key not in (name, "recipe")}
+        assert resolved("--recipe", "gpt2", resumed=older)[name] == DEFAULTS[name]
+        with pytest.raises(UsageError, match="--recipe modern contradicts"):
+            resolved("--recipe", "modern", resumed=older)
+    assert capsys.readouterr().err == ""
+    changed = resolved("--beta2", 0.9, resumed=saved)
+    assert changed["beta2"] == 0.9 and "--beta2 changes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, background, cutoff",
+    [
+        ((), True, False),
+        (("--no-background",), False, True),
+        (("--radius", 8), True, True),
+        (("--use-soft-cutoff",), True, True),
+        (("--no-background", "--no-radius-cutoff"), False, False),
+        (("--law", "published"), False, True),
+    ],
+)
+def test_a_new_run_has_a_background_or_a_radius(flags, background, cutoff):
+    """A checkpoint from before, whose config names no background, has none and keeps its radius."""
+    config = resolved(*flags)
+    assert (config["background"], config["use_radius_cutoff"]) == (background, cutoff)
+    before = {k: v for k, v in resolved().items() if not k.startswith(("background", "use_radius"))}
+    resumed = resolved(resumed=before)
+    assert (resumed["background"], resumed["use_radius_cutoff"]) == (False, True)
+
+
+def test_a_preset_may_have_rates_by_recipe_and_kind(monkeypatch):
+    modern = {"learning_rate": {"newton": 3e-3, "published": 2e-3, "vanilla": 1e-3}}
+    modern |= {"matrix_learning_rate": 5e-3}
+    monkeypatch.setitem(PRESETS, "text", PRESETS["text"] | {"modern": modern})
+    text = ("--dataset", "text", "--recipe")
+    rates = [
+        resolved(*text, "modern", *kind)["learning_rate"]
+        for kind in ((), ("--law", "published"), ("--model", "vanilla"))
+    ]
+    assert rates == [3e-3, 2e-3, 1e-3]
+    assert resolved(*text, "modern")["matrix_learning_rate"] == 5e-3
+    assert resolved(*text, "modern", "--learning-rate", 1)["learning_rate"] == 1
+    assert resolved(*text, "gpt2")["learning_rate"] == 4e-3
+    assert resolved(*text, "modern").keys() == SETTINGS.keys()
+    help = train_parser("", "").format_help()
+    assert "0.003 for newton, 0.002 for published, 0.001 for vanilla" in " ".join(help.split())
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (("--smear", "keys"), "--smear has no effect on --model ngt"),
+        (("--sink",), "--sink has no effect on --model ngt"),
+        (("--qk-norm", "--recipe", "modern"), "--qk-norm has no effect on --model ngt"),
+        (("--model", "vanilla", "--exponent", 3), "--exponent has no effect on --model vanilla"),
+        (("--matrix-learning-rate", 0.1, "--recipe", "gpt2"), "--matrix-learning-rate has no"),
+    ],
+    ids=str,
+)
+def test_a_flag_without_effect_is_one_warning(flags, named, capsys):
+    args = train_parser("", "").parse_args([str(flag) for flag in flags])
+    module.warn_of_no_effect(args, resolve(args))
+    assert capsys.readouterr().err.count("\n") == 1
+    module.warn_of_no_effect(train_parser("", "").parse_args([]), resolve(args))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_model_in_words():
+    modern = resolved("--recipe", "modern", "--model", "vanilla", "--smear", "keys", "--sink")
+    assert described(modern) == "vanilla (rotary, smear keys, sink, modern)"
+    assert described({"model_type": "ngt", "law": "published", "mass_in_value": True}) == (
+        "ngt (published, mass in value)"
+    )
+    assert described({"model_type": "vanilla"}) == "vanilla (learned)"

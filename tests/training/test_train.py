@@ -49,11 +49,14 @@ def curve(directory):
         ("--model", "vanilla", "--pos", "rotary"),
         ("--model", "ngt", *NGT, "--use-amp"),
         ("--model", "vanilla", "--use-amp"),
+        ("--model", "ngt", *NGT, "--recipe", "modern"),
+        ("--model", "vanilla", "--recipe", "modern", "--smear", "keys-values", "--sink"),
         pytest.param(("--model", "ngt", *NGT, "--compile"), marks=pytest.mark.slow),
         pytest.param(("--model", "vanilla", "--compile", "--use-amp"), marks=pytest.mark.slow),
     ],
     ids=[
         *("newton", "published", "vanilla", "newton-amp", "vanilla-amp"),
+        *("newton-modern", "vanilla-modern"),
         *("newton-compiled", "vanilla-compiled-amp"),
     ],
 )
@@ -231,7 +234,10 @@ def test_resume_refuses_what_contradicts_the_checkpoint(in_tmp, small_text, caps
     flags = ("--checkpoint-path", "c/x", "--data-path", small_text, "--max-steps", 5)
     train(*flags, cwd=in_tmp)
     resume = ("--checkpoint-path", "c/x", "--resume", "--max-steps", 10)
-    for flag, value in (("--hidden-dim", 64), ("--model", "vanilla"), ("--law", "published")):
+    for flag, value in (
+        *(("--hidden-dim", 64), ("--model", "vanilla"), ("--law", "published")),
+        *(("--recipe", "modern"), ("--optimizer", "muon"), ("--norm", "rmsnorm")),
+    ):
         code, error = refuse(capsys, *resume, flag, value)
         assert code == 2 and flag in error and "contradicts" in error
     other = in_tmp / "other.txt"
@@ -273,6 +279,10 @@ def test_resume_refuses_what_contradicts_the_checkpoint(in_tmp, small_text, caps
         (("--resume-from", "none.pt"), 1, ("none.pt", "does not exist")),
         (("--tokenizer", "bpe", "--bpe-vocab-size", "9"), 2, ("--bpe-vocab-size",)),
         (("--model", "vanilla", "--pos", "sideways"), 2, ("--pos",)),
+        (("--recipe", "stale"), 2, ("--recipe", "modern")),
+        (("--smear", "everything"), 2, ("--smear", "keys-values")),
+        (("--logit-softcap", "-1"), 2, ("--logit-softcap",)),
+        (("--beta2", "1"), 2, ("--beta2",)),
     ],
 )
 def test_bad_input_is_one_line(flags, code, words, in_tmp, capsys, small_text):
@@ -308,9 +318,16 @@ def test_presets_fill_what_is_not_given_and_flags_win(in_tmp):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["ngt", "vanilla"])
-def test_compiled_training_gives_the_same_curve(model, in_tmp, small_text):
-    flags = ("--model", model, "--data-path", small_text, "--max-steps", 20, "--dropout", 0)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(("--model", "ngt"), ("--model", "vanilla"), ("--model", "ngt", "--recipe", "modern")),
+        ("--model", "vanilla", "--recipe", "modern", "--smear", "keys-values", "--sink"),
+    ],
+    ids=["ngt", "vanilla", "ngt-modern", "vanilla-modern"],
+)
+def test_compiled_training_gives_the_same_curve(kind, in_tmp, small_text):
+    flags = (*kind, "--data-path", small_text, "--max-steps", 20, "--dropout", 0)
     train(*flags, "--checkpoint-path", "c/plain", cwd=in_tmp)
     train(*flags, "--compile", "--checkpoint-path", "c/compiled", cwd=in_tmp)
     plain, compiled = (curve(in_tmp / "runs" / name)[-1][1] for name in ("plain", "compiled"))
