@@ -82,6 +82,11 @@ class NGTConfig(ModelConfig):
     proper_time: float | None = setting(
         None, "clocks that run at a learned rate of at least this (experiment)", share
     )
+    metric: bool = setting(False, "learned gain per coordinate (experiment)")
+    geometry_adamw: bool = setting(False, "probe and source by AdamW (experiment)")
+    geometry_decay: bool = setting(True, "weight decay on probe and source (experiment)")
+    coords_from: str = setting("pull", "experiment", choices=("pull", "update", "state"))
+    start_scale: float = setting(1.0, "experiment", positive)
     exclusive: bool = setting(False, "nothing pulls itself (experiment, arXiv 2603.09078)")
     background_start: float = setting(
         0.0015, "where that number starts (newton with a background)", positive
@@ -140,6 +145,7 @@ class Layer(nn.Module):
         self.attn = attention(config, layer)
         self.norm2 = norm(config, config.hidden_dim)
         self.ffn = FeedForward(config)
+        self.coords_from = config.coords_from
         self.coord_proj_next = linear(config, config.hidden_dim, config.coord_dim)
         self.coord_norm = norm(config, config.coord_dim)
 
@@ -149,10 +155,15 @@ class Layer(nn.Module):
         `embedding` is h before the first layer, `first_values` the first layer's values; the other
         arguments are as for the attention.
         """
-        h = embedding_skip(h, embedding, self.skip)
+        h0 = h = embedding_skip(h, embedding, self.skip)
         a, v = self.attn(self.norm1(h), z, mass, positions, kv_cache, first_values=first_values)
         h = h + a
         h = h + self.ffn(self.norm2(h))
+        c = self.coords_from
+        if c == "update":
+            a = h - h0
+        elif c == "state":
+            a = F.rms_norm(h, h.shape[-1:])
         z = self.coord_norm(z + self.coord_proj_next(a))
         return h, z, v
 

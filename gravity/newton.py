@@ -42,6 +42,7 @@ class GravityAttention(nn.Module):
         self.retardation = nn.Parameter(torch.empty(points)) if config.retardation else None
         self.v_proj = linear(config, config.hidden_dim, config.hidden_dim)
         self.out_proj = linear(config, config.hidden_dim, config.hidden_dim)
+        self.metric = nn.Parameter(torch.ones(points)) if config.metric else None
         if config.proper_time is not None:
             self.clock_rate = nn.Linear(config.hidden_dim, heads)
         self.value_share = value_share(config, layer)
@@ -62,6 +63,7 @@ class GravityAttention(nn.Module):
         for proj in (self.probe_proj, self.source_proj):
             proj.reset_parameters()
             proj.weight /= math.sqrt(8)
+            proj.weight *= self.config.start_scale
             if proj.bias is not None:
                 proj.bias /= math.sqrt(8)
         heads = self.config.num_heads
@@ -123,7 +125,10 @@ class GravityAttention(nn.Module):
     def points(self, z, kv_cache=None):
         """Where tokens look from, and where they pull from, both (B, H, T, head_coord_dim)."""
         source = self.retarded(self.source_proj(z), kv_cache)
-        return tuple(split_heads(x, self.config.num_heads) for x in (self.probe_proj(z), source))
+        probe = self.probe_proj(z)
+        if self.metric is not None:
+            probe, source = probe * self.metric, source * self.metric
+        return tuple(split_heads(x, self.config.num_heads) for x in (probe, source))
 
     def retarded(self, source, kv_cache=None):
         """Where tokens pull from, (B, T, H*C): their own place mixed with that of the token before,

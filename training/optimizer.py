@@ -13,6 +13,12 @@ def make_optimizer(model, config, device, ranks):
     share of the state (ZeRO stage 1, Rajbhandari et al. 2020, arXiv:1910.02054).
     """
     for_muon = matrices_inside(model) if config["optimizer"] == "muon" else []
+    geometry = [
+        p for n, p in model.named_parameters() if "probe_proj.w" in n or "source_proj.w" in n
+    ]
+    of_geometry = {id(p) for p in geometry}
+    if config["geometry_adamw"]:
+        for_muon = [p for p in for_muon if id(p) not in of_geometry]
     of_muon = {id(parameter) for parameter in for_muon}
     decay, keep = [], []
     for name, parameter in model.named_parameters():
@@ -20,6 +26,7 @@ def make_optimizer(model, config, device, ranks):
             continue
         # biases, norms and masses have no reason to be near 0
         is_matrix = parameter.dim() >= 2 and not name.startswith("mass_emb")
+        is_matrix &= config["geometry_decay"] or id(parameter) not in of_geometry
         (decay if is_matrix else keep).append(parameter)
     groups = [
         {"params": decay, "weight_decay": config["weight_decay"]},
@@ -34,6 +41,12 @@ def make_optimizer(model, config, device, ranks):
     # the factor gives Muon's steps the size of AdamW's (Liu et al. 2025, arXiv:2502.16982)
     settings = {"lr": config["learning_rate"], "adjust_lr_fn": "match_rms_adamw"}
     settings["weight_decay"] = config["weight_decay"]
+    if not config["geometry_decay"]:
+        for_muon = [
+            {"params": [p for p in for_muon if id(p) not in of_geometry]},
+            {"params": [p for p in for_muon if id(p) in of_geometry], "weight_decay": 0.0},
+        ]
+        for_muon = [g for g in for_muon if g["params"]]
     return MuonAndAdamW(_optimizer(torch.optim.Muon, for_muon, settings, is_shared), adamw)
 
 

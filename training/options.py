@@ -26,6 +26,7 @@ GROUPS = {  # in the order of --help
             "background_start",
             "proper_time",
             "exclusive",
+            *("metric", "geometry_adamw", "geometry_decay", "coords_from", "start_scale"),
             "farthest_time_scale",
             "use_rsqrt",
         ),
