@@ -86,6 +86,8 @@ class NGTConfig(ModelConfig):
     geometry_adamw: bool = setting(False, "probe and source by AdamW (experiment)")
     geometry_decay: bool = setting(True, "weight decay on probe and source (experiment)")
     coords_from: str = setting("pull", "experiment", choices=("pull", "update", "state"))
+    retarded_values: bool = setting(False, "experiment")
+    point_norm: bool = setting(False, "experiment")
     start_scale: float = setting(1.0, "experiment", positive)
     exclusive: bool = setting(False, "nothing pulls itself (experiment, arXiv 2603.09078)")
     background_start: float = setting(

@@ -43,6 +43,10 @@ class GravityAttention(nn.Module):
         self.v_proj = linear(config, config.hidden_dim, config.hidden_dim)
         self.out_proj = linear(config, config.hidden_dim, config.hidden_dim)
         self.metric = nn.Parameter(torch.ones(points)) if config.metric else None
+        if config.retarded_values:
+            self.value_retardation = nn.Parameter(torch.zeros(config.hidden_dim))
+        if config.point_norm:
+            self.gain = nn.Parameter(torch.ones(2, points))
         if config.proper_time is not None:
             self.clock_rate = nn.Linear(config.hidden_dim, heads)
         self.value_share = value_share(config, layer)
@@ -128,6 +132,12 @@ class GravityAttention(nn.Module):
         probe = self.probe_proj(z)
         if self.metric is not None:
             probe, source = probe * self.metric, source * self.metric
+        if self.config.point_norm:
+            shape = (*probe.shape[:2], self.config.num_heads, -1)
+            probe, source = (
+                F.rms_norm(x.view(shape), (self.config.head_coord_dim,)).flatten(2) * g
+                for x, g in zip((probe, source), self.gain, strict=True)
+            )
         return tuple(split_heads(x, self.config.num_heads) for x in (probe, source))
 
     def retarded(self, source, kv_cache=None):
@@ -172,7 +182,12 @@ class GravityAttention(nn.Module):
         too.
         """
         q, k = self.points(z, kv_cache)
-        values = value_residual(self.v_proj(h), first_values, self.value_share)
+        values = self.v_proj(h)
+        if self.config.retarded_values:
+            values = mix_with_token_before(
+                values, self.value_retardation, kv_cache, (self.layer, "values")
+            )
+        values = value_residual(values, first_values, self.value_share)
         v = split_heads(values, self.config.num_heads)
         tolerance = field_tolerance(self.config, v.dtype)
         key_positions = positions
