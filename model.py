@@ -83,7 +83,7 @@ class NGTConfig(ModelConfig):
         0.0015, "where that number starts (newton with a background)", positive
     )
     farthest_time_scale: float = setting(
-        0.00035,
+        0.0035,
         "initial softenings per token of the head that looks farthest back (newton)",
         positive,
     )

@@ -56,7 +56,7 @@ class GravityAttention(nn.Module):
 
     @torch.no_grad()
     def reset_geometry(self):
-        """Start with distances of about 1 softening, and heads that look 3 to 3,000 tokens back."""
+        """Start with distances of about 1 softening, and heads that look 3 to 300 tokens back."""
         # PyTorch's start gives |q - k|^2 of about 2/3 per coordinate; 8 makes it 1.3 for 16 of them
         for proj in (self.probe_proj, self.source_proj):
             proj.reset_parameters()
