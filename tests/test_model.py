@@ -202,7 +202,8 @@ def test_windows_of_a_background():
     ):
         scale, offset, found = windows(dtype=dtype, use_radius_cutoff=False, **settings)
         by_hand = offset + (3.0 / (7 * scale**8 * tolerance / 2 * 0.01)) ** (1 / 7)
-        assert torch.equal(found.double(), by_hand.ceil())
+        more = found.double() - by_hand  # whole tokens, and a millionth for rounding
+        assert ((more >= 0) & (more <= 1 + 1e-5 * by_hand)).all()
     nearest = {"radius": 0.5}  # ends before what the background proves
     scale, offset, found = windows(**nearest)
     torch.testing.assert_close(found.double(), (offset + 0.5 / scale + 1).clamp(min=1))
