@@ -16,8 +16,8 @@
 #   SEEDS="1 2 3"        seeds of the headline and of the sizes
 #   ABLATION_SEEDS="1 2" seeds of the ablations
 #   RATE_SEED=100        seed of the runs that compare learning rates
-#   RATES="1e-3 2e-3 4e-3 8e-3"   learning rates to try for each model
-#   NGT_RATE=4e-3 CONTROL_RATE=4e-3   learning rates of all other stages
+#   RATES="2e-3 4e-3 8e-3 16e-3"   learning rates to try for each model
+#   NGT_RATE CONTROL_RATE   learning rates of all other stages (default: 8e-3, under gpt2 4e-3)
 #   STEPS=6000           steps of the headline;   SHORT_STEPS=1500   of rates and ablations
 #   NAME=study_$DATASET  names the report and the folders below runs/, checkpoints/ and logs/
 #   ONLY                 only the runs whose name matches, such as headline/rotary*
@@ -39,11 +39,9 @@ BPE_VOCAB_SIZE=${BPE_VOCAB_SIZE:-2048}
 SEEDS=${SEEDS:-1 2 3}
 ABLATION_SEEDS=${ABLATION_SEEDS:-1 2}
 RATE_SEED=${RATE_SEED:-100}
-RATES=${RATES:-1e-3 2e-3 4e-3 8e-3}
+RATES=${RATES:-2e-3 4e-3 8e-3 16e-3}
 STEPS=${STEPS:-6000}
 SHORT_STEPS=${SHORT_STEPS:-1500}
-NGT_RATE=${NGT_RATE:-4e-3}
-CONTROL_RATE=${CONTROL_RATE:-4e-3}
 FULL=${FULL:-}
 SIZES=${SIZES:-300000 3000000}
 export OMP_NUM_THREADS=${THREADS:-1}
@@ -74,10 +72,12 @@ read -r -a extra <<<"${EXTRA_FLAGS:-}"
 rotary=(--model vanilla --pos rotary)
 control=("${rotary[@]}" --smear keys-values --sink)
 case "$RECIPE" in
-    modern) suffix= ;;
-    gpt2) suffix=_gpt2 ;;
+    modern) suffix= rate=8e-3 ;;
+    gpt2) suffix=_gpt2 rate=4e-3 ;;
     *) fail "RECIPE=$RECIPE is unknown: give modern or gpt2" ;;
 esac
+NGT_RATE=${NGT_RATE:-$rate}
+CONTROL_RATE=${CONTROL_RATE:-$rate}
 
 # tenth RATE: prints a tenth of a learning rate, the value at which its cosine schedule ends
 tenth() { python -c "import sys; print(f'{float(sys.argv[1]) / 10:g}')" "$1"; }

@@ -11,7 +11,7 @@ from model import NGT
 from system.errors import UsageError, UserError
 from system.settings import add_flag, flag_of
 from text.token_files import data_of_checkpoint
-from training.config import DEFAULTS, LAW_DEFAULTS, SETTINGS, preset_settings
+from training.config import DEFAULTS, LAW_DEFAULTS, SETTINGS, law_settings, preset_settings
 
 TIMED_PRESETS = {  # --preset: the preset of training, and the vocabulary size of its text
     "shakespeare": ("shakespeare", 66),
@@ -96,9 +96,9 @@ def fresh_model(preset, kind, device, **changes):
     """
     name, vocab_size = TIMED_PRESETS[preset]
     sizes = preset_settings(name, "vanilla" if kind == "vanilla" else "newton")
-    sizes |= {"vocab_size": vocab_size, "model_type": kind} | LAW_DEFAULTS["newton"]
+    sizes |= {"vocab_size": vocab_size, "model_type": kind}
     torch.manual_seed(0)
-    return build_model(DEFAULTS | sizes | changes).to(device).eval()
+    return build_model(DEFAULTS | sizes | law_settings("newton", changes)).to(device).eval()
 
 
 def some_tokens(args, network, tokenizer, checkpoint, count):

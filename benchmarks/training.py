@@ -30,7 +30,7 @@ from system.cli import whole
 from system.errors import UsageError, warn
 from system.machine import cpu_multiplies_bf16, peak_memory_bytes
 from system.settings import flag_of
-from training.config import DEFAULTS, LAW_DEFAULTS, SETTINGS, preset_settings
+from training.config import DEFAULTS, SETTINGS, law_settings, preset_settings
 from training.trainer import Trainer
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmark.py"
@@ -135,7 +135,7 @@ def make_trainer(args, name, device):
     law = "published" if name == "first-release" else args.law
     config = DEFAULTS | preset_settings(preset, "vanilla" if kind == "vanilla" else law)
     config |= {"model_type": kind, "law": law, "compile": args.compile}
-    config |= LAW_DEFAULTS[law] | law_given(args)
+    config |= law_settings(law, law_given(args))
     config["gradient_accumulation_steps"] = 1  # a step is one batch of --batch-size
     for flag in ("batch_size", "block_size"):
         if getattr(args, flag) is not None:

@@ -84,11 +84,8 @@ def field_by_distance(model, num_tokens):
     now = int(back[-1])
     positions = now - torch.as_tensor(back, device=device)
     here = torch.tensor([now], device=device)
-    fields = []
-    for attn in attns:
-        law = attn.law() | {"query_positions": here, "key_positions": positions}
-        law.pop("background")  # a part of no field
-        fields.append(gravity_field(q, k, mass, **law))
+    at = {"query_positions": here, "key_positions": positions}
+    fields = [gravity_field(q, k, mass, **at, **attn.field_law()) for attn in attns]
     return back, torch.stack([field[0, :, 0] for field in fields]).cpu().numpy()
 
 

@@ -86,9 +86,8 @@ def layer_pulls(attn, z, mass, positions, kv_cache=None):
 
 
 def _newton_shares(attn, q, k, query_mass, key_mass, **positions):
-    law = attn.law()
-    background = law.pop("background")
-    return share_of_pull(gravity_field(q, k, key_mass, **positions, **law), background)
+    field = gravity_field(q, k, key_mass, **positions, **attn.field_law())
+    return share_of_pull(field, attn.background)
 
 
 def _published_weights(attn, q, k, query_mass, key_mass, **positions):

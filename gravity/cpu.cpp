@@ -146,7 +146,6 @@ struct Problem {
     const float *mass;                                // (B, Tk)
     const double *time_scale, *time_offset;           // (H,)
     const double *background;                         // (H,), or null for none
-    const double *windows;                            // (H,), tokens that a head looks back, or inf
     const double *radius;                             // (H,), or null without a cutoff
     const int64_t *query_positions, *key_positions;   // (Tq,), (Tk,), both increase
     float *result;   // forward: out (B, Tq, H, D)
@@ -206,6 +205,7 @@ struct Head {
     long packed_from = 0;              // keys from here on are packed
     const float *v_rows = nullptr;     // (Tk, D), rows v_stride apart
     double max_mass = 0;
+    double window = 0;                 // tokens back that the head must look, as far as is known
     float scale = 0, offset = 0, radius2 = 0, background = TINY;
     std::vector<float> centre;         // (C), about the mean key
     std::vector<float> q, q2;          // (ROWS, C), (ROWS); q2 = |q|^2
@@ -240,6 +240,12 @@ struct Head {
         for (long c = 0; c < p.coords; ++c) centre[c] = mean[c] / count;
         const float *masses = p.mass + b * p.keys;
         max_mass = *std::max_element(masses, masses + p.keys);
+        window = INFINITY;
+        if (p.cutoff) window = p.time_offset[h] + p.radius[h] / p.time_scale[h] + 1;
+        if (p.background && p.tolerance > 0) {
+            double proven = std::ceil(proven_window(p.background[h]));
+            if (proven < window) window = proven;
+        }
         if (v_in_place) {
             v_stride = p.v.token_stride;
             v_rows = (const float *)p.v.data + b * p.v.batch_stride + h * p.v.head_stride;
@@ -343,23 +349,31 @@ struct Head {
 
     // The oldest key that queries from `position` on must visit, as far as the windows say.
     long oldest_key(int64_t position) const {
-        if (!(p.windows[h] < (double)position - p.key_positions[0])) return 0;  // also if NaN
-        int64_t oldest = (int64_t)std::min(position + 1.0, std::floor(position - p.windows[h]));
+        if (!(window < (double)position - p.key_positions[0])) return 0;  // also if NaN
+        int64_t oldest = (int64_t)std::min(position + 1.0, std::floor(position - window));
         return std::lower_bound(p.key_positions, p.key_positions + p.keys, oldest) -
                p.key_positions;
     }
 
-    // Whether the keys before `oldest` can be left out for all queries from `position` on, because
-    // all together they provably weigh at most tolerance * smallest_sum: proven_window in law.py.
-    // With a background the windows have said so already.
-    bool nothing_left(long oldest, int64_t position, float smallest_sum, double tolerance) const {
-        if (p.background || !(tolerance > 0) || !(smallest_sum > 0)) return false;  // also if NaN
-        double kept = (double)(position - p.key_positions[oldest]);
+    // What may be left out at once, as a share of the sum: a decoding step is bound by memory, and
+    // half of the tolerance pays for values that it skips.
+    double tolerance() const { return single ? p.tolerance / 2 : p.tolerance; }
+
+    // proven_window of law.py
+    double proven_window(double smallest_sum) const {
         double degree = 2 * p.exponent - 1;
-        double log_window = std::log(max_mass / degree) - std::log(tolerance) -
-                            std::log((double)smallest_sum) -
-                            (degree + 1) * std::log(p.time_scale[h]);
-        return p.time_offset[h] + std::exp(log_window / degree) * (1 + 1e-6) <= kept;
+        double log_window = std::log(max_mass / degree) - std::log(tolerance()) -
+                            std::log(smallest_sum) - (degree + 1) * std::log(p.time_scale[h]);
+        return p.time_offset[h] + std::exp(log_window / degree) * (1 + 1e-6);
+    }
+
+    // Whether the keys before `oldest` can be left out for all queries from `position` on, because
+    // all together they provably weigh at most tolerance * smallest_sum.
+    // With a background the windows have said so already.
+    bool nothing_left(long oldest, int64_t position, float smallest_sum) const {
+        if (p.background || !(p.tolerance > 0) || !(smallest_sum > 0)) return false;  // also if NaN
+        double kept = (double)(position - p.key_positions[oldest]);
+        return proven_window(smallest_sum) <= kept;
     }
 };
 
@@ -369,8 +383,6 @@ template <int EXPONENT> void forward_block(Head &head, long row, long rows, int3
     head.read_queries(row, rows);
     std::fill(head.sums.begin(), head.sums.end(), 0.0f);
     float total[ROWS] = {}, added[ROWS], unread = 0;  // unread: fields whose values were skipped
-    // a decoding step is bound by memory: half of the tolerance pays for values that it skips
-    const double tolerance = head.single ? p.tolerance / 2 : p.tolerance;
     const int64_t oldest_query = p.query_positions[row];
     long end = std::upper_bound(p.key_positions, p.key_positions + p.keys,
                                 p.query_positions[row + rows - 1]) - p.key_positions;
@@ -381,7 +393,7 @@ template <int EXPONENT> void forward_block(Head &head, long row, long rows, int3
     *first = end;
     float smallest = 0;
     while (end > oldest) {
-        if (end < p.keys && head.nothing_left(end, oldest_query, smallest, tolerance)) break;
+        if (end < p.keys && head.nothing_left(end, oldest_query, smallest)) break;
         long from = std::max(oldest, end - width), keys = end - from;
         if (from < head.packed_from) head.pack_keys(from);
         head.dots(rows, from, keys);
@@ -405,7 +417,7 @@ template <int EXPONENT> void forward_block(Head &head, long row, long rows, int3
         }
         end = *first = from;
         width = step;
-        if (head.single && unread + added[0] <= tolerance * (total[0] + head.background)) {
+        if (head.single && unread + added[0] <= head.tolerance() * (total[0] + head.background)) {
             unread += added[0];
             continue;
         }

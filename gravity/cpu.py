@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from gravity.law import Law, windows
+from gravity.law import Law
 from system.errors import warn
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -45,7 +45,7 @@ class _Tensor(ctypes.Structure):
 
 
 _SIZES = ("batch", "heads", "queries", "keys", "coords", "width", "exponent", "cutoff", "threads")
-_LAW_TENSORS = ("time_scale", "time_offset", "background", "windows", "radius")
+_LAW_TENSORS = ("time_scale", "time_offset", "background", "radius")
 _POSITIONS = ("query_positions", "key_positions")
 _RESULTS = ("result", "total", "first", "d_q", "d_k", "d_v", "d_mass", "d_law")
 
@@ -206,7 +206,6 @@ class _Call:
         for name in ("radius", "background"):
             if getattr(law, name) is not None:
                 self.pointers(**{name: getattr(law, name).double()})
-        self.pointers(windows=windows(law, mass.max()))
 
     def tensor(self, name, tensor):
         """Set a (B, H, T, C) argument; the kernel takes any strides but in the last dimension."""

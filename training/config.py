@@ -198,6 +198,15 @@ def preset_settings(dataset, kind, recipe="gpt2"):
     }
 
 
+def law_settings(law, given):
+    """The defaults of a new run under a law, and what was given, which may change them."""
+    settings = dict(LAW_DEFAULTS[law])
+    # who names a radius wants one; without a background only a radius bounds what a head must read
+    if given.keys() & {"radius", "use_soft_cutoff"} or given.get("background") is False:
+        settings["use_radius_cutoff"] = True
+    return settings | given
+
+
 def given_settings(args):
     """The settings that the user gave as flags, by name."""
     values = {name: getattr(args, name, None) for name in SETTINGS}
@@ -221,13 +230,9 @@ def resolve(args, resumed=None):
     dataset = given.get("dataset", DEFAULTS["dataset"])
     config = DEFAULTS | given
     kind = "vanilla" if config["model_type"] == "vanilla" else config["law"]
-    of_law = LAW_DEFAULTS[config["law"]]
-    recipe = (DEFAULTS | PRESETS[dataset] | of_law | given)["recipe"]
+    recipe = (DEFAULTS | PRESETS[dataset] | LAW_DEFAULTS[config["law"]] | given)["recipe"]
     preset = preset_settings(dataset, kind, recipe)
-    config |= of_law | RECIPES[recipe] | preset
-    # who names a radius wants one; without a background only a radius bounds what a head must read
-    if given.keys() & {"radius", "use_soft_cutoff"} or given.get("background") is False:
-        config["use_radius_cutoff"] = True
+    config |= law_settings(config["law"], given) | RECIPES[recipe] | preset
     config |= {"recipe": recipe} | given
     if "mlp_dim" not in given:
         config["mlp_dim"] = _mlp_dim(config, given, kind, PRESETS[dataset]["mlp_dim"])

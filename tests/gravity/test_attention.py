@@ -70,10 +70,13 @@ def test_both_paths_equal_three_loops(cutoff, mass_in_value, small_blocks):
 @pytest.mark.parametrize("path", [gravity_attention_reference, gravity_attention])
 @pytest.mark.parametrize("mass_in_value", [False, True])
 @pytest.mark.parametrize("cutoff", CUTOFFS)
-def test_gradients_are_finite_differences(cutoff, mass_in_value, path, small_blocks):
+@pytest.mark.parametrize("background", [None, (0.02, 1.3)])
+def test_gradients_are_finite_differences(background, cutoff, mass_in_value, path, small_blocks):
     """gradcheck of both for every input, including the radius of the soft cutoff."""
-    small_blocks(3, 24, 4)
-    data = particles(7, heads=2, batch=2, coords=2, width=2, cutoff=cutoff)
+    small_blocks(2, 24, 3)
+    data = particles(5, heads=2, batch=2, coords=2, width=2, cutoff=cutoff)
+    if background is not None:
+        data["background"] = torch.tensor(background, dtype=torch.float64)
     names = [n for n in data if not (n == "radius" and cutoff == "hard")]
     fixed = {n: data[n] for n in data if n not in names}
 

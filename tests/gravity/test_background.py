@@ -152,25 +152,6 @@ def test_forgotten_tokens_do_not_matter_later(tolerance):
     assert tolerance < 1e-2 or max(errors) > 1e-4
 
 
-@pytest.mark.parametrize("path", [gravity_attention_reference, gravity_attention])
-@pytest.mark.parametrize("mass_in_value", [False, True])
-@pytest.mark.parametrize("cutoff", CUTOFFS)
-def test_gradients_are_finite_differences(cutoff, mass_in_value, path, small_blocks):
-    """gradcheck of the formula and of the blocked path, for the background and all others."""
-    small_blocks(2, 24, 3)
-    data = particles(5, heads=2, batch=2, coords=2, width=2, cutoff=cutoff)
-    data["background"] = torch.tensor([0.02, 1.3], dtype=torch.float64)
-    names = [n for n in data if not (n == "radius" and cutoff == "hard")]
-    fixed = {n: data[n] for n in data if n not in names}
-
-    def function(*tensors):
-        given = dict(zip(names, tensors, strict=True)) | fixed
-        return path(**given, exponent=3, cutoff=cutoff, mass_in_value=mass_in_value)
-
-    inputs = leaves({n: data[n] for n in names})
-    assert torch.autograd.gradcheck(function, tuple(inputs.values()), fast_mode=False)
-
-
 def law_and_particles(tokens, cutoff):
     """Arguments of the operator in fp32, with a weak, a middling and a strong background."""
     size = dict(heads=3, coords=16, width=16, spread=0.4)
