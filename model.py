@@ -5,7 +5,7 @@ A token has a hidden state `h`, coordinates `z` and a positive mass `m`. One lay
     a = GravityAttention(LayerNorm(h), z, m)
     h = h + a
     h = h + FeedForward(LayerNorm(h))
-    z = LayerNorm(z + W_z a)
+    z = LayerNorm(z + W_z h)        h of unit size; or W_z a, with --coords-from pull
 
 or what a recipe makes of these parts (`layers/parts.py`).
 
@@ -74,6 +74,17 @@ class NGTConfig(ModelConfig):
         "let a token pull, by a learned share, from the place of the token before it (newton; "
         "without it the loss is 0.09 higher after 1500 steps: reports/study.md)",
     )
+    coords_from: str = setting(
+        "pull",
+        "what moves a token's coordinates after each layer: the pull that it felt, or its hidden "
+        "state (default: state under newton, pull under published)",
+        choices=("pull", "state"),
+    )
+    retarded_values: bool = setting(
+        False,
+        "let a token also pass on, by a learned share, the value of the token before it (newton) "
+        "(default: on)",
+    )
     background: bool = setting(
         False,
         "add a learned number per head to the sum of fields, so that what a token receives fades "
@@ -104,10 +115,12 @@ class NGTConfig(ModelConfig):
             raise UsageError(
                 "--no-radius-cutoff and --use-soft-cutoff exclude each other: drop one of them"
             )
-        if self.background and self.law == "published":
-            raise UsageError(
-                "--background and --law published, a softmax, exclude each other: drop one of them"
-            )
+        for flag in ("background", "retarded_values"):
+            if getattr(self, flag) and self.law == "published":
+                raise UsageError(
+                    f"--{flag.replace('_', '-')} and --law published exclude each other: drop one "
+                    "of them"
+                )
 
     @property
     def cutoff(self):
@@ -136,6 +149,7 @@ class Layer(nn.Module):
         self.attn = attention(config, layer)
         self.norm2 = norm(config, config.hidden_dim)
         self.ffn = FeedForward(config)
+        self.moved_by_state = config.coords_from == "state"
         self.coord_proj_next = linear(config, config.hidden_dim, config.coord_dim)
         self.coord_norm = norm(config, config.coord_dim)
 
@@ -149,7 +163,8 @@ class Layer(nn.Module):
         a, v = self.attn(self.norm1(h), z, mass, positions, kv_cache, first_values=first_values)
         h = h + a
         h = h + self.ffn(self.norm2(h))
-        z = self.coord_norm(z + self.coord_proj_next(a))
+        mover = F.rms_norm(h, h.shape[-1:]) if self.moved_by_state else a
+        z = self.coord_norm(z + self.coord_proj_next(mover))
         return h, z, v
 
 

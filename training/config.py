@@ -32,7 +32,10 @@ RECIPES = {
 }
 # What a new run gets by its law; the defaults of the fields are what an older checkpoint means.
 LAW_DEFAULTS = {
-    "newton": {"background": True, "use_radius_cutoff": False},
+    "newton": {
+        **{"background": True, "use_radius_cutoff": False},
+        **{"coords_from": "state", "retarded_values": True},
+    },
     "published": {"recipe": "gpt2"},  # it is there to reproduce what was published
 }
 # A value may be a dict by kind of model: newton, published or vanilla. A dict under a recipe's name
