@@ -10,7 +10,7 @@ import vanilla_model
 from engine.models import build_model
 from gravity.law import gravity_attention_reference
 from layers.config import ModelConfig
-from layers.parts import FeedForward, init_weights, norm, soft_cap
+from layers.parts import FeedForward, init_weights, mix_with_token_before, norm, soft_cap
 from model import NGTConfig
 from small_models import BLOCK, MODERN, MODERN_VANILLA, NGT_SMALL, SMALL, ids, lively
 from training.config import RECIPES
@@ -186,6 +186,16 @@ def test_a_modern_model_starts_as_its_embedding(kind):
     plain = model.head(model.norm(model.token_emb(tokens)))
     torch.testing.assert_close(model(tokens), 15 * torch.tanh(plain / 15))
     assert all(layer.attn.v_proj.weight.std() > 0.01 for layer in model.layers)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+def test_mixing_with_the_token_before_has_the_gradients_of_its_formula(tokens):
+    """Finite differences in float64; the first token has only itself."""
+    x, share = torch.randn(2, tokens, 3).double(), torch.randn(3).double()
+    mixed = mix_with_token_before(x, share, None, 0)
+    torch.testing.assert_close(mixed, (1 - share) * x + share * shifted(x))
+    inputs = x.requires_grad_(), share.requires_grad_()
+    assert torch.autograd.gradcheck(lambda *given: mix_with_token_before(*given, None, 0), inputs)
 
 
 def test_smear_starts_as_retardation():
