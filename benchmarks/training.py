@@ -25,7 +25,7 @@ from benchmarks.models import (
 from benchmarks.timing import interleaved, peak_flops, ratios, spread
 from engine.flops import training_flops
 from gravity import published
-from model import LAWS
+from layers.config import LAWS
 from system.cli import whole
 from system.errors import UsageError, warn
 from system.machine import cpu_multiplies_bf16, peak_memory_bytes
