@@ -7,12 +7,11 @@ setting.
 
 from dataclasses import MISSING, dataclass, fields
 
-import torch
-
-from engine.models import MODELS, build_model, model_fields
+from engine.models import CONFIGS, model_fields, weightless_model
 from system.cli import not_negative, random_seed, share, whole, whole_or_zero
 from system.errors import UsageError, warn
 from system.settings import flag_of, setting
+from system.threads import HELP as THREADS_HELP
 
 RECIPES = {
     "gpt2": {},  # the defaults of the settings
@@ -87,7 +86,7 @@ class RunSettings:
     model_type: str = setting(
         "ngt",
         "NGT, or the vanilla transformer that it is compared with",
-        choices=list(MODELS),
+        choices=list(CONFIGS),
         flag="--model",
     )
     dataset: str = setting(
@@ -154,6 +153,7 @@ class RunSettings:
     )
     deterministic: bool = setting(False, "bit-identical runs on a GPU too (slower)")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
+    threads: int | None = setting(None, THREADS_HELP, whole)
     eval_interval: int = setting(250, "steps between evaluations", whole)
     eval_iters: int = setting(100, "evaluate on at most 16 x this many fixed windows", whole)
     sample_tokens: int = setting(
@@ -170,7 +170,7 @@ class RunSettings:
 
 def _all_settings():
     """Every field with a flag by its name: the run's, then those of both kinds of model."""
-    classes = [RunSettings, *(config_class for _, config_class in MODELS.values())]
+    classes = [RunSettings, *CONFIGS.values()]
     return {
         field.name: field
         for config_class in classes
@@ -186,7 +186,7 @@ CORPUS = (  # what `text.preparation.prepare_data` takes
     *("tokenizer_path", "tiktoken_encoding"),
 )
 FREE_ON_RESUME = {  # they change nothing that the model learns: no warning of a change
-    *("device", "data_path", "tokenizer_path", "shard_optimizer"),
+    *("device", "threads", "data_path", "tokenizer_path", "shard_optimizer"),
     *("eval_interval", "sample_tokens", "checkpoint_interval"),
 }
 
@@ -263,8 +263,7 @@ def _mlp_dim(config, given, kind, matched):
 
     def parameters(**changes):
         vocab_size = config["bpe_vocab_size"] if config["tokenizer"] == "bpe" else 256
-        with torch.device("meta"):
-            model = build_model(config | {"vocab_size": vocab_size} | changes)
+        model = weightless_model(config | {"vocab_size": vocab_size} | changes)
         return sum(p.numel() for p in model.parameters())
 
     # parameters grow linearly with the width, so two widths give the slope
