@@ -93,7 +93,8 @@ def test_a_recipe_gives_defaults_and_flags_win():
     assert all(old[name] == DEFAULTS[name] for name in RECIPES["modern"])
     assert old == resolved()
     text = resolved("--dataset", "text")
-    assert (text["recipe"], text["learning_rate"]) == ("modern", 8e-3)
+    assert (text["recipe"], text["learning_rate"], text["repulsion"]) == ("modern", 8e-3, False)
+    assert resolved("--dataset", "text", "--recipe", "gpt2")["repulsion"]
     published = resolved("--dataset", "text", "--law", "published")
     assert (published["recipe"], published["learning_rate"]) == ("gpt2", 4e-3)
 
