@@ -20,6 +20,7 @@ from system.files import write_whole
 EXAMPLES = """examples:
   python benchmark.py train --preset 25m --batch-size 4 --dtype bf16 --json train.json
   python benchmark.py train --preset 25m --batch-size 4 --law published --against first-release
+  python benchmark.py train --preset shakespeare --against vanilla eager compiled
   python benchmark.py attention --checkpoint checkpoints/text.pt_best.pt --block-sizes 512,8192
   python benchmark.py decode --contexts 256,16384 --chat-tokens 100000
   python benchmark.py data --data-path data/shakespeare/input.txt

@@ -7,6 +7,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,10 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import benchmark
 from benchmark import make_parser
 from benchmarks import attention, models, timing
+from benchmarks.plain_gpt import PlainGPT, PlainTraining
 from benchmarks.training import first_release_attention, make_trainer, step_bytes
 from conftest import ROOT, error_line, needs_bf16, run
 from engine.flops import training_flops
+from engine.models import build_model
 from gravity.published import published_gravity_attention
+from training.config import DEFAULTS
 
 TINY = ("--preset", "shakespeare", "--batch-size", "2", "--block-size", "16", "--steps", "2")
 
@@ -58,6 +62,58 @@ def test_train_of_one_model_and_of_the_published_law(in_tmp):
     assert "vanilla_tokens_per_s" in numbers and "ratio" not in numbers
     numbers = numbers_of(in_tmp, "train", *TINY, "--law", "published", "--against", "first-release")
     assert {"ratio", "first_release_tokens_per_s", "first_release_peak_bytes"} <= numbers.keys()
+
+
+def test_train_against_plain_gpt2_and_vanilla_in_one_run(in_tmp):
+    flags = ("--against", "eager", "vanilla", "--no-peak")
+    numbers = numbers_of(in_tmp, "train", *TINY, *flags)
+    assert numbers["ratio"] == numbers["eager_ratio"] and numbers["vanilla_ratio"] > 0
+    assert numbers["eager_peak_bytes"] is None
+    # 66 tokens, 16 positions, per layer 12 width^2 and two LayerNorms without bias, one at the end
+    weights = 128 * (66 + 16) + 4 * (12 * 128**2 + 2 * 128) + 128
+    assert numbers["eager_parameters"] == weights
+
+
+def test_plain_gpt2_is_the_vanilla_model():
+    """The same logits from the same weights, and a training that learns."""
+    sizes = dict(vocab_size=31, block_size=12, hidden_dim=32, mlp_dim=48, num_layers=2, num_heads=4)
+    plain = PlainGPT(SimpleNamespace(**sizes), bias=True).double()
+    vanilla = build_model(DEFAULTS | sizes | {"model_type": "vanilla"}).double()
+    weights = dict(plain.named_parameters())
+    for parameter in weights.values():
+        torch.nn.init.normal_(parameter, std=0.3)
+    same = {"out": "attn.out_proj", "norm1": "norm1", "norm2": "norm2"}
+    same |= {"up": "ffn.up_proj", "down": "ffn.down_proj"}
+    with torch.no_grad():
+        for one, other in ((plain.token_emb, vanilla.token_emb), (plain.pos_emb, vanilla.pos_emb)):
+            other.weight.copy_(one.weight)
+        vanilla.norm.load_state_dict(plain.norm.state_dict())
+        for block, layer in zip(plain.blocks, vanilla.layers, strict=True):
+            for name, place in same.items():
+                layer.get_submodule(place).load_state_dict(getattr(block, name).state_dict())
+            for n, name in enumerate("qkv"):
+                part, proj = slice(32 * n, 32 * n + 32), getattr(layer.attn, f"{name}_proj")
+                proj.weight.copy_(block.qkv.weight[part])
+                proj.bias.copy_(block.qkv.bias[part])
+    tokens = torch.randint(31, (2, 12))
+    assert (plain(tokens) - vanilla(tokens)).abs().max() < 1e-10
+    tokens = np.arange(400).astype(np.uint16) % 31
+    config = sizes | {"batch_size": 4}
+    training = PlainTraining(config, tokens, torch.device("cpu"), torch.float32, compiled=False)
+    window = torch.arange(13)[None]
+    losses = []
+    for steps in (0, 100):
+        for _ in range(steps):
+            training.step()
+        with torch.no_grad():
+            losses.append(float(training.raw_model(window[:, :-1], window[:, 1:])))
+    assert losses[1] < 0.5 * losses[0]
+
+
+@pytest.mark.slow
+def test_train_against_compiled(in_tmp):
+    numbers = numbers_of(in_tmp, "train", *TINY, "--against", "compiled")
+    assert numbers["compiled_peak_bytes"] > 1e8
 
 
 def test_train_with_another_law(in_tmp):
