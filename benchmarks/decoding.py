@@ -21,7 +21,7 @@ from benchmarks.models import (
     newton_model,
     some_tokens,
 )
-from benchmarks.timing import interleaved, ratios, spread
+from benchmarks.timing import calls_per_round, interleaved, ratios, spread
 from engine.generation import TokenStream, sample
 from system.cli import whole, whole_list, whole_or_zero
 
@@ -57,7 +57,8 @@ def benchmark_decode(args, device):
     ngt, tokenizer, checkpoint = newton_model(args, device)
     longest = max(args.contexts)
     # vanilla must not slide: it gets positions for the context, the warm-up and the steps
-    vanilla = fresh_model(args.preset, "vanilla", device, block_size=longest + args.steps + 2)
+    further = (args.steps + 2) * calls_per_round(device)
+    vanilla = fresh_model(args.preset, "vanilla", device, block_size=longest + further)
     is_bf16 = args.dtype == "bf16"
     autocast = (
         partial(torch.autocast, device.type, dtype=torch.bfloat16) if is_bf16 else nullcontext

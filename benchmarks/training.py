@@ -90,6 +90,7 @@ def benchmark_train(args, device):
     names = ["ngt", *dict.fromkeys(args.against)] if args.model == "both" else [args.model]
     trainers = {name: make_trainer(args, name, device) for name in names}
     steps = {name: partial(train_step, trainer, name) for name, trainer in trainers.items()}
+    args.results.plan(names)
     # the first steps compile the model and make the optimizer's state, which is not to be timed
     seconds = interleaved(steps, args.steps, device, "training steps", warm_up=2)
     peak = peak_flops(device, DTYPES[args.dtype])
@@ -100,13 +101,16 @@ def benchmark_train(args, device):
     )
     for name, trainer in trainers.items():
         found = numbers_of(args, name, trainer, seconds[name], peak)
+        if name != names[0]:
+            rounds = ratios(seconds[name], seconds["ngt"])
+            found |= {"ratio": statistics.median(rounds), "ratio_rounds": rounds}
         print_row(name, trainer.raw_model.config, found)
+        args.results.row(name, **found)
         numbers |= {f"{name.replace('-', '_')}_{key}": value for key, value in found.items()}
-    for name in names[1:]:  # with --model ngt or vanilla there is nothing to compare
-        rounds = ratios(seconds[name], seconds["ngt"])
-        numbers[f"{name.replace('-', '_')}_ratio"] = statistics.median(rounds)
-        numbers.setdefault("ratio", statistics.median(rounds))  # of the first in --against
-        numbers.setdefault("ratio_rounds", rounds)
+        if "ratio" in found:  # without the model's name it is that of the first in --against
+            numbers = {key: found[key] for key in ("ratio", "ratio_rounds")} | numbers
+    for name in names[1:]:
+        rounds = numbers[f"{name.replace('-', '_')}_ratio_rounds"]
         print(f"ratio {spread(rounds, 3)}: tokens/s of ngt over those of {name}")
     print(f"peak of a matrix product {peak / 1e9:,.0f} GF/s")
     return numbers

@@ -131,10 +131,13 @@ def test_train_with_another_law(in_tmp):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_attention_rows(in_tmp, dtype):
     numbers = numbers_of(
-        *(in_tmp, "attention", "--block-sizes", "7,64", "--steps", "2", "--dtype", dtype)
+        *(in_tmp, "attention", "--block-sizes", "7,64", "--steps", "2", "--dtype", dtype),
+        *("--batch-tokens", "21"),
     )
     assert [row["block_size"] for row in numbers["rows"]] == [7, 64]
+    assert [row["batch_size"] for row in numbers["rows"]] == [3, 1]
     for row in numbers["rows"]:
+        assert row["ratio"] == row["sdpa_ratio"] and row["sdpa_ms"] > 0
         assert {"ngt_tokens_per_s", "vanilla_tokens_per_s", "ratio"} <= row.keys()
 
 
