@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from benchmarks import attention, decoding, reading, scaling, training
+from benchmarks import attention, correctness, decoding, reading, scaling, training
 from benchmarks.results import Results
 from benchmarks.timing import describe_machine
 from system.cli import choose_device, script_parser, whole
@@ -38,6 +38,12 @@ COMMANDS = {
         attention.benchmark_attention,
         "the operator alone against scaled_dot_product_attention, causal, values 64 wide",
         "attention --block-sizes 512,8192 --checkpoint checkpoints/text.pt_best.pt",
+    ),
+    "correctness": (
+        correctness.add_flags,
+        correctness.benchmark_correctness,
+        "errors of the operator against the formula in float64, on the shapes of a training",
+        "correctness --jobs 4 --json results.jsonl",
     ),
     "decode": (
         decoding.add_flags,
