@@ -14,12 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
 from benchmark import make_parser
-from benchmarks import attention, models, timing
+from benchmarks import attention, correctness, models, timing
 from benchmarks.plain_gpt import PlainGPT, PlainTraining
 from benchmarks.training import first_release_attention, make_trainer, step_bytes
 from conftest import ROOT, error_line, needs_bf16, run
 from engine.flops import training_flops
 from engine.models import build_model
+from gravity.attention import gravity_attention
 from gravity.published import published_gravity_attention
 from training.config import DEFAULTS
 
@@ -177,6 +178,44 @@ def test_attention_with_a_checkpoint_and_decode(in_tmp, small_text, law):
     assert result.returncode == 1 and "longer" in error_line(result)  # valid has 1,200 tokens
 
 
+SMALL_CHECK = ("correctness", "--batch-size", "2", "--block-size", "17", "--longest", "40")
+
+
+def test_correctness_writes_rows_at_once(in_tmp):
+    """Planned rows first, then each with its numbers, appended to what was there."""
+    (in_tmp / "all.jsonl").write_text('{"row": "older"}\n')
+    assert benchmark.main([*SMALL_CHECK, "--json", "all.jsonl"]) == 0
+    lines = [json.loads(line) for line in (in_tmp / "all.jsonl").read_text().splitlines()]
+    planned, found = lines[1:14], lines[14:]
+    assert [line["row"] for line in planned] == [line["row"] for line in found]
+    assert planned[0]["command"] == "benchmark.py " + " ".join(SMALL_CHECK)
+    assert all(line["good"] and line["same_twice"] for line in found) and len(found) == 13
+    assert not any("good" in line for line in planned)
+
+
+@pytest.mark.slow
+def test_correctness_in_several_processes(in_tmp):
+    numbers = numbers_of(in_tmp, *SMALL_CHECK, "--jobs", "3")
+    assert len({row["case"] for row in numbers["rows"]}) == 13
+
+
+@pytest.mark.parametrize("fault", ["wrong output", "wrong gradient", "NaN", "exception"])
+def test_correctness_sees_a_wrong_operator(monkeypatch, fault):
+    def wrong(q, k, v, mass, **law):
+        if fault == "exception":
+            raise RuntimeError("no kernel")
+        out = gravity_attention(q, k, v, mass, **law)
+        if fault == "wrong gradient":  # of v alone
+            return out + 0.1 * (v - v.detach())
+        return out * (1.05 if fault == "wrong output" else math.nan)
+
+    monkeypatch.setattr(correctness, "gravity_attention", wrong)
+    case = correctness.Case(2, 17, torch.float32)
+    found = correctness.compare(case, torch.device("cpu"))
+    assert not found["good"]
+    assert found.get("failed") == ("no kernel" if fault == "exception" else None)
+
+
 def test_data(in_tmp, small_text):
     numbers = numbers_of(in_tmp, "data", "--data-path", small_text, "--steps", "1")
     assert numbers["megabytes"] == pytest.approx(0.024)
@@ -247,6 +286,7 @@ BAD = [
     (("data", "--data-path", "missing.txt"), "--data-path"),
     (("scaling", "--ranks", "1,x"), "is not a whole number"),
     (("scaling", "--steps", "5"), "at least 6"),
+    (("correctness", "--block-size", "11"), "at least 12"),
     ((), "required"),
 ]
 
@@ -274,7 +314,9 @@ def test_a_checkpoint_of_the_other_model_is_refused(in_tmp, small_text):
         assert result.returncode == 1 and "newton" in error_line(result)
 
 
-@pytest.mark.parametrize("command", ["train", "attention", "decode", "data", "scaling"])
+@pytest.mark.parametrize(
+    "command", ["train", "attention", "decode", "data", "scaling", "correctness"]
+)
 def test_help_shows_an_example_and_every_default(command, capsys):
     with pytest.raises(SystemExit) as stop:
         benchmark.main([command, "--help"])
