@@ -9,7 +9,6 @@ import torch
 
 from gravity.attention import gravity_attention
 from gravity.law import gravity_attention_reference
-from system.cli import whole
 from system.errors import UserError
 from system.safe_text import short_reason
 
@@ -58,21 +57,6 @@ def cases(batch, block, longest):
         "decoding, 1 query": Case(1, block + 188, queries=1),
         "decoding, 5 queries": Case(1, block + 188, queries=5),
     }
-
-
-def add_flags(parser):
-    """Add the flags of `benchmark.py correctness`."""
-    add = parser.add_argument
-    add("--batch-size", type=whole, default=16, help="sequences per batch (default: 16)")
-    add("--block-size", type=whole, default=512, help="tokens per sequence (default: 512)")
-    add("--longest", type=whole, default=8192, help="tokens of the long case (default: 8192)")
-    add(
-        "--jobs",
-        type=whole,
-        default=1,
-        help="cases at the same time, each in a new process, because compiling the kernels is what "
-        "takes long (default: 1, in this process)",
-    )
 
 
 def benchmark_correctness(args, device):

@@ -7,9 +7,7 @@ setting.
 
 from dataclasses import MISSING, dataclass, fields
 
-import torch
-
-from engine.models import MODELS, build_model, model_fields
+from engine.models import CONFIGS, model_fields, weightless_model
 from system.cli import not_negative, random_seed, share, whole, whole_or_zero
 from system.errors import UsageError, warn
 from system.settings import flag_of, setting
@@ -84,7 +82,7 @@ class RunSettings:
     model_type: str = setting(
         "ngt",
         "NGT, or the vanilla transformer that it is compared with",
-        choices=list(MODELS),
+        choices=list(CONFIGS),
         flag="--model",
     )
     dataset: str = setting(
@@ -167,7 +165,7 @@ class RunSettings:
 
 def _all_settings():
     """Every field with a flag by its name: the run's, then those of both kinds of model."""
-    classes = [RunSettings, *(config_class for _, config_class in MODELS.values())]
+    classes = [RunSettings, *CONFIGS.values()]
     return {
         field.name: field
         for config_class in classes
@@ -260,8 +258,7 @@ def _mlp_dim(config, given, kind, matched):
 
     def parameters(**changes):
         vocab_size = config["bpe_vocab_size"] if config["tokenizer"] == "bpe" else 256
-        with torch.device("meta"):
-            model = build_model(config | {"vocab_size": vocab_size} | changes)
+        model = weightless_model(config | {"vocab_size": vocab_size} | changes)
         return sum(p.numel() for p in model.parameters())
 
     # parameters grow linearly with the width, so two widths give the slope
