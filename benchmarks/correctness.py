@@ -1,6 +1,8 @@
 """Compares the operator with the formula in float64: `benchmark.py correctness`."""
 
 import multiprocessing
+import os
+import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
@@ -98,13 +100,23 @@ def computed(todo, device, jobs):
         return
     spawn = multiprocessing.get_context("spawn")
     # a process per case: a fault on the GPU ends only that one
-    with ProcessPoolExecutor(jobs, spawn, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(jobs, spawn, end_with_parent, max_tasks_per_child=1) as pool:
         futures = {pool.submit(compare, case, device): name for name, case in todo.items()}
         for future in as_completed(futures):
             try:
                 yield futures[future], future.result()
             except BrokenProcessPool:
                 yield futures[future], {"good": False, "failed": "a process ended"}
+
+
+def end_with_parent():
+    """Let this process end when the one that started it does, though a kernel may hang."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def compare(case, device):
