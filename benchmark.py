@@ -13,6 +13,7 @@ from benchmarks import flags
 from system.cli import choose_device, script_parser, whole
 from system.errors import UsageError, run_script
 from system.files import write_whole
+from system.threads import HELP as THREADS_HELP
 
 EXAMPLES = """examples:
   python benchmark.py train --preset 25m --batch-size 4 --dtype bf16 --json train.json
@@ -67,7 +68,7 @@ def make_parser():
         add = command.add_argument
         add("--json", metavar="FILE", help="also write the numbers to this file")
         add("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
-        add("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
+        add("--threads", type=whole, help=THREADS_HELP)
         add_flags(command)
     return parser
 
