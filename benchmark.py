@@ -11,6 +11,7 @@ import sys
 from benchmarks import flags
 from system.cli import choose_device, script_parser, whole
 from system.errors import run_script
+from system.threads import HELP as THREADS_HELP
 
 EXAMPLES = """examples:
   python benchmark.py train --preset 25m --batch-size 4 --dtype bf16 --json train.json
@@ -76,7 +77,7 @@ def make_parser():
             "attention and correctness are appended as soon as they are known",
         )
         add("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
-        add("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
+        add("--threads", type=whole, help=THREADS_HELP)
         add_flags(command)
     return parser
 

@@ -14,6 +14,8 @@ from system.cli import choose_device, random_seed, script_parser, whole, whole_o
 from system.errors import UsageError, UserError, run_script
 from system.safe_text import one_line
 from system.terminal import say
+from system.threads import HELP as THREADS_HELP
+from system.threads import choose_threads
 from talk.line_input import LineInput
 from talk.settings import SETTINGS
 
@@ -65,6 +67,7 @@ def make_parser():
     )
     add("--seed", type=random_seed, help="the same seed gives the same answer (default: random)")
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
+    add("--threads", type=whole, help=THREADS_HELP)
     add(
         "--serve",
         action="store_true",
@@ -142,6 +145,7 @@ def main(argv=None):
 
     path = find_checkpoint(args.checkpoint_path)
     model, tokenizer, checkpoint = load_model(path, choose_device(args.device))
+    choose_threads(args.threads, model, tokens=1)
     settings = {name: getattr(args, name) for name in SETTINGS}
     about = introduction(model, checkpoint, path)
     if args.serve:

@@ -11,6 +11,8 @@ from pathlib import Path
 from system.cli import choose_device, script_parser, whole, whole_list
 from system.errors import run_script
 from system.files import write_whole
+from system.threads import HELP as THREADS_HELP
+from system.threads import choose_threads
 
 EXAMPLES = """examples:
   python evaluate.py --checkpoint-path checkpoints/shakespeare.pt_best.pt
@@ -48,6 +50,7 @@ def make_parser():
     )
     add("--json", metavar="FILE", help="also write the numbers to this file")
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
+    add("--threads", type=whole, help=THREADS_HELP)
     return parser
 
 
@@ -105,8 +108,10 @@ def main(argv=None):
     # PyTorch takes a second to import, which --help does not wait for
     from engine.checkpoint import load_model
     from engine.evaluation import TARGETS, evaluation
+    from engine.losses import TOKENS_AT_ONCE
 
     model, tokenizer, checkpoint = load_model(args.checkpoint_path, choose_device(args.device))
+    choose_threads(args.threads, model, TOKENS_AT_ONCE)
     result = {"checkpoint": str(args.checkpoint_path), "step": checkpoint.get("iter")}
     result |= evaluation(
         *(model, tokenizer, checkpoint),

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks.flags import PLAIN, TIMED_PRESETS, law_given
-from benchmarks.models import DTYPES
+from benchmarks.models import DTYPES, use_threads_as_shipped
 from benchmarks.plain_gpt import PlainTraining
 from benchmarks.timing import interleaved, peak_flops, ratios, spread
 from engine.flops import training_flops
@@ -48,10 +48,14 @@ def benchmark_train(args, device):
         warn("this CPU does not multiply bf16 in hardware: expect fp32 to be faster")
     names = ["ngt", *dict.fromkeys(args.against)] if args.model == "both" else [args.model]
     trainers = {name: make_trainer(args, name, device) for name in names}
+    first = trainers[names[0]]
+    use_threads_as_shipped(args, first.raw_model, first.tokens_per_step)
     steps = {name: partial(train_step, trainer, name) for name, trainer in trainers.items()}
     args.results.plan(names)
-    # the first steps compile the model and make the optimizer's state, which is not to be timed
-    seconds = interleaved(steps, args.steps, device, "training steps", warm_up=2)
+    # the first steps compile the model and make the optimizer's state, which is not to be timed; on
+    # a GPU one with repulsion must come three times before it is recorded
+    warm_up = 3 if device.type == "cuda" else 2
+    seconds = interleaved(steps, args.steps, device, "training steps", warm_up)
     peak = peak_flops(device, DTYPES[args.dtype])
     numbers = {"peak_flops": peak}
     print(

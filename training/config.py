@@ -11,6 +11,7 @@ from engine.models import CONFIGS, model_fields, weightless_model
 from system.cli import not_negative, random_seed, share, whole, whole_or_zero
 from system.errors import UsageError, warn
 from system.settings import flag_of, setting
+from system.threads import HELP as THREADS_HELP
 
 RECIPES = {
     "gpt2": {},  # the defaults of the settings
@@ -149,6 +150,7 @@ class RunSettings:
     )
     deterministic: bool = setting(False, "bit-identical runs on a GPU too (slower)")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
+    threads: int | None = setting(None, THREADS_HELP, whole)
     eval_interval: int = setting(250, "steps between evaluations", whole)
     eval_iters: int = setting(100, "evaluate on at most 16 x this many fixed windows", whole)
     sample_tokens: int = setting(
@@ -181,7 +183,7 @@ CORPUS = (  # what `text.preparation.prepare_data` takes
     *("tokenizer_path", "tiktoken_encoding"),
 )
 FREE_ON_RESUME = {  # they change nothing that the model learns: no warning of a change
-    *("device", "data_path", "tokenizer_path", "shard_optimizer"),
+    *("device", "threads", "data_path", "tokenizer_path", "shard_optimizer"),
     *("eval_interval", "sample_tokens", "checkpoint_interval"),
 }
 

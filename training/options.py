@@ -30,7 +30,7 @@ GROUPS = {  # in the order of --help
         *("matrix_learning_rate", "min_learning_rate", "beta2", "weight_decay"),
         *("grad_clip", "max_steps", "use_cosine_schedule", "warmup_steps", "seed"),
     ),
-    "machine": ("use_amp", "compile", "shard_optimizer", "deterministic", "device"),
+    "machine": ("use_amp", "compile", "shard_optimizer", "deterministic", "device", "threads"),
 }
 
 
