@@ -20,7 +20,8 @@
 #                        training: both models, each half of the time that is left
 #   NAME=gpu             names the report, and the folders below runs/, checkpoints/ and logs/
 #   DATA_PATH            (default: tiny Shakespeare, downloaded)
-#   TOKEN_DIRECTORY      in its place, a folder of token files, as prepare_data.py writes them
+#   TOKEN_DIRECTORY      in its place, a folder of token files, as prepare_data.py writes them from a
+#                        BPE of 8192 tokens
 #   STEPS=15000          of each training, 16,384 tokens each
 #   EXTRA_FLAGS          added to both trainings
 set -euo pipefail
@@ -49,14 +50,14 @@ else
     operator=(--dtype bf16 --block-sizes 512,1024,2048,4096,8192,16384 --batch-tokens 8192)
     step=(--dtype bf16 --batch-size 32)
     shape=(--hidden-dim 512 --num-layers 8 --num-heads 8 --block-size 512 --batch-size 32
-        --num-parameters 25650000)
+        --gradient-accumulation-steps 1 --num-parameters 25650000)
     compile=(--compile)
 fi
 [[ $STEPS =~ ^[1-9][0-9]*$ ]] || fail "STEPS=$STEPS is not a number of steps: give at least 1"
 corpus=(--dataset shakespeare)
 [ -z "${DATA_PATH:-}" ] || corpus=(--dataset text --data-path "$DATA_PATH")
 corpus+=(--tokenizer bpe --bpe-vocab-size 8192)
-[ -z "${TOKEN_DIRECTORY:-}" ] || corpus=(--token-directory "$TOKEN_DIRECTORY")
+[ -z "${TOKEN_DIRECTORY:-}" ] || corpus=(--dataset wikitext103 --token-directory "$TOKEN_DIRECTORY")
 read -r -a extra <<<"${EXTRA_FLAGS:-}"
 
 # describe STAGE: sets `command` (what Python is called with) and `share` (percent of the time, at most)
