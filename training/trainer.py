@@ -11,7 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 from data import get_batch
 from engine.checkpoint import FORMAT_VERSION
 from engine.models import build_model
-from gravity.attention import exclude_from_compilation
 from gravity.cpu import cpp_compiler
 from model import NGT, repulsion_loss
 from system.errors import UserError, warn
@@ -48,15 +47,32 @@ def choose_precision(use_amp, device):
     return lambda: torch.autocast(device.type, dtype=dtype), scaler
 
 
-def maybe_compile(model, config, device):
-    """The compiled model, or the model itself with one warning if nothing can compile it."""
+def forward(model, inputs, targets, is_ngt):
+    """Cross-entropy of a batch, and an NGT's coordinates and masses (None for vanilla).
+
+    Args:
+        inputs, targets: (B, T) ids.
+
+    Returns:
+        `(cross-entropy, z, mass)`: a scalar in fp32, (B, T, coord_dim), (B, T).
+    """
+    z = mass = None
+    if is_ngt:
+        logits, geometry = model(inputs, return_geometry=True)
+        z, mass = geometry.z, geometry.mass
+    else:
+        logits = model(inputs)
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()), z, mass
+
+
+def maybe_compile(function, config, device):
+    """The compiled function, or itself with one warning if nothing can compile it."""
     if not config["compile"]:
-        return model
+        return function
     if device.type == "cpu" and cpp_compiler() is None:
         warn("--compile needs a C++ compiler (g++) and there is none: training uncompiled")
-        return model
-    exclude_from_compilation()
-    return torch.compile(model)
+        return function
+    return torch.compile(function)
 
 
 def distribute(model, device, ranks):
@@ -89,8 +105,9 @@ class Trainer:
         self.ranks = ranks or Ranks()
         vocab_size = data.tokenizer.vocab_size
         self.raw_model = build_model(config | {"vocab_size": vocab_size}).to(device)
-        distributed = distribute(self.raw_model, device, self.ranks)
-        self.model = maybe_compile(distributed, config, device)
+        self.model = distribute(self.raw_model, device, self.ranks)
+        # with the loss, so that the compiler can fuse it with the logits
+        self.forward = maybe_compile(forward, config, device)
         self.optimizer = make_optimizer(self.raw_model, config, device, self.ranks)
         # the weights above must be the same on all ranks, but dropout must not
         if not self.ranks.is_main:
@@ -210,22 +227,19 @@ class Trainer:
         Args:
             inputs, targets: (B, T) ids.
         """
-        if isinstance(self.raw_model, NGT):
-            logits, geometry = self.model(inputs, return_geometry=True)
-        else:
-            logits, geometry = self.model(inputs), None
-        cross_entropy = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        is_ngt = isinstance(self.raw_model, NGT)
+        cross_entropy, z, mass = self.forward(self.model, inputs, targets, is_ngt)
         loss = cross_entropy
-        if geometry is not None and with_repulsion:
+        if is_ngt and with_repulsion:
             # seeded by the step, so that every rank samples the same positions
             seed = (self.config["seed"] * 1_000_003 + self.iter) * 1_009 + micro_step
             sample = torch.Generator().manual_seed(seed % SEEDS)
-            repulsion = repulsion_loss(geometry.z, geometry.mass, generator=sample)
+            repulsion = repulsion_loss(z, mass, generator=sample)
             loss = cross_entropy + self.config["lambda_repulsion"] * repulsion
-        elif geometry is not None:
+        elif is_ngt:
             # a gradient of 0: DistributedDataParallel expects one for every parameter, and the last
             # layer's coordinates feed nothing else
-            loss = cross_entropy + 0.0 * geometry.z.sum()
+            loss = cross_entropy + 0.0 * z.sum()
         return loss, cross_entropy.detach()
 
     def step(self):
@@ -270,8 +284,7 @@ class Trainer:
 
     def _no_sync(self):
         """A context in which backward does not average over the ranks: once per step is enough."""
-        model = getattr(self.model, "_orig_mod", self.model)
-        return model.no_sync() if self.ranks.size > 1 else contextlib.nullcontext()
+        return self.model.no_sync() if self.ranks.size > 1 else contextlib.nullcontext()
 
     def _count(self, loss, finite):
         """Count a step, and whether it was skipped."""

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from engine.models import build_model
+from small_models import SMALL as SMALL_MODEL
 from small_runs import SMALL, same
 from training import trainer as training_trainer
 from training.loop import evaluation_row
@@ -22,6 +24,26 @@ def trainer(in_tmp, small_text):
     config = resolve(train_parser("", "").parse_args(flags))
     data = prepare_data("shakespeare", str(small_text), say=lambda line: None)
     return training_trainer.Trainer(config, data, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["ngt", "vanilla"])
+def test_a_compiled_step_is_one_graph(kind):
+    """Loss included; nothing is left to the interpreter, and loss and gradients are the same."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch.manual_seed(0)
+    config = {"model_type": kind, "mlp_dim": 32, "background": True, "use_radius_cutoff": False}
+    model = build_model(SMALL_MODEL | config)
+    batch = torch.randint(29, (2, 3, 16))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(training_trainer.forward, fullgraph=True, backend=counter)
+    found = []
+    for function in (training_trainer.forward, compiled):
+        model.zero_grad()
+        loss, z, mass = function(model, *batch, kind == "ngt")
+        (loss if z is None else loss + z.square().mean() + mass.mean()).backward()
+        found.append([loss, z, mass, {n: p.grad for n, p in model.named_parameters()}])
+    assert same(*found) and counter.frame_count == 1
 
 
 def test_accumulation_is_the_mean_over_micro_steps(trainer):
