@@ -41,6 +41,7 @@ from system.settings import setting
 LAWS = ("newton", "published")
 PUBLISHED_RADIUS = math.log1p(math.exp(4.0))  # softplus(4), where the first release starts
 NEWTON_RADIUS = 16.0
+MAX_POSITIONS = 64  # of a window whose particles repel each other
 LARGEST_EXPONENT = 1024  # the field is then practically a Gaussian
 
 
@@ -228,7 +229,7 @@ class NGT(nn.Module):
         return (logits, Geometry(mass, z, tuple(path))) if return_geometry else logits
 
 
-def repulsion_loss(z, mass, max_positions=64, generator=None):
+def repulsion_loss(z, mass, max_positions=MAX_POSITIONS, generator=None):
     """A loss that pushes particles apart, so that coordinates do not collapse: a scalar in fp32.
 
     It is the mean of `m_i m_j / max(|z_i - z_j|^2, 1e-6)` over all pairs i < j of at most
