@@ -180,6 +180,10 @@ class Trainer:
         Raises:
             UserError: if it is of another text or tokenizer, or its contents are damaged.
         """
+        directory = self.config["prepared_tokens"]
+        where, flag = self.data.meta["source"], "--data-path"
+        if directory is not None:
+            where, flag = directory, "--token-directory"
         for name, mine in (
             ("source_sha256", self.data.meta["source_sha256"]),
             ("tokenizer_sha256", self.data.tokenizer.fingerprint),
@@ -187,9 +191,8 @@ class Trainer:
             if checkpoint["config"][name] != mine:
                 what = "text" if name == "source_sha256" else "tokenizer"
                 raise UserError(
-                    f"{path} was trained on another {what} than {self.data.meta['source']}: "
-                    "give --data-path of the one it was trained on, or start anew with another "
-                    "--checkpoint-path"
+                    f"{path} was trained on another {what} than {where}: give {flag} of the one "
+                    "it was trained on, or start anew with another --checkpoint-path"
                 )
         try:
             self.raw_model.load_state_dict(checkpoint["model_state"])
