@@ -34,6 +34,8 @@ from layers.parts import (
     soft_cap,
 )
 
+MAX_POSITIONS = 64  # of a window whose particles repel each other
+
 
 class Geometry(NamedTuple):
     """The particles: their masses, and where they are."""
@@ -148,7 +150,7 @@ class NGT(nn.Module):
         return (logits, Geometry(mass, z, tuple(path))) if return_geometry else logits
 
 
-def repulsion_loss(z, mass, max_positions=64, generator=None):
+def repulsion_loss(z, mass, max_positions=MAX_POSITIONS, generator=None):
     """A loss that pushes particles apart, so that coordinates do not collapse: a scalar in fp32.
 
     It is the mean of `m_i m_j / max(|z_i - z_j|^2, 1e-6)` over all pairs i < j of at most

@@ -10,7 +10,7 @@ import functools
 import torch
 
 from gravity.blocked import blocked_attention
-from gravity.cpu import cpu_attention, cpu_handles
+from gravity.cpu import cpu_attention, cpu_backward, cpu_forward, cpu_handles, cpu_results
 from gravity.cuda import triton_attention, triton_handles, triton_is_available
 from gravity.law import CUTOFFS, Law, positions_or_range
 from system.errors import warn
@@ -92,7 +92,13 @@ def _check(q, k, v, mass, law):
 
 
 def _attend(q, k, v, mass, law):
-    """The fastest implementation that takes these tensors."""
+    """The fastest implementation that takes these tensors; to a compiler it is one operation."""
+    if torch.compiler.is_compiling():
+        return _as_one_operation(q, k, v, mass, *law)[0]
+    return _implementation(q, k, v, mass, law)
+
+
+def _implementation(q, k, v, mass, law):
     if cpu_handles(q, v):
         return cpu_attention(q, k, v, mass, law)
     if triton_handles(q, k, v):
@@ -107,11 +113,86 @@ def _warn_of_no_triton():
     warn("Triton is not installed: gravity runs in plain PyTorch, slower (pip install triton)")
 
 
-def exclude_from_compilation():
-    """Make torch.compile skip the operator, whose loops depend on data.
+# What follows is for torch.compile alone. It cannot trace loops that depend on data, so it is told
+# which tensors come back and how their gradients are computed:
+# https://docs.pytorch.org/tutorials/advanced/python_custom_ops.html
+_INPUTS = (  # q, k, v, mass and the fields of a `Law`
+    "Tensor q, Tensor k, Tensor v, Tensor mass, "
+    "Tensor time_scale, Tensor time_offset, Tensor? radius, Tensor? background, "
+    "int exponent, str cutoff, float tolerance, Tensor query_positions, Tensor key_positions"
+)
+_KEPT = "Tensor out, Tensor total, Tensor first"  # what the backward pass of the CPU needs
 
-    Call it before a model is compiled. It is not done on import, because `torch.compiler.disable`
-    alone takes two seconds to load.
-    """
-    global _attend
-    _attend = torch.compiler.disable(_attend)
+
+@torch.library.custom_op(
+    "gravity::attention", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor, Tensor)"
+)
+def _as_one_operation(q, k, v, mass, *law):
+    """`(out, total, first)` as `cpu_forward` returns them; the last two are empty elsewhere."""
+    if cpu_handles(q, v):
+        return cpu_forward(q, k, v, mass, Law(*law))
+    out, *kept = _results(q, k, v, mass, *law)
+    return out.copy_(_implementation(q, k, v, mass, Law(*law))), *kept
+
+
+@_as_one_operation.register_fake
+def _results(q, k, v, mass, *law):
+    """Tensors as the operation returns them: with the same strides, or the compiler is misled."""
+    if cpu_handles(q, v):
+        out, *kept = cpu_results(q, v)
+        return out.to(v.dtype), *kept
+    return _by_token(v, q.shape[2]), q.new_empty(0), q.new_empty(0)
+
+
+@torch.library.custom_op(
+    "gravity::attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, {_INPUTS}, {_KEPT}) -> Tensor[]",
+)
+def _gradients(grad_out, q, k, v, mass, *law_and_kept):
+    """The gradients of q, k, v, mass and `law.learned`, without those that are None."""
+    law, kept = Law(*law_and_kept[:-3]), law_and_kept[-3:]
+    if cpu_handles(q, v):
+        found = cpu_backward(grad_out, q, k, v, mass, law, *kept)
+        return [gradient for gradient in found if gradient is not None]
+    # elsewhere the forward pass is repeated
+    inputs = [
+        x if x is None else x.detach().requires_grad_() for x in (q, k, v, mass, *law.learned)
+    ]
+    with torch.enable_grad():
+        out = _implementation(*inputs[:4], Law(*inputs[4:], *law.fixed))
+    given = [x for x in inputs if x is not None]
+    found = torch.autograd.grad(out, given, grad_out, materialize_grads=True)
+    return [like.copy_(gradient) for like, gradient in zip(_like(given), found, strict=True)]
+
+
+@_gradients.register_fake
+def _(grad_out, q, k, v, mass, *law_and_kept):
+    return _like([q, k, v, mass, *Law(*law_and_kept[:-3]).learned])
+
+
+def _like(inputs):
+    """Memory for the gradients of the inputs that are not None."""
+    return [_by_token(x) if x.dim() == 4 else x.new_empty(x.shape) for x in inputs if x is not None]
+
+
+def _by_token(x, length=None):
+    """Memory for a tensor like x, (B, H, T, C), with the heads of a token side by side."""
+    batch, heads, tokens, width = x.shape
+    return x.new_empty(batch, length or tokens, heads, width).transpose(1, 2)
+
+
+def _remember(ctx, inputs, output):
+    """Save for `_backward` what `_gradients` needs."""
+    law = Law(*inputs[4:])
+    ctx.law = law.exponent, law.cutoff, law.tolerance
+    ctx.save_for_backward(*inputs[:8], *inputs[11:], *output)
+
+
+def _backward(ctx, grad_out, *_):
+    *tensors, tq, tk, out, total, first = ctx.saved_tensors
+    found = iter(_gradients(grad_out, *tensors, *ctx.law, tq, tk, out, total, first))
+    return *(None if x is None else next(found) for x in tensors), *(None for _ in range(5))
+
+
+_as_one_operation.register_autograd(_backward, setup_context=_remember)

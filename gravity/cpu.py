@@ -147,16 +147,7 @@ class _CompiledGravity(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mass, *law):
         law = Law(*law)
-        batch, heads, queries, _ = q.shape
-        rows = library().rows_per_block()
-        result = torch.empty(batch, queries, heads, v.shape[-1], dtype=torch.float32)
-        total = torch.empty(batch, heads, queries, dtype=torch.float32)  # sums of fields
-        # the oldest key that each block of queries visited
-        first = torch.empty(batch, heads, -(-queries // rows), dtype=torch.int32)
-        call = _Call(q, k, v, mass, law)
-        call.run("gravity_forward", result=result, total=total, first=first)
-        # heads of a token side by side, as the next layer reads them
-        out = result.transpose(1, 2).to(v.dtype)
+        out, total, first = cpu_forward(q, k, v, mass, law)
         ctx.fixed = law.fixed
         ctx.save_for_backward(q, k, v, mass, *law.learned, out, total, first)
         return out
@@ -165,26 +156,56 @@ class _CompiledGravity(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
         *inputs, out, total, first = ctx.saved_tensors
-        q, k, v, mass, *learned = inputs
-        law = Law(*learned, *ctx.fixed)
-        batch, heads = q.shape[:2]
-        gradients = [  # (B, T, H, C) in memory, as their inputs
-            torch.empty(batch, x.shape[2], heads, x.shape[3], dtype=torch.float32).transpose(1, 2)
-            for x in (q, k, v)
-        ]
-        d_mass = torch.empty(batch, heads, k.shape[2], dtype=torch.float32)
-        # time_scale, time_offset, radius, background
-        d_law = torch.empty(batch, heads, 4, dtype=torch.float64)
-        call = _Call(q, k, v, mass, law)
-        call.tensor("out", out)
-        call.tensor("grad_out", grad_out)
-        by_name = dict(zip(("d_q", "d_k", "d_v"), gradients, strict=True))
-        call.run(
-            "gravity_backward", total=total, first=first, **by_name, d_mass=d_mass, d_law=d_law
-        )
-        grads = (*gradients, d_mass.sum(1), *d_law.sum(0).unbind(-1))
-        given = (None if x is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
-        return *given, *(None for _ in ctx.fixed)
+        law = Law(*inputs[4:], *ctx.fixed)
+        gradients = cpu_backward(grad_out, *inputs[:4], law, out, total, first)
+        return *gradients, *(None for _ in ctx.fixed)
+
+
+def cpu_results(q, v):
+    """Memory for what `cpu_forward` returns, the output in fp32.
+
+    Returns:
+        `(out, total, first)`: out (B, H, Tq, D); total, the sums of fields, (B, H, Tq); first, the
+        oldest key that each block of queries visited, (B, H, blocks).
+    """
+    batch, heads, queries, _ = q.shape
+    blocks = -(-queries // library().rows_per_block())
+    # heads of a token side by side, as the next layer reads them
+    out = q.new_empty(batch, queries, heads, v.shape[-1], dtype=torch.float32).transpose(1, 2)
+    total = q.new_empty(batch, heads, queries, dtype=torch.float32)
+    return out, total, q.new_empty(batch, heads, blocks, dtype=torch.int32)
+
+
+def cpu_forward(q, k, v, mass, law):
+    """The forward kernel; returns `(out, total, first)` as `cpu_results`, out in v's dtype."""
+    result, total, first = cpu_results(q, v)
+    call = _Call(q, k, v, mass, law)
+    call.run("gravity_forward", result=result, total=total, first=first)
+    return result.to(v.dtype), total, first
+
+
+def cpu_backward(grad_out, q, k, v, mass, law, out, total, first):
+    """The backward kernel, for what `cpu_forward` returned.
+
+    Returns:
+        A list of the gradients of q, k, v, mass and `law.learned`; None for a missing one.
+    """
+    batch, heads = q.shape[:2]
+    gradients = [  # (B, T, H, C) in memory, as their inputs
+        torch.empty(batch, x.shape[2], heads, x.shape[3], dtype=torch.float32).transpose(1, 2)
+        for x in (q, k, v)
+    ]
+    d_mass = torch.empty(batch, heads, k.shape[2], dtype=torch.float32)
+    # time_scale, time_offset, radius, background
+    d_law = torch.empty(batch, heads, 4, dtype=torch.float64)
+    call = _Call(q, k, v, mass, law)
+    call.tensor("out", out)
+    call.tensor("grad_out", grad_out)
+    by_name = dict(zip(("d_q", "d_k", "d_v"), gradients, strict=True))
+    call.run("gravity_backward", total=total, first=first, **by_name, d_mass=d_mass, d_law=d_law)
+    grads = (*gradients, d_mass.sum(1), *d_law.sum(0).unbind(-1))
+    inputs = (q, k, v, mass, *law.learned)
+    return [None if x is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
 
 
 class _Call:

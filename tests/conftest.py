@@ -157,3 +157,23 @@ def error_line(result):
     lines = [line for line in result.stderr.splitlines() if "error:" in line]
     assert len(lines) == 1, result.stderr
     return lines[0]
+
+
+@pytest.fixture
+def make_trainer(in_tmp, small_text):
+    """A function that makes a trainer in this process."""
+    from small_runs import SMALL
+    from text.preparation import prepare_data
+    from training.config import resolve
+    from training.options import train_parser
+    from training.trainer import Trainer
+
+    data = prepare_data("shakespeare", str(small_text), say=lambda line: None)
+
+    def make(*flags, **settings):
+        flags = (*SMALL, "--data-path", small_text, "--dropout", 0, *flags)
+        config = resolve(train_parser("", "").parse_args([str(flag) for flag in flags]))
+        torch.manual_seed(1)
+        return Trainer(config, data, torch.device("cpu"), **settings)
+
+    return make

@@ -112,6 +112,12 @@ class RunSettings:
         "(default: trained, and kept with the token files)",
     )
     tiktoken_encoding: str = setting("gpt2", "the name of an encoding that tiktoken knows")
+    prepared_tokens: str | None = setting(
+        None,
+        "a directory of token files that prepare_data.py has written, with their tokenizer: the "
+        "text itself is then not needed",
+        flag="--token-directory",
+    )
     recipe: str = setting(
         "gpt2",
         "defaults of the model's parts and of the optimizer: gpt2, as in 2019, or modern",
@@ -148,9 +154,13 @@ class RunSettings:
     warmup_steps: int = setting(100, "steps of linear warm-up", whole_or_zero)
     seed: int = setting(1337, "random seed of weights, batches and dropout", random_seed)
     use_amp: bool = setting(
-        False, "train in bf16 if the device has it, otherwise in fp16 with a scaler (GPU)"
+        None,
+        "train in bf16 if the device has it, otherwise in fp16 with a scaler (GPU) (default: on if "
+        "a GPU has bf16, otherwise off)",
     )
-    compile: bool = setting(False, "compile the model with torch.compile")
+    compile: bool = setting(
+        False, "compile the model with torch.compile; on a GPU record the step as a CUDA graph, too"
+    )
     shard_optimizer: bool = setting(
         False, "under torchrun, each process keeps only a part of the optimizer's state"
     )
@@ -189,7 +199,7 @@ CORPUS = (  # what `text.preparation.prepare_data` takes
     *("tokenizer_path", "tiktoken_encoding"),
 )
 FREE_ON_RESUME = {  # they change nothing that the model learns: no warning of a change
-    *("device", "threads", "data_path", "tokenizer_path", "shard_optimizer"),
+    *("device", "threads", "data_path", "tokenizer_path", "prepared_tokens", "shard_optimizer"),
     *("eval_interval", "sample_tokens", "checkpoint_interval"),
 }
 
@@ -232,7 +242,12 @@ def resolve(args, resumed=None):
     given = given_settings(args)
     if resumed is not None:
         _check_against(given, resumed)
-        return {name: resumed.get(name, DEFAULTS[name]) for name in SETTINGS} | given
+        # what an older config does not say; it is older than bf16 by default
+        older = DEFAULTS | {"use_amp": False}
+        kept = {name: resumed.get(name, older[name]) for name in SETTINGS}
+        if "data_path" in given:  # the text itself instead of token files
+            kept["prepared_tokens"] = None
+        return kept | given
     dataset = given.get("dataset", DEFAULTS["dataset"])
     config = DEFAULTS | given
     kind = "vanilla" if config["model_type"] == "vanilla" else config["law"]
@@ -307,8 +322,11 @@ def described(config):
 
 
 def warn_of_no_effect(args, config):
-    """One warning for each given flag that this kind of model does not use."""
+    """One warning for each given flag that this run does not use."""
     given = given_settings(args).keys()
+    if config["prepared_tokens"] is not None:
+        for name in sorted(given & {*CORPUS} - {"dataset", "bpe_vocab_size"}):  # they set sizes
+            warn(f"{flag_of(SETTINGS[name])} has no effect with --token-directory")
     if "matrix_learning_rate" in given and config["optimizer"] != "muon":
         warn("--matrix-learning-rate has no effect without --optimizer muon")
     if config["model_type"] == "vanilla":

@@ -69,17 +69,24 @@ class _Loop:
         return self.trainer.iter % self.trainer.config[interval] == 0 or self.is_done
 
     def step(self):
-        """One optimizer step; returns its loss and the norm of its gradient."""
+        """One optimizer step; returns the newest loss and gradient's norm that are known."""
         started = time.perf_counter()
         loss, norm = self.trainer.step()
+        self.save_asked = self.stop.agree(self.trainer.ranks)
+        if self._is_read_now():
+            loss, norm = self.trainer.settle()
         self.step_seconds = time.perf_counter() - started
         # training time only: evaluations and checkpoints do not count
         self.trainer.progress["wall_time"] += self.step_seconds
         self.steps, self.seconds = self.steps + 1, self.seconds + self.step_seconds
-        self.save_asked = self.stop.agree(self.trainer.ranks)
         # a step may be skipped because the weights are already damaged
         self.is_sound = self.trainer.progress["skipped_in_a_row"] == 0
         return loss, norm
+
+    def _is_read_now(self):
+        """Whether something follows that must know what came out of this step."""
+        is_saved = self.save_asked or self.stop.signal is not None
+        return is_saved or self.is_due("eval_interval") or self.is_due("checkpoint_interval")
 
     def show(self, loss):
         """Update the display; stop if too many steps were skipped."""
@@ -151,19 +158,19 @@ def check_skipped(trainer, files):
     Raises:
         UserError: after --max-skipped-steps of them.
     """
-    in_a_row = trainer.progress["skipped_in_a_row"]
+    in_a_row, step = trainer.progress["skipped_in_a_row"], trainer.steps_read
     if in_a_row == 0:
         return
     if in_a_row == 1:
         with above_the_line():
-            warn(f"step {trainer.iter}: loss or gradient is not finite, step skipped")
+            warn(f"step {step}: loss or gradient is not finite, step skipped")
     if in_a_row >= trainer.config["max_skipped_steps"]:
         kept = files.last if files.last.exists() else files.best
         where = f"{kept} is the last good checkpoint" if kept.exists() else "nothing was saved yet"
         raise UserError(
             f"loss or gradient was not finite for {in_a_row} steps in a row (--max-skipped-steps), "
-            f"up to step {trainer.iter} (the batch of step {trainer.iter - 1} of --seed "
-            f"{trainer.config['seed']}); {where}: try a lower --learning-rate"
+            f"up to step {step} (the batch of step {step - 1} of --seed {trainer.config['seed']}); "
+            f"{where}: try a lower --learning-rate"
         )
 
 

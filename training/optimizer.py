@@ -1,16 +1,22 @@
 """The optimizer of a run, its learning rates, and its state in a checkpoint."""
 
+import contextlib
 import math
 
 import torch
 from torch import nn
+from torch.optim import _muon
 
 
-def make_optimizer(model, config, device, ranks):
+def make_optimizer(model, config, device, ranks, on_device=False):
     """AdamW, or under `--optimizer muon` a `MuonAndAdamW`, with weight decay on matrices only.
 
     AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101. With `shard_optimizer` every rank keeps a
     share of the state (ZeRO stage 1, Rajbhandari et al. 2020, arXiv:1910.02054).
+
+    Args:
+        on_device: keep learning rates on the device, so that a step can be recorded as a CUDA
+            graph, and taken or left out by `step_unless`.
     """
     for_muon = matrices_inside(model) if config["optimizer"] == "muon" else []
     of_muon = {id(parameter) for parameter in for_muon}
@@ -25,16 +31,22 @@ def make_optimizer(model, config, device, ranks):
         {"params": decay, "weight_decay": config["weight_decay"]},
         {"params": keep, "weight_decay": 0.0},
     ]
-    settings = {"lr": config["learning_rate"], "betas": (0.9, config["beta2"])}
+    rate = config["learning_rate"]
+    if on_device:
+        rate = torch.tensor(rate, device=device)
+    settings = {"lr": rate, "betas": (0.9, config["beta2"])}
     settings["fused"] = device.type in ("cpu", "cuda")
     is_shared = config["shard_optimizer"] and ranks.size > 1
     adamw = _optimizer(torch.optim.AdamW, groups, settings, is_shared)
     if not for_muon:
         return adamw
     # the factor gives Muon's steps the size of AdamW's (Liu et al. 2025, arXiv:2502.16982)
-    settings = {"lr": config["learning_rate"], "adjust_lr_fn": "match_rms_adamw"}
+    if on_device:
+        rate = rate.clone()  # it need not be that of AdamW
+    settings = {"lr": rate, "adjust_lr_fn": "match_rms_adamw"}
     settings["weight_decay"] = config["weight_decay"]
-    return MuonAndAdamW(_optimizer(torch.optim.Muon, for_muon, settings, is_shared), adamw)
+    kind = MuonOnDevice if on_device else torch.optim.Muon
+    return MuonAndAdamW(_optimizer(kind, for_muon, settings, is_shared), adamw)
 
 
 def _optimizer(kind, parameters, settings, is_shared):
@@ -49,6 +61,31 @@ def matrices_inside(model):
     """The matrices of all linear maps but the last, which is the head; no embeddings."""
     linear = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "head"]
     return [m.weight for m in linear]
+
+
+class MuonOnDevice(torch.optim.Muon):
+    """Muon whose learning rate is a tensor, and that leaves out a step if its `found_inf` is 1, as
+    PyTorch's fused AdamW does: the host need not know."""
+
+    found_inf = None
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            parameters, gradients, momenta = [], [], []
+            self._init_group(group, parameters, gradients, momenta)
+            taken = torch.ones_like(group["lr"]) if self.found_inf is None else 1 - self.found_inf
+            for parameter, gradient, momentum in zip(parameters, gradients, momenta, strict=True):
+                gradient = gradient.where(taken > 0, 0)  # what is not finite stays so times 0
+                momentum.lerp_(gradient, (1 - group["momentum"]) * taken)
+                update = _muon._zeropower_via_newtonschulz(
+                    gradient.lerp(momentum, group["momentum"]),
+                    *(group["ns_coefficients"], group["ns_steps"], group["eps"]),
+                )
+                rate = group["lr"] * taken
+                adjusted = _muon._adjust_lr(rate, group["adjust_lr_fn"], parameter.shape)
+                parameter.mul_(1 - rate * group["weight_decay"])
+                parameter.sub_(update.to(parameter.dtype) * adjusted)
 
 
 class MuonAndAdamW:
@@ -92,6 +129,29 @@ class MuonAndAdamW:
             first, groups = numbers.stop, groups[count:]
 
 
+def step_unless(optimizer, is_skipped):
+    """Take a step unless `is_skipped`, () bool on the device, is true; the host need not know.
+
+    Args:
+        optimizer: one made with `on_device`.
+    """
+    for part in getattr(optimizer, "parts", [optimizer]):
+        part = getattr(part, "optim", part)  # the one that works, if it is shared out
+        part.grad_scale, part.found_inf = None, is_skipped.float()
+    optimizer.step()
+
+
+@contextlib.contextmanager
+def recordable(optimizer):
+    """A context in which PyTorch lets a CUDA graph record the optimizer's steps."""
+    groups = [group for group in optimizer.param_groups if "capturable" in group]
+    for group in groups:  # at other times AdamW warns of it
+        group["capturable"] = True
+    yield
+    for group in groups:
+        group["capturable"] = False
+
+
 def _size(optimizer):
     """How many parameters an optimizer has."""
     return sum(len(group["params"]) for group in optimizer.param_groups)
@@ -125,7 +185,11 @@ def set_learning_rates(optimizer, step, config):
         low *= of_matrices / peak
     scaled = config | {"learning_rate": of_matrices, "min_learning_rate": low}
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, scaled if is_muons(group) else config)
+        rate = learning_rate(step, scaled if is_muons(group) else config)
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def learning_rate(step, config):
@@ -147,7 +211,12 @@ def state_of(optimizer, ranks):
     shared = [part for part in parts if hasattr(part, "consolidate_state_dict")]
     for part in shared:
         part.consolidate_state_dict(to=0)
-    return None if shared and not ranks.is_main else optimizer.state_dict()
+    if shared and not ranks.is_main:
+        return None
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group["lr"] = float(group["lr"])
+    return state
 
 
 def restore_optimizer(optimizer, state):

@@ -9,7 +9,7 @@ from training.config import CORPUS, DEFAULTS, PRESETS, RECIPES, SETTINGS
 
 GROUPS = {  # in the order of --help
     "model kind": ("model_type",),
-    "text": CORPUS,
+    "text": (*CORPUS, "prepared_tokens"),
     "size": (
         *("hidden_dim", "coord_dim", "head_coord_dim", "num_layers", "num_heads", "mlp_dim"),
         *("num_parameters", "block_size", "dropout"),

@@ -28,7 +28,7 @@ class Ranks:
         return self.rank == 0
 
     def mean(self, value):
-        """The mean of a number over all ranks."""
+        """The mean over all ranks of a number, or of a tensor, which is not read here."""
         return self._reduced(value, dist.ReduceOp.SUM) / self.size
 
     def sum(self, value):
@@ -41,6 +41,9 @@ class Ranks:
 
     def _reduced(self, value, operation):
         if self.size == 1:
+            return value
+        if torch.is_tensor(value):
+            dist.all_reduce(value, operation)
             return value
         on_gpu = dist.get_backend() == "nccl"  # NCCL reduces tensors on GPUs only
         tensor = torch.tensor(float(value), dtype=torch.float64, device="cuda" if on_gpu else "cpu")

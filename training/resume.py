@@ -73,5 +73,7 @@ def check_tokenizer_is_here(args, config):
     Without it a new tokenizer would be trained, with other ids.
     """
     path = config["tokenizer_path"]
-    if args.tokenizer_path is None and path is not None and not Path(path).exists():
+    if args.tokenizer_path is not None or config["prepared_tokens"] is not None:
+        return
+    if path is not None and not Path(path).exists():
         raise UserError(f"the tokenizer {path} is not here: say where with --tokenizer-path")

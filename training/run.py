@@ -14,8 +14,10 @@ from system.errors import UsageError, UserError, warn
 from system.machine import code_version, machine
 from system.threads import choose_threads
 from text.preparation import check_tokenizer_file, prepare_data
+from text.token_files import TokenFilesError, open_token_data
 from training.config import CORPUS, DEFAULTS, described, resolve, warn_of_no_effect
 from training.loop import loop
+from training.precision import uses_amp_by_default
 from training.ranks import is_restarted
 from training.resume import check_tokenizer_is_here, read_to_resume
 from training.run_files import RunFiles
@@ -109,11 +111,28 @@ def _check(args, config, checkpoint, ranks):
 def _set_up(config, ranks):
     """The trainer of a run, before its first step."""
     device = choose_device(config["device"])
-    data = prepare_data(**{name: config[name] for name in CORPUS})
+    if config["use_amp"] is None:
+        config["use_amp"] = uses_amp_by_default(device)
+    data = _token_data(config)
     for split in ("train", "valid"):
         check_long_enough(data.splits[split], config["block_size"], split, data)
     _set_up_torch(config)
     return Trainer(config, data, device, ranks)
+
+
+def _token_data(config):
+    """The `TokenData` of the text, or of --token-directory."""
+    directory = config["prepared_tokens"]
+    if directory is None:
+        return prepare_data(**{name: config[name] for name in CORPUS})
+    try:
+        data = open_token_data(directory)
+    except TokenFilesError as error:
+        raise UserError(
+            f"--token-directory: {error.reason}: name one that prepare_data.py has written"
+        ) from None
+    config["tokenizer"] = data.tokenizer.to_vocab()["type"]
+    return data
 
 
 def _set_up_torch(config):

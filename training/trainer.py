@@ -11,52 +11,51 @@ from torch.nn.parallel import DistributedDataParallel
 from data import get_batch
 from engine.checkpoint import FORMAT_VERSION
 from engine.models import build_model
-from gravity.attention import exclude_from_compilation
 from gravity.cpu import cpp_compiler
-from model import NGT, repulsion_loss
+from model import MAX_POSITIONS, NGT, repulsion_loss
 from system.errors import UserError, warn
-from system.machine import cpu_multiplies_bf16
 from system.safe_text import short_reason
 from training.optimizer import (
     make_optimizer,
+    recordable,
     restore_optimizer,
     set_learning_rates,
     state_of,
+    step_unless,
 )
+from training.precision import choose_precision
 from training.ranks import Ranks
+from training.step_graph import GraphedStep
 
 SEEDS = 1 << 63  # PyTorch's generators take seeds from 0 to below this
 
 
-def choose_precision(use_amp, device):
-    """The precision of training, with one warning if `use_amp` is not possible.
+def forward(model, inputs, targets, is_ngt):
+    """Cross-entropy of a batch, and an NGT's coordinates and masses (None for vanilla).
+
+    Args:
+        inputs, targets: (B, T) ids.
 
     Returns:
-        `(autocast, scaler)`: a function that makes a context for the forward pass, and a
-        `GradScaler`, which only works for fp16. Neither does anything in fp32.
+        `(cross-entropy, z, mass)`: a scalar in fp32, (B, T, coord_dim), (B, T).
     """
-    dtype = None
-    if use_amp and device.type == "cuda":
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    elif use_amp and device.type == "cpu" and cpu_multiplies_bf16():
-        dtype = torch.bfloat16
-    elif use_amp:
-        warn(f"--use-amp: this {device.type} has no fast bf16, so training runs in fp32")
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if dtype is None:
-        return contextlib.nullcontext, scaler
-    return lambda: torch.autocast(device.type, dtype=dtype), scaler
+    z = mass = None
+    if is_ngt:
+        logits, geometry = model(inputs, return_geometry=True)
+        z, mass = geometry.z, geometry.mass
+    else:
+        logits = model(inputs)
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()), z, mass
 
 
-def maybe_compile(model, config, device):
-    """The compiled model, or the model itself with one warning if nothing can compile it."""
+def maybe_compile(function, config, device):
+    """The compiled function, or itself with one warning if nothing can compile it."""
     if not config["compile"]:
-        return model
+        return function
     if device.type == "cpu" and cpp_compiler() is None:
         warn("--compile needs a C++ compiler (g++) and there is none: training uncompiled")
-        return model
-    exclude_from_compilation()
-    return torch.compile(model)
+        return function
+    return torch.compile(function)
 
 
 def distribute(model, device, ranks):
@@ -82,21 +81,32 @@ class Trainer:
         data: a `TokenData`.
         device: a `torch.device`.
         ranks: the processes that share each batch; losses and counts are those of all of them.
+        runs_ahead: prepare a step while the device still computes the one before (default: on a
+            GPU); what came out of a step is then read one step later.
     """
 
-    def __init__(self, config, data, device, ranks=None):
+    def __init__(self, config, data, device, ranks=None, runs_ahead=None):
         self.config, self.data, self.device = config, data, device
         self.ranks = ranks or Ranks()
+        self.runs_ahead = device.type == "cuda" if runs_ahead is None else runs_ahead
         vocab_size = data.tokenizer.vocab_size
         self.raw_model = build_model(config | {"vocab_size": vocab_size}).to(device)
-        distributed = distribute(self.raw_model, device, self.ranks)
-        self.model = maybe_compile(distributed, config, device)
-        self.optimizer = make_optimizer(self.raw_model, config, device, self.ranks)
+        self.model = distribute(self.raw_model, device, self.ranks)
+        # with the loss, so that the compiler can fuse it with the logits
+        self.forward = maybe_compile(forward, config, device)
+        self.optimizer = make_optimizer(
+            self.raw_model, config, device, self.ranks, on_device=self.runs_ahead
+        )
         # the weights above must be the same on all ranks, but dropout must not
         if not self.ranks.is_main:
             torch.manual_seed(self._seed(self.ranks.rank))
         self.autocast, self.scaler = choose_precision(config["use_amp"], device)
+        self.work = self._work
+        if self._can_be_graphed():
+            self.work = GraphedStep(self._work, lambda: recordable(self.optimizer))
         self.iter = 0
+        self._unread = []  # what came out of the newest steps, still on the device
+        self.newest = None  # (cross-entropy, norm) of the newest step that was read
         self.best_val = math.inf
         self.progress = {
             "tokens": 0,
@@ -106,6 +116,11 @@ class Trainer:
             "skipped": 0,
             "wall_time": 0.0,
         }
+
+    def _can_be_graphed(self):
+        is_published = getattr(self.raw_model.config, "law", None) == "published"  # asks the host
+        on_gpu = self.config["compile"] and self.device.type == "cuda" and not is_published
+        return on_gpu and self.ranks.size == 1 and not self.scaler.is_enabled()
 
     def _seed(self, rank, step=0):
         """The seed of a rank other than the main one."""
@@ -123,6 +138,7 @@ class Trainer:
 
     def state(self):
         """The checkpoint of this moment. All ranks call it; only the main one's is whole."""
+        self.settle()
         rng = {"torch": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -156,7 +172,7 @@ class Trainer:
         }
 
     def learning_rate_now(self):
-        return self.optimizer.param_groups[0]["lr"]
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def restore(self, checkpoint, path):
         """Continue from a checkpoint that `state` returned, read from `path`.
@@ -164,6 +180,10 @@ class Trainer:
         Raises:
             UserError: if it is of another text or tokenizer, or its contents are damaged.
         """
+        directory = self.config["prepared_tokens"]
+        where, flag = self.data.meta["source"], "--data-path"
+        if directory is not None:
+            where, flag = directory, "--token-directory"
         for name, mine in (
             ("source_sha256", self.data.meta["source_sha256"]),
             ("tokenizer_sha256", self.data.tokenizer.fingerprint),
@@ -171,9 +191,8 @@ class Trainer:
             if checkpoint["config"][name] != mine:
                 what = "text" if name == "source_sha256" else "tokenizer"
                 raise UserError(
-                    f"{path} was trained on another {what} than {self.data.meta['source']}: "
-                    "give --data-path of the one it was trained on, or start anew with another "
-                    "--checkpoint-path"
+                    f"{path} was trained on another {what} than {where}: give {flag} of the one "
+                    "it was trained on, or start anew with another --checkpoint-path"
                 )
         try:
             self.raw_model.load_state_dict(checkpoint["model_state"])
@@ -204,79 +223,124 @@ class Trainer:
         if self.device.type == "cuda" and "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"], self.device)
 
-    def loss(self, inputs, targets, with_repulsion, micro_step=0):
+    def loss(self, inputs, targets, with_repulsion, sample=None):
         """Forward pass: returns the loss to minimise and the cross-entropy in it, both scalars.
 
         Args:
             inputs, targets: (B, T) ids.
+            sample: the positions that repel each other; None for all.
         """
-        if isinstance(self.raw_model, NGT):
-            logits, geometry = self.model(inputs, return_geometry=True)
-        else:
-            logits, geometry = self.model(inputs), None
-        cross_entropy = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        is_ngt = isinstance(self.raw_model, NGT)
+        cross_entropy, z, mass = self.forward(self.model, inputs, targets, is_ngt)
         loss = cross_entropy
-        if geometry is not None and with_repulsion:
-            # seeded by the step, so that every rank samples the same positions
-            seed = (self.config["seed"] * 1_000_003 + self.iter) * 1_009 + micro_step
-            sample = torch.Generator().manual_seed(seed % SEEDS)
-            repulsion = repulsion_loss(geometry.z, geometry.mass, generator=sample)
-            loss = cross_entropy + self.config["lambda_repulsion"] * repulsion
-        elif geometry is not None:
+        if is_ngt and with_repulsion:
+            if sample is not None:
+                z, mass = z[:, sample], mass[:, sample]
+            loss = cross_entropy + self.config["lambda_repulsion"] * repulsion_loss(z, mass)
+        elif is_ngt:
             # a gradient of 0: DistributedDataParallel expects one for every parameter, and the last
             # layer's coordinates feed nothing else
-            loss = cross_entropy + 0.0 * geometry.z.sum()
+            loss = cross_entropy + 0.0 * z.sum()
         return loss, cross_entropy.detach()
 
     def step(self):
         """One optimizer step: fetch, forward and backward per micro-step, then the optimizer.
 
         Returns:
-            `(cross-entropy, norm of the gradient)`, floats. If either is not finite, no weight was
-            changed.
+            `(cross-entropy, norm of the gradient)`, floats, of the newest step that was read: this
+            one, or if the host runs ahead the one before. A step in which either is not finite
+            changed no weight.
         """
         c = self.config
         set_learning_rates(self.optimizer, self.iter, c)
         with_repulsion = c["repulsion"] and self.iter % c["repulsion_interval"] == 0
-        mean, micro_steps = 0.0, c["gradient_accumulation_steps"]
-        for micro_step in range(micro_steps):
-            inputs, targets = self._fetch(micro_step)
-            is_last = micro_step == micro_steps - 1
-            with contextlib.nullcontext() if is_last else self._no_sync():
+        batches = [
+            self._fetch(micro_step, with_repulsion)
+            for micro_step in range(c["gradient_accumulation_steps"])
+        ]
+        result = self.work(with_repulsion, batches)
+        self.iter += 1
+        self._unread.append(_Numbers(result))
+        # the first step is slow anyway, and somebody may want to show its loss
+        return self._read_all_but(1 if self.runs_ahead and self.newest else 0)
+
+    def settle(self):
+        """Wait until the device has done all steps, and count them; returns as `step`."""
+        return self._read_all_but(0)
+
+    def _work(self, with_repulsion, batches):
+        """A step on the device. If the host runs ahead, nothing in here waits for the device.
+
+        Returns:
+            Cross-entropy and the gradient's norm, (2,).
+        """
+        mean, micro_steps = 0.0, len(batches)
+        for number, (inputs, targets, *sample) in enumerate(batches, 1):
+            with contextlib.nullcontext() if number == micro_steps else self._no_sync():
                 with self.autocast():
-                    loss, cross_entropy = self.loss(inputs, targets, with_repulsion, micro_step)
+                    loss, cross_entropy = self.loss(inputs, targets, with_repulsion, *sample)
                 self.scaler.scale(loss / micro_steps).backward()
-            mean += float(cross_entropy) / micro_steps
+            mean = mean + cross_entropy.to(self._exact) / micro_steps
         mean = self.ranks.mean(mean)
         self.scaler.unscale_(self.optimizer)
-        limit = c["grad_clip"] or math.inf  # the norm is wanted even without clipping
-        norm = float(torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), limit))
-        finite = math.isfinite(mean) and math.isfinite(norm)
-        if finite or self.scaler.is_enabled():  # the scaler itself skips a step that overflowed
+        limit = self.config["grad_clip"] or math.inf  # the norm is wanted even without clipping
+        norm = torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), limit)
+        result = torch.stack([mean, norm.to(self._exact)])
+        is_finite = torch.isfinite(result).all()
+        if self.scaler.is_enabled():  # the scaler itself skips a step that overflowed
             self.scaler.step(self.optimizer)
             self.scaler.update()
+        elif self.runs_ahead:
+            step_unless(self.optimizer, ~is_finite)
+        elif is_finite:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._count(mean, finite)
-        return mean, norm
+        return result
 
-    def _fetch(self, micro_step):
-        """This rank's part of a batch, (batch_size / ranks, block_size) inputs and targets."""
+    @property
+    def _exact(self):
+        return torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
+
+    def _fetch(self, micro_step, with_repulsion):
+        """This rank's part of a batch, on its way to the device.
+
+        Returns:
+            Inputs and targets, (batch_size / ranks, block_size) ids. If more tokens could repel
+            each other than `repulsion_loss` takes, also the positions that do.
+        """
         c, share = self.config, self.config["batch_size"] // self.ranks.size
         mine = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
         batch = get_batch(
             self.data.train, c["batch_size"], c["block_size"], c["seed"], self.iter, micro_step
         )
-        return [part[mine].to(self.device) for part in batch]
+        batch = [part[mine] for part in batch]
+        if with_repulsion and c["block_size"] > MAX_POSITIONS and isinstance(self.raw_model, NGT):
+            # seeded by the step, so that every rank samples the same positions
+            seed = (c["seed"] * 1_000_003 + self.iter) * 1_009 + micro_step
+            generator = torch.Generator().manual_seed(seed % SEEDS)
+            batch.append(torch.randperm(c["block_size"], generator=generator)[:MAX_POSITIONS])
+        if self.device.type == "cuda":  # from pinned memory a copy does not wait for the device
+            batch = [part.pin_memory() for part in batch]
+        return tuple(part.to(self.device, non_blocking=True) for part in batch)
 
     def _no_sync(self):
         """A context in which backward does not average over the ranks: once per step is enough."""
-        model = getattr(self.model, "_orig_mod", self.model)
-        return model.no_sync() if self.ranks.size > 1 else contextlib.nullcontext()
+        return self.model.no_sync() if self.ranks.size > 1 else contextlib.nullcontext()
+
+    def _read_all_but(self, newest):
+        """Read what came out of all steps but so many of the newest."""
+        while len(self._unread) > newest:
+            loss, norm = self.newest = self._unread.pop(0).read()
+            self._count(loss, math.isfinite(loss) and math.isfinite(norm))
+        return self.newest
+
+    @property
+    def steps_read(self):
+        return self.iter - len(self._unread)
 
     def _count(self, loss, finite):
         """Count a step, and whether it was skipped."""
         p = self.progress
-        self.iter += 1
         p["tokens"] += self.tokens_per_step
         # an overflow of fp16 gradients is the scaler's search for its scale, no fault of the run
         overflow_only = self.scaler.is_enabled() and math.isfinite(loss)
@@ -291,6 +355,7 @@ class Trainer:
 
     def mean_train_loss(self):
         """Mean training loss since the last call; NaN if there was no finite one."""
+        self.settle()
         p = self.progress
         mean = p["train_loss_sum"] / p["train_loss_count"] if p["train_loss_count"] else math.nan
         p["train_loss_sum"], p["train_loss_count"] = 0.0, 0
@@ -299,6 +364,22 @@ class Trainer:
     def is_sound(self):
         """Whether every weight is finite; otherwise no checkpoint is written."""
         return all(bool(torch.isfinite(p).all()) for p in self.raw_model.parameters())
+
+
+class _Numbers:
+    """The numbers of a tensor, on their way from the device to the host."""
+
+    def __init__(self, tensor):
+        self._tensor, self._arrived = tensor.to("cpu", non_blocking=True), None
+        if tensor.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self):
+        """A list of floats; waits until they are here."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._tensor.tolist()
 
 
 def _finite_numbers(named):

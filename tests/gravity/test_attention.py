@@ -210,6 +210,26 @@ def test_the_future_gets_no_gradient(small_blocks):
 
 
 @pytest.mark.parametrize(
+    "dtype, cutoff, background",
+    [
+        *((torch.float32, "soft", True), (torch.bfloat16, "none", True)),
+        *((torch.float64, "soft", True), (torch.float64, "none", False)),
+    ],
+)
+def test_the_compiler_is_told_the_truth(dtype, cutoff, background):
+    """PyTorch's own checks of a custom op: the tensors that it promises are those that it returns,
+    strides included, and none shares memory with another. float64 runs in blocks, the others in
+    the compiled kernels; v is as a model has it, with the heads of a token side by side."""
+    data = leaves({n: x.to(dtype) for n, x in particles(40, cutoff=cutoff).items()})
+    q, k, v, mass, *law = data.values()
+    time = torch.arange(40)
+    law = [*law, *[None] * (cutoff == "none"), torch.rand(2, dtype=dtype) if background else None]
+    v = v.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    arguments = (q, k, v, mass, *law, 4, cutoff, 1e-4, time, time)
+    torch.library.opcheck(torch.ops.gravity.attention.default, arguments)
+
+
+@pytest.mark.parametrize(
     "wrong",
     [
         {"k": torch.zeros(2, 2, 6, 3)},

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from engine.models import CONFIGS, build_model
 from system.errors import UsageError, UserError
@@ -17,6 +18,7 @@ from training.config import (
     warn_of_no_effect,
 )
 from training.options import train_parser
+from training.precision import uses_amp_by_default
 from training.resume import check_saved_settings
 
 
@@ -187,3 +189,18 @@ def test_a_model_in_words():
         "ngt (published, mass in value)"
     )
     assert described({"model_type": "vanilla"}) == "vanilla (learned)"
+
+
+def test_a_gpu_with_bf16_uses_it_if_nobody_says_otherwise(monkeypatch):
+    """New runs only; what was given, and what a resumed run had, stays."""
+    for has_bf16 in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has_bf16, **_: has)
+        assert uses_amp_by_default(torch.device("cuda")) == has_bf16
+        assert not uses_amp_by_default(torch.device("cpu"))
+    parser = train_parser("", "")
+    assert resolve(parser.parse_args([]))["use_amp"] is None
+    assert resolve(parser.parse_args(["--no-use-amp"]))["use_amp"] is False
+    for resumed in ({"use_amp": True}, {"use_amp": False}, {}):
+        resumed = {"model_type": "ngt"} | resumed
+        kept = resolve(parser.parse_args([]), resumed)["use_amp"]
+        assert kept is resumed.get("use_amp", False)

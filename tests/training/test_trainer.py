@@ -1,27 +1,42 @@
 """One training step, its optimizer and its precision, against PyTorch's own arithmetic."""
 
+import copy
 import math
 
 import pytest
 import torch
 
-from small_runs import SMALL, same
+from engine.models import build_model
+from small_models import SMALL as SMALL_MODEL
+from small_runs import same
 from training import trainer as training_trainer
 from training.loop import evaluation_row
 from training.optimizer import learning_rate
 
 
 @pytest.fixture
-def trainer(in_tmp, small_text):
-    """A trainer in this process."""
-    from text.preparation import prepare_data
-    from training.config import resolve
-    from training.options import train_parser
+def trainer(make_trainer):
+    return make_trainer()
 
-    flags = [str(flag) for flag in (*SMALL, "--data-path", small_text, "--dropout", 0)]
-    config = resolve(train_parser("", "").parse_args(flags))
-    data = prepare_data("shakespeare", str(small_text), say=lambda line: None)
-    return training_trainer.Trainer(config, data, torch.device("cpu"))
+
+@pytest.mark.parametrize("kind", ["ngt", "vanilla"])
+def test_a_compiled_step_is_one_graph(kind):
+    """Loss included; nothing is left to the interpreter, and loss and gradients are the same."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch.manual_seed(0)
+    config = {"model_type": kind, "mlp_dim": 32, "background": True, "use_radius_cutoff": False}
+    model = build_model(SMALL_MODEL | config)
+    batch = torch.randint(29, (2, 3, 16))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(training_trainer.forward, fullgraph=True, backend=counter)
+    found = []
+    for function in (training_trainer.forward, compiled):
+        model.zero_grad()
+        loss, z, mass = function(model, *batch, kind == "ngt")
+        (loss if z is None else loss + z.square().mean() + mass.mean()).backward()
+        found.append([loss, z, mass, {n: p.grad for n, p in model.named_parameters()}])
+    assert same(*found) and counter.frame_count == 1
 
 
 def test_accumulation_is_the_mean_over_micro_steps(trainer):
@@ -78,6 +93,60 @@ def test_a_step_that_is_not_finite_changes_nothing(trainer):
     trainer.step()
     assert not same(before, trainer.raw_model.state_dict())
     assert trainer.progress["skipped_in_a_row"] == 0 and trainer.progress["skipped"] == 1
+
+
+def with_one_bad_loss(trainer, steps, bad):
+    """Take steps, one of them with a loss that is NaN; returns what each returned."""
+    loss, results = trainer.loss, []
+    for step in range(steps):
+        factor = float("nan") if step == bad else 1.0
+        trainer.loss = lambda *args, factor=factor: tuple(x * factor for x in loss(*args))
+        results.append(trainer.step())
+    return results
+
+
+@pytest.mark.parametrize("recipe", ["gpt2", "modern"])
+def test_running_ahead_changes_nothing(recipe, make_trainer):
+    """A trainer that reads its losses late and leaves out a bad step on the device, as on a GPU,
+    against one that waits, in windows longer than the sample that repels."""
+    flags = ("--recipe", recipe, "--block-size", 80, "--repulsion-interval", 3)
+    waiting, ahead = make_trainer(*flags), make_trainer(*flags, runs_ahead=True)
+    expected, read = (with_one_bad_loss(each, 8, bad=4) for each in (waiting, ahead))
+    assert ahead.steps_read == 7 and waiting.steps_read == 8
+    read = [*read[:1], *read[2:], ahead.settle()]
+    assert read == [pytest.approx(numbers, rel=1e-4, nan_ok=True) for numbers in expected]
+    assert math.isnan(read[4][0]) and ahead.progress["skipped"] == 1
+    assert ahead.progress == pytest.approx(waiting.progress, rel=1e-5)
+    one, other = waiting.state(), ahead.state()
+    for name, weight in one["model_state"].items():
+        assert torch.allclose(weight, other["model_state"][name], atol=1e-4), name
+    # AdamW's count of steps is without the bad one
+    assert one["optimizer_state"]["state"][0]["step"] == 7
+    assert other["optimizer_state"]["state"][0]["step"] == 7
+
+
+@pytest.mark.parametrize("recipe", ["gpt2", "modern"])
+@pytest.mark.parametrize("first, then", [(True, True), (True, False), (False, True)])
+def test_a_run_continues_on_another_kind_of_device(recipe, first, then, make_trainer):
+    """A checkpoint of a GPU resumes on a CPU and back; on the same kind bit for bit."""
+    flags = ("--recipe", recipe)
+    whole, before = (make_trainer(*flags, runs_ahead=first) for _ in range(2))
+    for _ in range(6):
+        whole.step()
+    for _ in range(3):
+        before.step()
+    after = make_trainer(*flags, runs_ahead=then)
+    checkpoint = copy.deepcopy(before.state())
+    assert type(checkpoint["optimizer_state"]["param_groups"][0]["lr"]) is float
+    after.restore(checkpoint, "c.pt")
+    for _ in range(3):
+        after.step()
+    one, other = whole.state(), after.state()
+    if first == then:
+        for key in ("model_state", "optimizer_state", "rng_state", "data_state"):
+            assert same(one[key], other[key]), key
+    for name, weight in one["model_state"].items():
+        assert torch.allclose(weight, other["model_state"][name], atol=1e-4), name
 
 
 def test_evaluation_is_without_dropout_and_counts_bytes(trainer):
