@@ -1,76 +1,69 @@
 """Gravity attention on CUDA GPUs: launches the Triton kernels of `cuda_*.py`.
 
-Here are the tables that the kernels read, the sizes of their blocks, and the autograd function
-around them. Nothing here waits for the device. Letters in shapes as in `law.py`.
+Here are the tables that the kernels read, the sizes of their tiles, and the autograd function
+around them. Nothing here waits for the device. Letters in shapes as in `law.py`; K columns of a
+packed point and D of a packed value, which are padded, as are rows to whole tiles.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
 import torch
 
-from gravity.law import TINY, Law, windows
+from gravity.law import Law
 
 try:
-    from gravity.cuda_backward import key_gradient_kernel, query_gradient_kernel
-    from gravity.cuda_forward import forward_kernel
-    from gravity.cuda_tiles import norm_kernel
+    from gravity import cuda_backward, cuda_forward, cuda_tiles
 except ImportError:  # PyTorch for the CPU comes without Triton
-    forward_kernel = None
+    cuda_tiles = None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_WIDTH = 256  # of coordinates and of values: a tile of them must fit on the chip
-NORM_BLOCK = 128  # tokens per program of `norm_kernel`
+MAX_COORDS, MAX_WIDTH = 122, 256  # coordinates and values: a tile of them must fit on the chip
+BLOCK = 32  # tokens per program of the kernels that only pack
+FEW = 16  # queries, at most, for which keys are split over many programs
+SHARES = 16  # into which they are split
 
 
 def triton_is_available():
     """Whether Triton is installed; the kernels also need a CUDA device."""
-    return forward_kernel is not None
+    return cuda_tiles is not None
 
 
 def triton_handles(q, k, v):
-    """Whether `triton_attention` takes these tensors: on CUDA, not float64, not too wide."""
+    """Whether `triton_attention` takes these tensors: on CUDA, not fp64, not too wide."""
     return (
         triton_is_available()
         and q.is_cuda
         and all(tensor.dtype in DTYPES for tensor in (q, k, v))
-        and max(q.shape[-1], v.shape[-1]) <= MAX_WIDTH
+        and q.shape[-1] <= MAX_COORDS
+        and v.shape[-1] <= MAX_WIDTH
     )
 
 
 class Launch(NamedTuple):
-    """The sizes of a kernel's blocks and how many warps and pipeline stages run one."""
+    """The tile of the kernels that go through pairs, and how a multiprocessor runs them."""
 
     query: int  # tokens per query block
     key: int  # tokens per key block
     warps: int
-    stages: int
+    stages: int  # of the pipeline that loads tiles
+    # at most, in the forward pass and for queries: 128 let 16 warps run on a multiprocessor
+    registers: int | None = None
 
-    def options(self):
-        """Keyword arguments of a launch that Triton itself reads."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+    def options(self, limited=True):
+        """Keyword arguments of a launch, among them those that Triton itself reads."""
+        found = {"M": self.query, "N": self.key, "num_warps": self.warps, "num_stages": self.stages}
+        return found | {"maxnreg": self.registers if limited else None, "enable_fp_fusion": True}
 
 
-def launches(dtype, width, num_queries):
-    """The `Launch` of the forward, the query-gradient and the key-gradient kernel.
-
-    The backward blocks divide the forward ones, so that all three compute the same pairs.
-
-    Args:
-        dtype: the wider type of coordinates and values.
-        width: the larger of C and D, padded.
-    """
-    few = num_queries <= 16  # decoding
+def launch_for(dtype, points, values):
+    """The `Launch` for a packed type and the padded widths of packed points and values."""
     if dtype == torch.float32:  # products without tensor cores
-        query, half = (16, 16) if few else (64, 32)
-        if width > 64:
-            return Launch(query, 32, 4, 2), Launch(half, 32, 4, 1), Launch(half, 32, 4, 1)
-        return Launch(query, 32, 4, 2), Launch(half, 32, 4, 2), Launch(half, 32, 4, 2)
-    if width > 128:
-        query, half = (16, 16) if few else (64, 32)
-        return Launch(query, 64, 4, 2), Launch(query, 64, 4, 1), Launch(half, 64, 8, 1)
-    query, half, warps = (16, 16, 4) if few else (128, 64, 8)
-    return Launch(query, 64, warps, 3), Launch(query, 64, warps, 2), Launch(half, 64, 4, 1)
+        return Launch(32, 32, 4, 1 if values > 64 else 2)
+    if values > 128:
+        return Launch(64, 64, 8, 1)
+    return Launch(64, 64, 4, 2, 128 if max(points, values) <= 64 else None)
 
 
 def triton_attention(q, k, v, mass, law):
@@ -85,49 +78,12 @@ def triton_attention(q, k, v, mass, law):
     Returns:
         (B, H, Tq, D) in the dtype of v, laid out so that merging the heads costs nothing.
     """
-    with torch.autocast(q.device.type, enabled=False):
+    inputs = (q, k, v, mass, *law.learned)
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
+        if q.shape[2] <= FEW and not learns:
+            return decode(q, k, v, mass, law)
         return _TritonGravity.apply(q, k, v, mass, *law)
-
-
-class _Times(NamedTuple):
-    """Positions of queries and keys as the kernels read them."""
-
-    tq: torch.Tensor  # (Tq,) fp32, relative to the newest key
-    tk: torch.Tensor  # (Tk,) fp32, likewise
-    visible: torch.Tensor  # (Tq,) int32, how many keys are not later than a query
-    first_seen: torch.Tensor  # (Tk,) int32, the first query that is not earlier than a key
-
-
-def _times(tq, tk):
-    tq, tk = tq.contiguous(), tk.contiguous()
-    return _Times(
-        (tq - tk[-1]).float(),
-        (tk - tk[-1]).float(),
-        torch.searchsorted(tk, tq, right=True, out_int32=True),
-        torch.searchsorted(tq, tk, out_int32=True),
-    )
-
-
-def _squared_norm(x):
-    """|x|^2 over the last dimension in fp32, (B, H, T), without an fp32 copy of x."""
-    batch, heads, length, width = x.shape
-    norm = torch.empty(batch, heads, length, dtype=torch.float32, device=x.device)
-    norm_kernel[(_blocks(length, NORM_BLOCK) * batch * heads,)](
-        *(x, norm, *x.stride(), heads, length),
-        WIDTH=width,
-        C=_padded(width),
-        BLOCK=NORM_BLOCK,
-    )
-    return norm
-
-
-def _padded(width):
-    """The power of two to which a matrix product pads a width: at least 16."""
-    return max(16, 1 << (width - 1).bit_length())
-
-
-def _blocks(length, block):
-    return -(-length // block)
 
 
 class _TritonGravity(torch.autograd.Function):
@@ -136,168 +92,205 @@ class _TritonGravity(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mass, *law):
         law = Law(*law)
-        ctx.dtypes = [None if t is None else t.dtype for t in law.learned]
-        ctx.fixed = law.fixed
-        # gradients get the strides of their inputs, which need not be kept for that
-        ctx.like_q, ctx.like_k, ctx.like_v = (torch.empty_like(t, device="meta") for t in (q, k, v))
-        with torch.cuda.device_of(q):
-            out, saved = attend(q, k, v, mass, law)
-        ctx.save_for_backward(mass, *saved)
+        ctx.fixed, ctx.coords = law.fixed, q.shape[-1]
+        ctx.dtypes = [None if x is None else x.dtype for x in (q, k, v, mass, *law.learned)]
+        out, saved = attend(q, k, v, mass, law)
+        ctx.save_for_backward(*saved)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
-        mass, *saved = ctx.saved_tensors
+        saved = Saved(*ctx.saved_tensors)
         with torch.autocast(grad_out.device.type, enabled=False), torch.cuda.device_of(grad_out):
-            return _backward(ctx, grad_out, mass, _Saved(*saved))
+            gradients = pull_back(grad_out, saved, ctx.coords, ctx.dtypes, *ctx.fixed[:2])
+        return *gradients, *(None for _ in ctx.fixed)
 
 
-class _Saved(NamedTuple):
-    """What the backward pass recomputes the tiles from."""
+class Saved(NamedTuple):
+    """What the backward pass recomputes the tiles from; the first seven are packed."""
 
-    q: torch.Tensor  # (B, H, Tq, C); the mean key is subtracted if fp32
-    q_norm: torch.Tensor  # (B, H, Tq) fp32
-    k: torch.Tensor  # (B, H, Tk, C), likewise
-    k_norm: torch.Tensor  # (B, H, Tk) fp32
-    v: torch.Tensor  # (B, H, Tk, D)
-    mass: torch.Tensor  # (B, Tk) fp32
-    tq: torch.Tensor  # (Tq,) fp32, as all four of `_Times`
-    tk: torch.Tensor  # (Tk,) fp32
-    time_scale: torch.Tensor  # (H,) fp32
-    time_offset: torch.Tensor  # (H,) fp32
-    radius: torch.Tensor  # (H,) fp32; time_scale without a cutoff
-    window: torch.Tensor  # (H,) fp32, whole numbers or inf
-    visible: torch.Tensor  # (Tq,) int32
-    first_seen: torch.Tensor  # (Tk,) int32
-    out: torch.Tensor  # (B, H, Tq, D) fp32
-    inverse_total: torch.Tensor  # (B, H, Tq) fp32, 1 / (sum of fields + background)
-    first_kept: torch.Tensor | None  # (B, H, query blocks) int32; None if windows are all it takes
+    q: torch.Tensor  # (B * H, rows, K), see `cuda_tiles.py`; the mean key is subtracted if fp32
+    k: torch.Tensor  # (B * H, rows, K), likewise
+    v: torch.Tensor  # (B * H, rows, D), times the mass
+    mass: torch.Tensor  # (B, rows, 16), see `cuda_tiles.mass_columns`
+    q_age: torch.Tensor  # (rows,) fp32, tokens since the first query of the block
+    k_age: torch.Tensor  # (rows,) fp32, tokens since the first key of the block
+    law: torch.Tensor  # (H, 8) fp32, see `cuda_tiles.load_law`
+    tq: torch.Tensor  # (Tq,) integers
+    tk: torch.Tensor  # (Tk,) integers
+    exact: torch.Tensor  # (B, Tq, H, width of a value) fp32, the output
+    inverse_total: torch.Tensor  # (B, H, Tq) fp32, 1 / (background + sum of fields)
 
 
 def attend(q, k, v, mass, law):
-    """The forward pass; arguments as for `triton_attention`.
-
-    Returns:
-        `(out, _Saved)`: `first_kept` is the oldest key that each query block summed; the block's
-        pairs with older keys are left out.
-    """
-    batch, heads, num_queries, _ = q.shape
-    num_keys, width = v.shape[2:]
-    coordinates = torch.promote_types(q.dtype, k.dtype)
-    q, k = q.to(coordinates), k.to(coordinates)
-    if coordinates == torch.float32:
-        # r2 does not change, but |q|^2 + |k|^2 - 2 q.k loses fewer digits near the origin; in 16
-        # bits rounding the difference would lose more than it gains
-        centre = k.mean(2, keepdim=True)  # (B, H, 1, C)
-        q, k = q - centre, k - centre
-    q_norm, k_norm = _squared_norm(q), _squared_norm(k)
-    mass, time_scale, time_offset = (
-        t.float().contiguous() for t in (mass, law.time_scale, law.time_offset)
+    """The forward pass; arguments as for `triton_attention`. Returns `(out, Saved)`."""
+    batch, heads, queries, coords = q.shape
+    keys, width = v.shape[2:]
+    # products of 16-bit numbers are bf16's: fields may be too small for fp16
+    in_bf16 = q.dtype == k.dtype == v.dtype == torch.bfloat16
+    dtype = torch.bfloat16 if in_bf16 else torch.float32
+    # r2 does not change, but |q|^2 + |k|^2 - 2 q.k loses fewer digits near the origin; in 16 bits
+    # rounding the difference would lose more than it gains
+    centre = None if in_bf16 else k.mean(2, dtype=torch.float32)  # (B, H, C)
+    columns = {"K": _padded(coords + 6), "D": _padded(width), "WIDTH": width}
+    launch = launch_for(dtype, columns["K"], columns["D"])
+    query_rows, key_rows = (_whole(queries, launch.query), _whole(keys, launch.key))
+    empty = functools.partial(torch.empty, dtype=dtype, device=q.device)
+    packed = (
+        empty(batch * heads, query_rows, columns["K"]),
+        empty(batch * heads, key_rows, columns["K"]),
+        empty(batch * heads, key_rows, columns["D"]),
+        empty(batch, key_rows, 16),
+        empty(query_rows, dtype=torch.float32),
+        empty(key_rows, dtype=torch.float32),
+        empty(heads, 8, dtype=torch.float32),
     )
-    times = _times(law.query_positions, law.key_positions)
-    launch = launches(
-        torch.promote_types(coordinates, v.dtype), _padded(max(q.shape[-1], width)), num_queries
-    )[0]
-    radius, background = time_scale, torch.full_like(time_scale, TINY)
-    if law.cutoff != "none":  # else any tensor will do: the kernels do not read it
-        radius = law.radius.float().contiguous()
-    if law.background is not None:
-        background = law.background.float().contiguous()
-    max_mass = mass.max()
-    window = windows(law, max_mass).float()  # whole numbers, as positions: fp32 is exact
-    # without a background the sums of fields say how far back to look
-    by_sum = law.background is None and law.tolerance > 0 and num_keys > launch.key
-    log_share = math.log2(law.tolerance * (2 * law.exponent - 1)) if by_sum else 0.0
-    # heads of a token side by side: merging them is a view
-    out = torch.empty(batch, num_queries, heads, width, dtype=v.dtype, device=v.device)
-    out = out.transpose(1, 2)
-    exact = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
-    inverse_total = torch.empty_like(q_norm)  # (B, H, Tq)
-    blocks = _blocks(num_queries, launch.query)
-    first_kept = None
-    if by_sum:
-        first_kept = torch.empty(batch, heads, blocks, dtype=torch.int32, device=q.device)
-    forward_kernel[(blocks * batch * heads,)](
-        *(q, q_norm, k, k_norm, v, mass, times.tq, times.tk, time_scale, time_offset, radius),
-        *(background, window, max_mass, times.visible),
-        *(out, None if exact is out else exact, inverse_total, first_kept),
-        *(*q.stride(), *k.stride(), *v.stride(), *out.stride()[:3]),
-        *(batch * heads, heads, num_queries, num_keys, log_share),
-        BY_SUM=by_sum,
-        **_constants(law.exponent, law.cutoff, width, q.shape[-1]),
+    sizes = (heads, queries, keys, query_rows, key_rows)
+    tq, tk = law.query_positions.contiguous(), law.key_positions.contiguous()
+    cuda_tiles.pack_kernel[batch * heads, max(query_rows, key_rows) // BLOCK](
+        *(_strided(q), _strided(k), _strided(v), mass.contiguous(), centre),
+        *(_law_pointers(mass, law), tq, tk, packed, *sizes, _log_share(law)),
+        EXPONENT=law.exponent,
+        COORDS=coords,
         M=launch.query,
         N=launch.key,
+        BLOCK=BLOCK,
+        **columns,
+    )
+    # heads of a token side by side: merging them is a view
+    out = empty(batch, queries, heads, width, dtype=v.dtype)
+    exact = out if v.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+    inverse_total = empty(batch, heads, queries, dtype=torch.float32)
+    cuda_forward.forward_kernel[batch * heads, query_rows // launch.query](
+        *(packed, tq, tk, out, None if exact is out else exact, inverse_total, *sizes),
+        **_constants(law.exponent, law.cutoff),
+        **columns,
         **launch.options(),
     )
-    saved = _Saved(
-        *(q, q_norm, k, k_norm, v, mass, times.tq, times.tk, time_scale, time_offset, radius),
-        *(window, times.visible, times.first_seen, exact, inverse_total, first_kept),
+    return out.transpose(1, 2), Saved(*packed, tq, tk, exact, inverse_total)
+
+
+def pull_back(grad_out, saved, coords, dtypes, exponent, cutoff):
+    """The backward pass.
+
+    Args:
+        grad_out: (B, H, Tq, width of a value), any strides.
+        coords: how many coordinates q and k had.
+        dtypes: of q, k, v, mass and `Law.learned`; None for what is not there.
+
+    Returns:
+        Gradients of what has a dtype, else None; those of q, k and v have the heads of a token side
+        by side in memory. The gradient of a hard radius is None too.
+    """
+    batch, queries, heads, width = saved.exact.shape
+    keys, (query_rows, columns) = len(saved.tk), saved.q.shape[1:]
+    key_rows, value_columns = saved.v.shape[1:]
+    programs = batch * heads
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=grad_out.device)
+    gradients = (
+        empty(programs, query_rows, value_columns, dtype=saved.v.dtype),
+        empty(programs, query_rows, 16, dtype=saved.v.dtype),
     )
-    return out, saved
-
-
-def _constants(exponent, cutoff, width, coordinates):
-    """The compile-time constants that all kernels share."""
-    return {
-        "EXPONENT": exponent,
-        "BITS": exponent.bit_length(),
-        "CUTOFF": cutoff,
-        "WIDTH": width,
-        "COORDS": coordinates,
-        "C": _padded(coordinates),
-        "D": _padded(width),
-    }
-
-
-def _backward(ctx, grad_out, mass, saved):
-    """The gradients of all arguments of `_TritonGravity.forward`; None for those without one."""
-    exponent, cutoff = ctx.fixed[:2]
-    batch, heads, num_queries, width = grad_out.shape
-    num_keys = saved.k.shape[2]
-    device = grad_out.device
-    grad_out = grad_out.to(saved.v.dtype)
-    forward, for_query, for_key = launches(
-        torch.promote_types(saved.q.dtype, saved.v.dtype),
-        _padded(max(saved.q.shape[-1], width)),
-        num_queries,
+    sums = empty(programs, query_rows, columns)  # from which dq is made
+    d_background = empty(query_rows // BLOCK, batch, heads)
+    cuda_backward.pack_gradient_kernel[programs, query_rows // BLOCK](
+        *(_strided(grad_out), saved.exact, saved.inverse_total, gradients, sums, d_background),
+        *(heads, queries, query_rows),
+        *(width, columns, value_columns, BLOCK),
     )
-    dq, dk, dv = (torch.empty_like(t, device=device) for t in (ctx.like_q, ctx.like_k, ctx.like_v))
-    delta = torch.empty_like(saved.inverse_total)  # (B, H, Tq), gradient times output
-    dmass = torch.empty_like(saved.k_norm)  # (B, H, Tk)
-    blocks = _blocks(num_queries, for_query.query)
-    per_head = torch.empty(
-        4 if cutoff == "soft" else 3, blocks, batch, heads, dtype=torch.float32, device=device
+    launch = launch_for(saved.v.dtype, columns, value_columns)
+    constants = _constants(exponent, cutoff)
+    constants |= {"COORDS": coords, "WIDTH": width, "K": columns, "D": value_columns}
+    given = (saved[:7], gradients, saved.tq, saved.tk, sums)
+    sizes = (heads, queries, keys, query_rows, key_rows)
+    repeatable = torch.are_deterministic_algorithms_enabled()
+    if repeatable:
+        cuda_backward.query_gradient_kernel[programs, query_rows // launch.query](
+            *given, *sizes, **constants, **launch.options()
+        )
+    dq, dk, dv = (
+        empty(batch, tokens, heads, size, dtype=dtype)
+        for tokens, size, dtype in zip(
+            (queries, keys, keys), (coords, coords, width), dtypes[:3], strict=True
+        )
     )
-    rows_and_columns = (saved.q, saved.q_norm, saved.k, saved.k_norm, saved.v, saved.mass)
-    scalars = (saved.tq, saved.tk, saved.time_scale, saved.time_offset, saved.radius, saved.window)
-    strides = (*saved.q.stride(), *saved.k.stride(), *saved.v.stride())
-    sizes = (batch * heads, heads, num_queries, num_keys)
-    constants = _constants(exponent, cutoff, width, saved.q.shape[-1])
-    constants |= {"BY_SUM": saved.first_kept is not None, "FORWARD_M": forward.query}
-    query_gradient_kernel[(blocks * batch * heads,)](
-        *(*rows_and_columns, *scalars, saved.visible, saved.out, saved.inverse_total),
-        *(saved.first_kept, grad_out, delta, dq, per_head),
-        *(*strides, *saved.out.stride()[:3], *grad_out.stride(), *dq.stride(), *sizes),
+    d_mass = empty(batch, heads, keys)
+    blocks = key_rows // launch.key
+    d_law = empty(3, blocks, batch, heads)
+    cuda_backward.key_gradient_kernel[programs, blocks](
+        *(*given, dk, dv, d_mass, d_law, *sizes),
+        ATOMIC=not repeatable,
         **constants,
-        M=for_query.query,
-        N=for_query.key,
-        **for_query.options(),
+        **launch.options(limited=False),
     )
-    blocks = _blocks(num_keys, for_key.key)
-    key_gradient_kernel[(blocks * batch * heads,)](
-        *(*rows_and_columns, *scalars, saved.first_seen, saved.inverse_total, saved.first_kept),
-        *(grad_out, delta, dk, dv, dmass),
-        *(*strides, *grad_out.stride(), *dk.stride(), *dv.stride(), *sizes),
-        **constants,
-        M=for_key.query,
-        N=for_key.key,
-        **for_key.options(),
+    cuda_backward.finish_kernel[programs, query_rows // BLOCK](
+        *(sums, saved.q, dq, heads, queries, query_rows, exponent, coords, columns, BLOCK)
     )
-    d_scale, d_offset, d_background, *d_radius = per_head.sum((1, 2))  # (H,) each
-    learned = (d_scale, d_offset, d_radius[0] if d_radius else None, d_background)
-    learned = [
-        None if grad is None or dtype is None else grad.to(dtype)
-        for grad, dtype in zip(learned, ctx.dtypes, strict=True)
+    by_head = d_law.sum((1, 2))  # (3, H)
+    found = (*(x.transpose(1, 2) for x in (dq, dk, dv)), d_mass.sum(1), by_head[0], by_head[1])
+    found += (by_head[2] if cutoff == "soft" else None, d_background.sum((0, 1)))
+    return [
+        None if dtype is None or x is None else x.to(dtype)
+        for x, dtype in zip(found, dtypes, strict=True)
     ]
-    return dq, dk, dv, dmass.sum(1).to(mass.dtype), *learned, *(None for _ in ctx.fixed)
+
+
+def decode(q, k, v, mass, law):
+    """The forward pass for a few queries, without what gradients need.
+
+    Nothing is packed, and the keys of a query are split over many programs. Arguments and result as
+    for `triton_attention`.
+    """
+    batch, heads, queries, coords = q.shape
+    keys, width = v.shape[2:]
+    padded = _padded(width)
+    sums = torch.empty(batch * heads * queries, SHARES, padded, device=q.device)
+    total = torch.empty(batch * heads * queries, SHARES, device=q.device)
+    pointers = _law_pointers(mass, law)
+    cuda_forward.decode_kernel[batch * heads * queries, SHARES](
+        *(_strided(q), _strided(k), _strided(v), mass.contiguous(), pointers),
+        *(law.query_positions.contiguous(), law.key_positions.contiguous(), sums, total),
+        *(heads, queries, keys, _log_share(law)),
+        **_constants(law.exponent, law.cutoff),
+        COORDS=coords,
+        WIDTH=width,
+        C=_padded(coords),
+        D=padded,
+        N=64 if padded <= 64 else 16,
+    )
+    out = torch.empty(batch, queries, heads, width, dtype=v.dtype, device=v.device)
+    cuda_forward.combine_kernel[(batch * heads * queries,)](
+        *(sums, total, pointers[3], out, heads, queries, width, padded, SHARES)
+    )
+    return out.transpose(1, 2)
+
+
+def _law_pointers(mass, law):
+    """What `cuda_tiles.head_law` reads."""
+    learned = (None if x is None else x.contiguous() for x in law.learned)
+    return *learned, mass.max()
+
+
+def _log_share(law):
+    """The share of the sum that may be left out as `cuda_tiles.head_law` needs it."""
+    share = law.tolerance * (2 * law.exponent - 1)
+    return math.log2(share) if share > 0 else -math.inf
+
+
+def _constants(exponent, cutoff):
+    return {"EXPONENT": exponent, "BITS": exponent.bit_length(), "CUTOFF": cutoff}
+
+
+def _strided(x):
+    """A tensor and its strides, as kernels take it."""
+    return x, x.stride()
+
+
+def _padded(width):
+    """The power of two to which a matrix product pads a width: at least 16."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def _whole(length, block):
+    return -(-length // block) * block

@@ -1,217 +1,190 @@
-"""The Triton kernel of the forward pass; letters in shapes as in `cuda_tiles.py`."""
+"""The Triton kernels of the forward pass: for many queries, and for a few while decoding.
+
+Letters in shapes as in `cuda_tiles.py`.
+"""
 
 import triton
 import triton.language as tl
 
 from gravity.cuda_tiles import (
-    SUM,
-    add_row_sums,
-    add_weighted,
-    blocks_before,
-    dot,
-    load_keys,
+    LAW,
+    PARTS,
+    TINY,
+    add_product,
+    by_token,
+    fields,
+    head_law,
+    key_blocks,
+    load_law,
+    load_packed,
     load_rows,
-    provably_needed_from,
-    softened_power,
+    sum_of_parts,
+    tile,
 )
 
 
 @triton.jit
-def _attend(
-    sums,
-    total,
-    block,
-    q,
-    q_norm,
-    q_time,
-    tq,
-    t_first,
-    k_ptr,
-    k_norm_ptr,
-    v_ptr,
-    mass_ptr,
-    tk_ptr,
-    stride_kt,
-    stride_kc,
-    stride_vt,
-    stride_vd,
-    num_keys,
-    time_scale,
-    edge,
-    inverse_radius2,
-    MASKED: tl.constexpr,
-    EXPONENT: tl.constexpr,
-    BITS: tl.constexpr,
-    CUTOFF: tl.constexpr,
-    COORDS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    C: tl.constexpr,
-    D: tl.constexpr,
-    N: tl.constexpr,
-):
-    """Add one key block to the sums of a query block: sums [M, D], total [M, SUM]."""
-    n = block * N + tl.arange(0, N)
-    k, v, k_norm, mass, tk = load_keys(
-        *(k_ptr, k_norm_ptr, v_ptr, mass_ptr, tk_ptr, n, stride_kt, stride_kc),
-        *(stride_vt, stride_vd, num_keys, MASKED, COORDS, WIDTH, C, D),
-    )
-    base = (q_norm[:, None] + k_norm[None, :]) - 2.0 * dot(q, tl.trans(k))  # [M, N]
-    lag = q_time[:, None] - time_scale * (tk - t_first)[None, :]  # [M, N]
-    u, _, field = softened_power(base, lag, edge, EXPONENT, BITS, CUTOFF)  # [M, N]
-    if MASKED:
-        field = tl.where(tq[:, None] >= tk[None, :], field, 0.0)
-    field = field * mass[None, :]
-    if CUTOFF == "soft":
-        rho = tl.maximum((edge - u) * inverse_radius2, 0.0)
-        field = field * rho * rho
-    total = add_row_sums(total, field, v.dtype)
-    sums = add_weighted(sums, field, v)
-    return sums, total
-
-
-@triton.jit(do_not_specialize=["num_queries", "num_keys"])
 def forward_kernel(
-    q_ptr,
-    q_norm_ptr,
-    k_ptr,
-    k_norm_ptr,
-    v_ptr,
-    mass_ptr,
+    packed,
     tq_ptr,
     tk_ptr,
-    time_scale_ptr,
-    time_offset_ptr,
-    radius_ptr,
-    background_ptr,
-    window_ptr,
-    max_mass_ptr,
-    visible_ptr,
     out_ptr,
     exact_ptr,
     inverse_total_ptr,
-    first_kept_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_qc,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_kc,
-    stride_vb,
-    stride_vh,
-    stride_vt,
-    stride_vd,
-    stride_ob,
-    stride_oh,
-    stride_ot,
-    batch_heads,
     heads,
-    num_queries,
-    num_keys,
-    log_share,
-    BY_SUM: tl.constexpr,
+    queries,
+    keys,
+    query_rows,
+    key_rows,
     EXPONENT: tl.constexpr,
     BITS: tl.constexpr,
     CUTOFF: tl.constexpr,
-    COORDS: tl.constexpr,
     WIDTH: tl.constexpr,
-    C: tl.constexpr,
+    K: tl.constexpr,
     D: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
 ):
-    """Outputs of one query block of one head: its key blocks are added, newest first.
+    """Outputs of one query block of one head.
 
     Args:
-        visible_ptr: how many keys are not later than each query, (Tq,).
-        window_ptr: how many tokens back each head must look, as far as that is known, (H,).
-        max_mass_ptr: the largest mass, one number.
-        log_share: log2 of `tolerance * (2 * EXPONENT - 1)`.
-        out_ptr, inverse_total_ptr: written; (B, H, Tq, WIDTH) and (B, H, Tq).
-        exact_ptr: written, the output in fp32; None if `out_ptr` is in fp32 already.
-        first_kept_ptr: written if BY_SUM, the oldest key that was summed, (B, H, query blocks).
-        BY_SUM: whether the sums so far also decide how far back to look.
+        packed: pointers to what `pack_kernel` wrote.
+        tq_ptr, tk_ptr: positions of queries and keys.
+        out_ptr: written, (B, Tq, H, WIDTH).
+        exact_ptr: written, the same in fp32; None if `out_ptr` is in fp32 already.
+        inverse_total_ptr: written, 1 / (background + sum of fields), (B, H, Tq).
     """
-    pid = tl.program_id(0)
-    blocks = tl.cdiv(num_queries, M)
-    block = blocks - 1 - pid // batch_heads  # the newest first: they have the most keys
-    bh = (pid % batch_heads).to(tl.int64)
+    q_ptr, k_ptr, v_ptr, mass_ptr, q_age, k_age, law_ptr = packed
+    bh = tl.program_id(0).to(tl.int64)
     b, h = bh // heads, bh % heads
+    block = tl.num_programs(1) - 1 - tl.program_id(1)  # the newest first: they have the most keys
     rows = block * M + tl.arange(0, M)
-    real = rows < num_queries
-    d = tl.arange(0, D)
-    time_scale, time_offset = tl.load(time_scale_ptr + h), tl.load(time_offset_ptr + h)
-    edge, inverse_radius2 = 0.0, 0.0
-    if CUTOFF != "none":
-        radius = tl.load(radius_ptr + h)
-        edge, inverse_radius2 = 1.0 + radius * radius, 1.0 / (radius * radius)
-    query = bh * num_queries + rows
-    q_ptr += b * stride_qb + h * stride_qh
-    q = load_rows(q_ptr, rows, stride_qt, stride_qc, num_queries, True, COORDS, C)  # [M, C]
-    q_norm = 1.0 + tl.load(q_norm_ptr + query, mask=real, other=0.0)  # [M]
-    tq = tl.load(tq_ptr + rows, mask=real, other=0.0)
-    t_first = tl.load(tq_ptr + block * M)
-    q_time = time_scale * (tq - t_first - time_offset)  # [M]
-    k_ptr += b * stride_kb + h * stride_kh
-    k_norm_ptr += bh * num_keys
-    v_ptr += b * stride_vb + h * stride_vh
-    mass_ptr += b * num_keys
-    newest = tl.load(visible_ptr + tl.minimum(block * M + M, num_queries) - 1)
-    high = tl.load(visible_ptr + block * M) // N  # every row sees all blocks below it
-
+    law = load_law(law_ptr + h * LAW)
+    low, high, end, first_query, first_key = key_blocks(
+        tq_ptr, tk_ptr, block, queries, keys, law[4], M, N
+    )
+    first = (first_query, first_key)
+    age = tl.load(q_age + rows)  # [M]
+    q = load_packed(q_ptr + bh * query_rows * K, rows, K)  # [M, K]
+    keys_packed = (
+        k_ptr + bh * key_rows * K,
+        v_ptr + bh * key_rows * D,
+        mass_ptr + b * key_rows * PARTS,
+        k_age,
+    )
     sums = tl.zeros([M, D], tl.float32)
-    total = tl.zeros([M, SUM], tl.float32)  # the same in each column
-    for n in range(high, tl.cdiv(newest, N)):
-        sums, total = _attend(
-            *(sums, total, n, q, q_norm, q_time, tq, t_first),
-            *(k_ptr, k_norm_ptr, v_ptr, mass_ptr, tk_ptr),
-            *(stride_kt, stride_kc, stride_vt, stride_vd, num_keys),
-            *(time_scale, edge, inverse_radius2),
-            *(True, EXPONENT, BITS, CUTOFF, COORDS, WIDTH, C, D, N),
+    total = tl.zeros([M, PARTS], tl.float32)
+    for n in range(low, high):
+        pairs, _, v, mass = tile(
+            *(n, q, age, first, law, keys_packed, tk_ptr),
+            *(False, EXPONENT, BITS, CUTOFF, K, D, N),
         )
-    # a block is left out if its newest key is beyond the window of the oldest query
-    last_ptr = tk_ptr + N - 1
-    low = blocks_before(last_ptr, t_first - tl.load(window_ptr + h), high, N)
-    if BY_SUM:
-        log_window = tl.log2(tl.load(max_mass_ptr)) - log_share
-        log_window = (log_window - 2 * EXPONENT * tl.log2(time_scale)) / (2 * EXPONENT - 1)
-        needed = provably_needed_from(tl.max(total, 1), tq, real, time_offset, log_window, EXPONENT)
-        end = tl.maximum(low, blocks_before(last_ptr, needed, high, N))
-        chunk = 1
-        # few searches, each after four times as many blocks: the loops between them are pipelined
-        while high > end:
-            stop = tl.maximum(high - chunk, end)
-            for i in range(stop, high):
-                sums, total = _attend(
-                    *(sums, total, high - 1 - (i - stop), q, q_norm, q_time, tq, t_first),
-                    *(k_ptr, k_norm_ptr, v_ptr, mass_ptr, tk_ptr),
-                    *(stride_kt, stride_kc, stride_vt, stride_vd, num_keys),
-                    *(time_scale, edge, inverse_radius2),
-                    *(False, EXPONENT, BITS, CUTOFF, COORDS, WIDTH, C, D, N),
-                )
-            high = stop
-            chunk *= 4
-            needed = provably_needed_from(
-                tl.max(total, 1), tq, real, time_offset, log_window, EXPONENT
-            )
-            end = tl.maximum(low, blocks_before(last_ptr, needed, high, N))
-        tl.store(first_kept_ptr + bh * blocks + block, high * N)
-    else:
-        for i in range(low, high):
-            sums, total = _attend(
-                *(sums, total, high - 1 - (i - low), q, q_norm, q_time, tq, t_first),
-                *(k_ptr, k_norm_ptr, v_ptr, mass_ptr, tk_ptr),
-                *(stride_kt, stride_kc, stride_vt, stride_vd, num_keys),
-                *(time_scale, edge, inverse_radius2),
-                *(False, EXPONENT, BITS, CUTOFF, COORDS, WIDTH, C, D, N),
-            )
-
-    inverse_total = 1.0 / (tl.max(total, 1) + tl.load(background_ptr + h))  # [M]
+        total = add_product(total, pairs[0], mass)
+        sums = add_product(sums, pairs[0], v)
+    for n in tl.range(high, end, num_stages=1):  # few blocks: a pipeline would only take registers
+        pairs, _, v, mass = tile(
+            *(n, q, age, first, law, keys_packed, tk_ptr),
+            *(True, EXPONENT, BITS, CUTOFF, K, D, N),
+        )
+        total = add_product(total, pairs[0], mass)
+        sums = add_product(sums, pairs[0], v)
+    inverse_total = 1.0 / (sum_of_parts(total) + law[3])  # [M]
     out = sums * inverse_total[:, None]  # [M, D]
-    place = b * stride_ob + h * stride_oh + rows.to(tl.int64)[:, None] * stride_ot + d[None, :]
-    inside = real[:, None] & (d < WIDTH)[None, :]
-    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=inside)
+    place, inside = by_token(out_ptr, b, h, heads, rows, queries, WIDTH, D)
+    tl.store(place, out.to(out_ptr.dtype.element_ty), mask=inside)
     if exact_ptr is not None:
-        tl.store(exact_ptr + place, out, mask=inside)
-    tl.store(inverse_total_ptr + query, inverse_total, mask=real)
+        place, _ = by_token(exact_ptr, b, h, heads, rows, queries, WIDTH, D)
+        tl.store(place, out, mask=inside)
+    tl.store(inverse_total_ptr + bh * queries + rows, inverse_total, mask=rows < queries)
+
+
+@triton.jit
+def decode_kernel(
+    q,
+    k,
+    v,
+    mass_ptr,
+    law,
+    tq_ptr,
+    tk_ptr,
+    sums_ptr,
+    total_ptr,
+    heads,
+    queries,
+    keys,
+    log_share,
+    EXPONENT: tl.constexpr,
+    BITS: tl.constexpr,
+    CUTOFF: tl.constexpr,
+    COORDS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    N: tl.constexpr,
+):
+    """What one query feels of its share of the keys; nothing is packed, all is computed in fp32.
+
+    Args:
+        q, k, v: pointers with strides, see `load_rows`.
+        law, log_share: see `head_law`.
+        sums_ptr: written, sums of fields times values, (B * H * Tq, shares, D).
+        total_ptr: written, sums of fields, (B * H * Tq, shares).
+    """
+    row, shares = tl.program_id(0).to(tl.int64), tl.num_programs(1)
+    bh, i = row // queries, row % queries
+    b, h = bh // heads, bh % heads
+    time_scale, time_offset, radius, _, window = head_law(law, h, log_share, EXPONENT)
+    window = tl.minimum(window, 1e9).to(tl.int64)
+    limits = (0.0, 0.0, 0.0, 0.0, 0, 1.0 + radius * radius, 1.0 / (radius * radius))
+    t = tl.load(tq_ptr + i)
+    # positions increase by at least 1, so that the first and the last one bound every index
+    first, last = tl.load(tk_ptr), tl.load(tk_ptr + keys - 1)
+    low = tl.maximum(keys - 1 - (last - t) - window, 0)
+    end = tl.minimum(t - first + 1, keys)
+    share = tl.cdiv(tl.maximum(end - low, 0), shares * N) * N
+    low += tl.program_id(1) * share
+    end = tl.minimum(low + share, end)
+    query = load_rows(q, b, h, i + tl.arange(0, 1), queries, COORDS, C)  # [1, C]
+    total = tl.zeros([N], tl.float32)
+    sums = tl.zeros([N, D], tl.float32)
+    for start in range(low, end, N):
+        j = start + tl.arange(0, N)
+        away = load_rows(k, b, h, j, end, COORDS, C) - query  # [N, C]
+        times = tl.load(tk_ptr + j, mask=j < end, other=0)
+        lag = time_scale * ((t - times).to(tl.float32) - time_offset)
+        seen = (j < end) & (times <= t)
+        base = 1.0 + tl.sum(away * away, 1)
+        field = fields(base, lag, seen, limits, True, EXPONENT, BITS, CUTOFF)[0]  # [N]
+        field *= tl.load(mass_ptr + b * keys + j, mask=j < end, other=0.0).to(tl.float32)
+        total += field
+        sums += field[:, None] * load_rows(v, b, h, j, end, WIDTH, D)
+    place = row * shares + tl.program_id(1)
+    tl.store(total_ptr + place, tl.sum(total, 0))
+    tl.store(sums_ptr + place * D + tl.arange(0, D), tl.sum(sums, 0))
+
+
+@triton.jit
+def combine_kernel(
+    sums_ptr,
+    total_ptr,
+    background_ptr,
+    out_ptr,
+    heads,
+    queries,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    SHARES: tl.constexpr,
+):
+    """The output of one query, (B, Tq, H, WIDTH), from its shares of the keys."""
+    row = tl.program_id(0).to(tl.int64)
+    bh, i = row // queries, row % queries
+    places = row * SHARES + tl.arange(0, SHARES)
+    sums = load_packed(sums_ptr, places, D)  # [SHARES, D]
+    total = tl.sum(tl.load(total_ptr + places), 0)
+    background = TINY
+    if background_ptr is not None:
+        background = tl.load(background_ptr + bh % heads).to(tl.float32)
+    out = tl.sum(sums, 0)[None, :] / (total + background)
+    rows = i + tl.arange(0, 1)
+    place, inside = by_token(out_ptr, bh // heads, bh % heads, heads, rows, queries, WIDTH, D)
+    tl.store(place, out.to(out_ptr.dtype.element_ty), mask=inside)
