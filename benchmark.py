@@ -9,10 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
-from benchmarks import attention, decoding, reading, scaling, training
-from benchmarks.timing import describe_machine
+from benchmarks import flags
 from system.cli import choose_device, script_parser, whole
 from system.errors import UsageError, run_script
 from system.files import write_whole
@@ -25,35 +22,30 @@ EXAMPLES = """examples:
   python benchmark.py data --data-path data/shakespeare/input.txt
   python benchmark.py scaling --checkpoint checkpoints/text.pt_best.pt --output reports/scaling.md
 """
-# for each command the function that adds its flags, the one that measures, its help, an example
+# for each command the function that adds its flags, its help, an example
 COMMANDS = {
     "train": (
-        training.add_flags,
-        training.benchmark_train,
+        flags.add_train_flags,
         "tokens/s and peak memory of whole training steps: forward, backward, clip, AdamW",
         "train --preset 25m --batch-size 4 --dtype bf16",
     ),
     "attention": (
-        attention.add_flags,
-        attention.benchmark_attention,
+        flags.add_attention_flags,
         "the operator alone against scaled_dot_product_attention, causal, values 64 wide",
         "attention --block-sizes 512,8192 --checkpoint checkpoints/text.pt_best.pt",
     ),
     "decode": (
-        decoding.add_flags,
-        decoding.benchmark_decode,
+        flags.add_decode_flags,
         "tokens/s of generation token by token with the KV cache, after several contexts",
         "decode --contexts 256,16384",
     ),
     "data": (
-        reading.add_flags,
-        reading.benchmark_data,
+        flags.add_data_flags,
         "MB/s of tokenizing and of fetching batches",
         "data --data-path data/shakespeare/input.txt",
     ),
     "scaling": (
-        scaling.add_flags,
-        scaling.benchmark_scaling,
+        flags.add_scaling_flags,
         "speed of 1, 2, ... processes, and formulas for 64 GPUs, 1B parameters and 1M tokens",
         "scaling --output reports/scaling.md",
     ),
@@ -64,7 +56,7 @@ def make_parser():
     """The parser of benchmark.py, with a subparser for each command."""
     parser = script_parser(__doc__, EXAMPLES)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (add_flags, _, help, example) in COMMANDS.items():
+    for name, (add_flags, help, example) in COMMANDS.items():
         command = commands.add_parser(
             name,
             help=help,
@@ -84,6 +76,19 @@ def main(argv=None):
     """Measure, print, and write JSON; returns the exit code."""
     args = make_parser().parse_args(argv)
     args.words = sys.argv[1:] if argv is None else argv  # for the page that scaling writes
+    # these import PyTorch, which takes a second: --help and a wrong flag do not wait for it
+    import torch
+
+    from benchmarks import attention, decoding, reading, scaling, training
+    from benchmarks.timing import describe_machine
+
+    measure = {
+        "train": training.benchmark_train,
+        "attention": attention.benchmark_attention,
+        "decode": decoding.benchmark_decode,
+        "data": reading.benchmark_data,
+        "scaling": scaling.benchmark_scaling,
+    }[args.command]
     device = choose_device(args.device)
     if args.json is not None and not Path(args.json).resolve().parent.is_dir():
         raise UsageError(f"--json {args.json}: there is no such folder: make it first")
@@ -91,7 +96,6 @@ def main(argv=None):
         torch.set_num_threads(args.threads)
     if not getattr(args, "peak_only", False):  # its parent process reads one line of JSON
         print(describe_machine(device))
-    measure = COMMANDS[args.command][1]
     numbers = measure(args, device)
     if args.json is not None:
         numbers |= {

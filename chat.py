@@ -10,15 +10,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from engine.checkpoint import best_path, last_path, load_model
 from system.cli import choose_device, random_seed, script_parser, whole, whole_or_zero
 from system.errors import UsageError, UserError, run_script
 from system.safe_text import one_line
 from system.terminal import say
-from talk.commands import Chat, completions, converse
-from talk.conversation import Conversation
+from system.threads import HELP as THREADS_HELP
+from system.threads import choose_threads
 from talk.line_input import LineInput
-from talk.server import KEPT_TOKENS, serve
 from talk.settings import SETTINGS
 
 EXAMPLES = """examples:
@@ -69,6 +67,7 @@ def make_parser():
     )
     add("--seed", type=random_seed, help="the same seed gives the same answer (default: random)")
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
+    add("--threads", type=whole, help=THREADS_HELP)
     add(
         "--serve",
         action="store_true",
@@ -93,6 +92,8 @@ def find_checkpoint(path):
     Raises:
         UserError: if none of them exists and the path is the default.
     """
+    from engine.checkpoint import best_path, last_path
+
     if Path(path).exists():
         return path
     for found in (best_path(path), last_path(path)):
@@ -137,11 +138,19 @@ def main(argv=None):
     # a model may write characters that the terminal's encoding lacks
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
+    # these import PyTorch, which takes a second: --help and a wrong flag do not wait for it
+    from engine.checkpoint import load_model
+    from talk.commands import Chat, completions, converse
+    from talk.conversation import Conversation
+
     path = find_checkpoint(args.checkpoint_path)
     model, tokenizer, checkpoint = load_model(path, choose_device(args.device))
+    choose_threads(args.threads, model, tokens=1)
     settings = {name: getattr(args, name) for name in SETTINGS}
     about = introduction(model, checkpoint, path)
     if args.serve:
+        from talk.server import KEPT_TOKENS, serve
+
         conversation = Conversation(model, tokenizer, settings, KEPT_TOKENS)
         conversation.warm_up()
         host = DEFAULT_HOST if args.host is None else args.host

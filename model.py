@@ -5,7 +5,7 @@ A token has a hidden state `h`, coordinates `z` and a positive mass `m`. One lay
     a = GravityAttention(LayerNorm(h), z, m)
     h = h + a
     h = h + FeedForward(LayerNorm(h))
-    z = LayerNorm(z + W_z a)
+    z = LayerNorm(z + W_z h)        h of unit size; or W_z a, with --coords-from pull
 
 or what a recipe makes of these parts (`layers/parts.py`).
 
@@ -14,7 +14,6 @@ attention and without coordinates. Letters in shapes as in `gravity/law.py`.
 """
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 
 from gravity.newton import GravityAttention
 from gravity.published import PublishedGravityAttention
-from layers.config import ModelConfig
+from layers.config import NGTConfig as NGTConfig
 from layers.parts import (
     FeedForward,
     check_context,
@@ -34,88 +33,8 @@ from layers.parts import (
     skip_weights,
     soft_cap,
 )
-from system.cli import positive, share, whole
-from system.errors import UsageError
-from system.settings import setting
 
-LAWS = ("newton", "published")
-PUBLISHED_RADIUS = math.log1p(math.exp(4.0))  # softplus(4), where the first release starts
-NEWTON_RADIUS = 16.0
 MAX_POSITIONS = 64  # of a window whose particles repel each other
-LARGEST_EXPONENT = 1024  # the field is then practically a Gaussian
-
-
-@dataclass
-class NGTConfig(ModelConfig):
-    """Everything that shapes an NGT."""
-
-    coord_dim: int = setting(64, "dimensions of the space that tokens live in (NGT)", whole)
-    head_coord_dim: int = setting(16, "dimensions of that space that one head sees (NGT)", whole)
-    law: str = setting("newton", "newton, or the published law of the first release", choices=LAWS)
-    exponent: int = setting(4, "exponent of the field mass / (1 + r2)^exponent (newton)", whole)
-    radius: float | None = setting(
-        None,
-        "radius of the cutoff, in softenings; fixed under the hard cutoff of newton, otherwise "
-        "learned, starting there (default: newton 16, published 4.02)",
-        positive,
-    )
-    use_radius_cutoff: bool = setting(
-        True,
-        "no pull from beyond the radius (default: on if --radius, --use-soft-cutoff or "
-        "--no-background is given and under the published law, otherwise off)",
-        flag="--radius-cutoff",
-    )
-    use_soft_cutoff: bool = setting(
-        False, "fade out towards a learned radius instead of a hard edge"
-    )
-    use_rsqrt: bool = setting(False, "compute 1/r2 by a reciprocal root (published law only)")
-    mass_in_value: bool = setting(False, "multiply values by the mass, not the pull")
-    retardation: bool = setting(
-        True,
-        "let a token pull, by a learned share, from the place of the token before it (newton; "
-        "without it the loss is 0.09 higher after 1500 steps: reports/study.md)",
-    )
-    background: bool = setting(
-        False,
-        "add a learned number per head to the sum of fields, so that what a token receives fades "
-        "with the field (newton) (default: on)",
-    )
-    background_start: float = setting(
-        0.0015, "where that number starts (newton with a background)", positive
-    )
-    farthest_time_scale: float = setting(
-        0.0035,
-        "initial softenings per token of the head that looks farthest back (newton)",
-        positive,
-    )
-    field_tolerance: float | None = setting(
-        None,
-        "leave out older tokens that together provably weigh less than this share "
-        "(default: 1e-4 with a background and under bf16 and fp16, otherwise 1e-6; 0: nothing)",
-        share,
-    )
-
-    def __post_init__(self):
-        if self.radius is None:
-            self.radius = NEWTON_RADIUS if self.law == "newton" else PUBLISHED_RADIUS
-        super().__post_init__()
-        if self.exponent > LARGEST_EXPONENT:
-            raise UsageError(f"--exponent is {self.exponent}: give at most {LARGEST_EXPONENT}")
-        if self.use_soft_cutoff and not self.use_radius_cutoff:
-            raise UsageError(
-                "--no-radius-cutoff and --use-soft-cutoff exclude each other: drop one of them"
-            )
-        if self.background and self.law == "published":
-            raise UsageError(
-                "--background and --law published, a softmax, exclude each other: drop one of them"
-            )
-
-    @property
-    def cutoff(self):
-        """The argument of the operator: one of `gravity.law.CUTOFFS`."""
-        if not self.use_radius_cutoff:
-            return "none"
-        return "soft" if self.use_soft_cutoff else "hard"
 
 
 class Geometry(NamedTuple):
@@ -137,6 +56,7 @@ class Layer(nn.Module):
         self.attn = attention(config, layer)
         self.norm2 = norm(config, config.hidden_dim)
         self.ffn = FeedForward(config)
+        self.moved_by_state = config.coords_from == "state"
         self.coord_proj_next = linear(config, config.hidden_dim, config.coord_dim)
         self.coord_norm = norm(config, config.coord_dim)
 
@@ -150,7 +70,8 @@ class Layer(nn.Module):
         a, v = self.attn(self.norm1(h), z, mass, positions, kv_cache, first_values=first_values)
         h = h + a
         h = h + self.ffn(self.norm2(h))
-        z = self.coord_norm(z + self.coord_proj_next(a))
+        mover = F.rms_norm(h, h.shape[-1:]) if self.moved_by_state else a
+        z = self.coord_norm(z + self.coord_proj_next(mover))
         return h, z, v
 
 

@@ -2,7 +2,6 @@
 
 from system.cli import script_parser
 from system.errors import run_script
-from text.preparation import check_tokenizer_file, prepare_data
 from training.config import CORPUS, resolve
 from training.options import add_corpus_flags
 
@@ -19,6 +18,8 @@ def main(argv=None):
     parser = script_parser(__doc__, EXAMPLES)
     add_corpus_flags(parser, default_dataset="wikitext103")
     args = parser.parse_args(argv)
+    from text.preparation import check_tokenizer_file, prepare_data  # slow to import
+
     check_tokenizer_file(args.tokenizer_path, args.bpe_vocab_size)
     config = resolve(args)
     data = prepare_data(**{name: config[name] for name in CORPUS})

@@ -7,10 +7,6 @@ one line, with mean and standard deviation.
 
 from pathlib import Path
 
-from reporting.runs import find_runs, group
-from reporting.study import write_study
-from reporting.summary import write_report
-from reporting.tables import terminal_table
 from system.cli import script_parser
 from system.errors import run_script
 from system.safe_text import one_line
@@ -53,9 +49,15 @@ def main(argv=None):
     if args.study is not None:
         if args.output is None:
             parser.error("--study needs --output, the .md file to write")
+        from reporting.study import write_study
+
         write_study(Path(args.output), args.study)
         print(f"wrote {args.output}")
         return 0
+    from reporting.runs import find_runs, group  # PyTorch takes a second to import
+    from reporting.summary import write_report
+    from reporting.tables import terminal_table
+
     variants = group(find_runs(args.runs))
     runs = [run for v in variants for run in v.runs]
     print(terminal_table(variants))

@@ -141,7 +141,9 @@ ablation() {
         head_coord_dim_*) flags=(--head-coord-dim "${1#head_coord_dim_}") ;;
         coord_dim_*) flags=(--coord-dim "${1#coord_dim_}") ;;
         mass_in_value) flags=(--mass-in-value) ;;
+        pull) flags=(--coords-from pull) ;;
         no_retardation) flags=(--no-retardation) ;;
+        no_retarded_values) flags=(--no-retarded-values) ;;
         farthest_*) flags=(--farthest-time-scale "${1#farthest_}") ;;
         no_repulsion) flags=(--no-repulsion) ;;
         radius_*) flags=(--radius-cutoff --radius "${1#radius_}") ;;
@@ -161,8 +163,8 @@ ablation() {
 }
 ABLATIONS=${ABLATIONS:-default no_background background_0.0001 background_0.005 background_0.02
     no_repulsion exponent_3 exponent_6 head_coord_dim_8 head_coord_dim_32 farthest_0.0035
-    no_retardation mass_in_value radius_16 layernorm biases gelu no_zero_init no_value_residual
-    no_embedding_skip no_softcap adamw}
+    pull no_retardation no_retarded_values mass_in_value radius_16 layernorm biases gelu no_zero_init
+    no_value_residual no_embedding_skip no_softcap adamw}
 
 for name in $ABLATIONS $FULL; do ablation "$name"; done
 use_environment requirements.txt

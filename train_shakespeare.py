@@ -4,8 +4,6 @@ import sys
 
 from system.errors import run_script
 from training.options import train_parser
-from training.ranks import joined
-from training.run import run
 from training.stop_request import ignore_requests_to_save
 
 EXAMPLES = """examples:
@@ -22,6 +20,9 @@ def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     args = train_parser(__doc__, EXAMPLES).parse_args(words)
     ignore_requests_to_save()
+    from training.ranks import joined  # PyTorch takes a second to import; --help does not wait
+    from training.run import run
+
     with joined() as ranks:
         return run(args, ranks, words)
 

@@ -12,14 +12,13 @@ ALiBi (Press et al. 2022, arXiv:2108.12409). Letters in shapes as in `gravity/la
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from gravity.heads import merge_heads, split_heads
-from layers.config import ModelConfig
+from layers.config import VanillaConfig as VanillaConfig
 from layers.parts import (
     FeedForward,
     RMSNorm,
@@ -35,39 +34,6 @@ from layers.parts import (
     value_share,
 )
 from layers.sink import attention_with_sink
-from system.errors import UsageError
-from system.settings import setting
-
-POSITIONS = ("learned", "rotary", "alibi")
-SMEARS = ("none", "keys", "keys-values")
-
-
-@dataclass
-class VanillaConfig(ModelConfig):
-    """Everything that shapes a vanilla transformer."""
-
-    pos: str = setting("learned", "position encoding of a vanilla model", choices=POSITIONS)
-    qk_norm: bool = setting(
-        False, "RMSNorm over each head's channels of queries and keys (vanilla)"
-    )
-    smear: str = setting(
-        "none",
-        "mix keys, or keys and values, with those of the token before, by learned shares, as "
-        "--retardation does in NGT (vanilla)",
-        choices=SMEARS,
-    )
-    sink: bool = setting(
-        False, "a learned logit per head in the softmax's denominator, for no token (vanilla)"
-    )
-    head_bias: bool = False  # True only for checkpoints of the first release that have one
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.pos == "rotary" and self.hidden_dim // self.num_heads % 2:
-            raise UsageError(
-                f"--pos rotary turns pairs of channels: --hidden-dim {self.hidden_dim} over "
-                f"--num-heads {self.num_heads} leaves an odd number per head"
-            )
 
 
 def rotation(positions, width):

@@ -5,42 +5,12 @@ import statistics
 import torch
 import torch.nn.functional as F
 
-from benchmarks.models import (
-    DTYPES,
-    VALUE_WIDTH,
-    add_dtype_flag,
-    add_law_flags,
-    newton_model,
-    some_tokens,
-)
+from benchmarks.models import DTYPES, VALUE_WIDTH, newton_model, some_tokens
 from benchmarks.timing import interleaved, ratios, spread
 from gravity import newton
 from gravity.attention import gravity_attention
-from system.cli import whole, whole_list
 
 DIFFERENTIABLE = ("q", "k", "v", "mass", "time_scale", "time_offset", "background")
-
-
-def add_flags(parser):
-    """Add the flags of `benchmark.py attention`."""
-    add_dtype_flag(parser)
-    add_law_flags(parser)
-    add = parser.add_argument
-    add("--batch-size", type=whole, default=1, help="sequences per batch (default: 1)")
-    add(
-        "--block-sizes",
-        type=whole_list,
-        default=[512, 1024, 2048, 4096, 8192],
-        help="tokens per sequence, separated by commas (default: 512,1024,2048,4096,8192)",
-    )
-    add(
-        "--checkpoint",
-        metavar="FILE",
-        help="an NGT whose points, masses and scales are used, on its validation text; what the "
-        "operator skips depends on them (default: a fresh 25m model on random tokens)",
-    )
-    add("--text", metavar="FILE", help="use this text instead of the checkpoint's")
-    add("--steps", type=whole, default=5, help="timed rounds (default: 5)")
 
 
 def benchmark_attention(args, device):

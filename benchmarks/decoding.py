@@ -13,39 +13,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.models import (
-    add_dtype_flag,
-    add_law_flags,
-    add_preset_flag,
-    fresh_model,
-    newton_model,
-    some_tokens,
-)
+from benchmarks.models import fresh_model, newton_model, some_tokens
 from benchmarks.timing import interleaved, ratios, spread
 from engine.generation import TokenStream, sample
-from system.cli import whole, whole_list, whole_or_zero
-
-
-def add_flags(parser):
-    """Add the flags of `benchmark.py decode`."""
-    add_preset_flag(parser)
-    add_dtype_flag(parser)
-    add_law_flags(parser)
-    add = parser.add_argument
-    add(
-        "--contexts",
-        type=whole_list,
-        default=[256, 1024, 4096, 16384],
-        help="tokens in the cache, separated by commas (default: 256,1024,4096,16384)",
-    )
-    add("--checkpoint", metavar="FILE", help="an NGT to use (default: a fresh one)")
-    add("--steps", type=whole, default=32, help="timed rounds (default: 32)")
-    add(
-        "--chat-tokens",
-        type=whole_or_zero,
-        default=0,
-        help="then generate this many tokens with NGT and print its memory (default: 0)",
-    )
 
 
 def benchmark_decode(args, device):

@@ -5,49 +5,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.flags import TIMED_PRESETS, law_given
 from engine.checkpoint import load_model
 from engine.models import build_model
 from model import NGT
 from system.errors import UsageError, UserError
-from system.settings import add_flag, flag_of
+from system.settings import flag_of
 from text.token_files import data_of_checkpoint
-from training.config import DEFAULTS, LAW_DEFAULTS, SETTINGS, law_settings, preset_settings
+from training.config import DEFAULTS, SETTINGS, law_settings, preset_settings
 
-TIMED_PRESETS = {  # --preset: the preset of training, and the vocabulary size of its text
-    "shakespeare": ("shakespeare", 66),
-    "25m": ("wikitext103", 8192),
-}
-LAW_SETTINGS = ("background", "use_radius_cutoff")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 VALUE_WIDTH = 64  # of a head, in `benchmark.py attention`
-
-
-def add_preset_flag(parser):
-    parser.add_argument(
-        "--preset", choices=list(TIMED_PRESETS), default="25m", help="model sizes (default: 25m)"
-    )
-
-
-def add_dtype_flag(parser):
-    parser.add_argument(
-        "--dtype",
-        choices=list(DTYPES),
-        default="fp32",
-        help="precision of matrix products (default: fp32)",
-    )
-
-
-def add_law_flags(parser):
-    """Add the flags of training that shape the law of a fresh NGT; `law_given` reads them."""
-    for name in LAW_SETTINGS:
-        default = "on" if LAW_DEFAULTS["newton"][name] else "off"
-        help = f"of a fresh NGT: {SETTINGS[name].metadata['help']} (default: {default})"
-        add_flag(parser, SETTINGS[name], help)
-
-
-def law_given(args):
-    """The settings that `add_law_flags` read, as a dict of those that were given."""
-    return {name: value for name in LAW_SETTINGS if (value := getattr(args, name)) is not None}
 
 
 def newton_model(args, device):

@@ -9,7 +9,6 @@ from tokenizers import Tokenizer
 
 from benchmarks.timing import interleaved, spread
 from data import get_batch
-from system.cli import whole
 from system.errors import UserError
 from text.corpora import Corpus
 from text.stream import pieces
@@ -18,14 +17,6 @@ from text.tokenizer import BPETokenizer, CharTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCHES = (20, 16, 512)  # batches per round, windows per batch, tokens per window
-
-
-def add_flags(parser):
-    """Add the flags of `benchmark.py data`."""
-    add = parser.add_argument
-    add("--data-path", metavar="FILE", help="text file (default: this repository's own sources)")
-    add("--bpe-vocab-size", type=whole, default=1024, help="vocabulary of the BPE (default: 1024)")
-    add("--steps", type=whole, default=5, help="timed rounds (default: 5)")
 
 
 def benchmark_data(args, device):

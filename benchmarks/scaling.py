@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.models import TIMED_PRESETS, load_newton
+from benchmarks.flags import TIMED_PRESETS
+from benchmarks.models import load_newton
 from benchmarks.paper import bytes_on_the_wire, paper_section, parameters_of
 from benchmarks.timing import describe_machine, spread
 from engine.flops import attention_flops
 from engine.models import build_model
 from gravity.attention import gravity_attention
-from system.cli import whole, whole_list
 from system.errors import UsageError, UserError
 from system.files import write_whole
 from system.machine import code_version
@@ -43,33 +43,6 @@ SHAPES = {
 }
 CONTEXTS_ON_PAPER = (512, 4096, 32_768, 262_144, 1_048_576)
 CONTEXTS_TIMED = (1024, 4096, 16_384, 65_536, 262_144)
-
-
-def add_flags(parser):
-    """Add the flags of `benchmark.py scaling`."""
-    add = parser.add_argument
-    add(
-        "--ranks",
-        type=whole_list,
-        default=[1, 2],
-        help="numbers of processes, separated by commas (default: 1,2)",
-    )
-    add("--rounds", type=whole, default=3, help="runs of each number (default: %(default)s)")
-    add("--steps", type=whole, default=12, help="steps per run (default: %(default)s)")
-    add("--batch-size", type=whole, default=4, help="windows per step (default: %(default)s)")
-    add(
-        "--preset",
-        choices=list(SHAPES),
-        default="25m",
-        help="model sizes (default: %(default)s)",
-    )
-    add(
-        "--checkpoint",
-        metavar="FILE",
-        help="an NGT of --law newton, whose windows give the cost of long contexts (default: an "
-        "untrained one)",
-    )
-    add("--output", metavar="FILE", help="write the page to this file (default: print it)")
 
 
 def benchmark_scaling(args, device):

@@ -1,6 +1,5 @@
 """Measures the speed and the peak memory of training steps: `benchmark.py train`."""
 
-import argparse
 import json
 import math
 import statistics
@@ -14,19 +13,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from benchmarks.models import (
-    DTYPES,
-    TIMED_PRESETS,
-    add_dtype_flag,
-    add_law_flags,
-    add_preset_flag,
-    law_given,
-)
+from benchmarks.flags import TIMED_PRESETS, law_given
+from benchmarks.models import DTYPES
 from benchmarks.timing import interleaved, peak_flops, ratios, spread
 from engine.flops import training_flops
 from gravity import published
-from model import LAWS
-from system.cli import whole
 from system.errors import UsageError, warn
 from system.machine import cpu_multiplies_bf16, peak_memory_bytes
 from system.settings import flag_of
@@ -34,33 +25,6 @@ from training.config import DEFAULTS, SETTINGS, law_settings, preset_settings
 from training.trainer import Trainer
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmark.py"
-
-
-def add_flags(parser):
-    """Add the flags of `benchmark.py train`."""
-    add_preset_flag(parser)
-    add_dtype_flag(parser)
-    add = parser.add_argument
-    add("--batch-size", type=whole, help="windows per step (default: the preset's)")
-    add("--block-size", type=whole, help="tokens per window (default: the preset's)")
-    add("--compile", action="store_true", help="torch.compile both models")
-    add(
-        "--model",
-        choices=("both", "ngt", "vanilla"),
-        default="both",
-        help="models to train (default: both)",
-    )
-    add("--law", choices=LAWS, default="newton", help="law of NGT (default: newton)")
-    add_law_flags(parser)
-    add(
-        "--against",
-        choices=("vanilla", "first-release"),
-        default="vanilla",
-        help="what NGT is compared with; first-release: the published law, computed as in NGT's "
-        "first release from a tensor of all coordinate differences (default: vanilla)",
-    )
-    add("--steps", type=whole, default=10, help="timed steps of each model (default: 10)")
-    add("--peak-only", action="store_true", help=argparse.SUPPRESS)  # for child_peak
 
 
 def benchmark_train(args, device):

@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields
 
 import torch
 
-from engine.models import MODELS, build_model
+from engine.models import CONFIGS, weightless_model
 from system.errors import UserError
 from system.safe_text import short_reason, shown_short
 
@@ -56,9 +56,9 @@ def contradiction(checkpoint):
 def _wrong_config(config):
     if not isinstance(config, dict):
         return "config is not a dictionary"
-    if not isinstance(config.get("model_type"), str) or config["model_type"] not in MODELS:
+    if not isinstance(config.get("model_type"), str) or config["model_type"] not in CONFIGS:
         return "its model_type is unknown"
-    for field in fields(MODELS[config["model_type"]][1]):
+    for field in fields(CONFIGS[config["model_type"]]):
         value = config.get(field.name, field.default)
         if value is MISSING:
             return f"it has no {field.name}"
@@ -80,14 +80,13 @@ def _wrong_progress(checkpoint):
 
 
 def _wrong_weights(config, state):
-    # these two first: even on "meta", a model of 10^9 layers takes memory and time to build
+    # these two first: even without weights, a model of 10^9 layers takes memory and time to build
     layers = {name.split(".")[1] for name in state if name.startswith("layers.")}
     if len(layers) != config["num_layers"]:
         return f"{len(layers)} layers of weights for num_layers {config['num_layers']}"
     if tuple(state["token_emb.weight"].shape) != (config["vocab_size"], config["hidden_dim"]):
         return "token_emb.weight is not vocab_size by hidden_dim"
-    with torch.device("meta"):  # shapes only, no memory
-        model = build_model(config)
+    model = weightless_model(config)
     expected = model.state_dict()
     if expected.keys() != state.keys():
         name = sorted(expected.keys() ^ state.keys())[0]

@@ -9,6 +9,8 @@ from tqdm import tqdm
 
 from system.machine import cpu_multiplies_bf16
 
+TOKENS_AT_ONCE = 8192
+
 
 class Losses:
     """Computes losses of a model's predictions, in bf16 if it was trained in bf16.
@@ -50,12 +52,12 @@ class Losses:
         return losses.view(targets.shape).double().cpu().numpy(), is_right.cpu().numpy()
 
     def graded_all(self, sequences, count, title):
-        """`graded` for any number of sequences, in batches of about 8192 tokens.
+        """`graded` for any number of sequences, in batches of about TOKENS_AT_ONCE.
 
         Args:
             title: of the progress bar.
         """
-        rows = max(1, 8192 // sequences.shape[1])
+        rows = max(1, TOKENS_AT_ONCE // sequences.shape[1])
         starts = range(0, len(sequences), rows)
         parts = [
             self.graded(sequences[start : start + rows], count)

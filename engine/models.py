@@ -2,15 +2,14 @@
 
 from dataclasses import fields
 
-from model import NGT, NGTConfig
-from vanilla_model import Vanilla, VanillaConfig
+from layers.config import NGTConfig, VanillaConfig
 
-MODELS = {"ngt": (NGT, NGTConfig), "vanilla": (Vanilla, VanillaConfig)}
+CONFIGS = {"ngt": NGTConfig, "vanilla": VanillaConfig}
 
 
 def model_fields(model_type):
     """The names of the config fields that shape this kind of model, in order."""
-    return [field.name for field in fields(MODELS[model_type][1])]
+    return [field.name for field in fields(CONFIGS[model_type])]
 
 
 def model_config(config):
@@ -22,12 +21,37 @@ def model_config(config):
     Raises:
         UsageError: if a size or setting is out of range.
     """
-    _, config_class = MODELS[config["model_type"]]
     names = model_fields(config["model_type"])
-    return config_class(**{name: config[name] for name in names if name in config})
+    values = {name: config[name] for name in names if name in config}
+    return CONFIGS[config["model_type"]](**values)
 
 
 def build_model(config):
     """A freshly initialised model of this config. Raises what `model_config` raises."""
-    model_class, _ = MODELS[config["model_type"]]
+    from model import NGT  # PyTorch takes a second to import, and --help needs only the settings
+    from vanilla_model import Vanilla
+
+    model_class = {"ngt": NGT, "vanilla": Vanilla}[config["model_type"]]
     return model_class(model_config(config))
+
+
+def weightless_model(config):
+    """The model of a config for its names and shapes: large weights are on "meta", none is filled.
+
+    `torch.device("meta")` alone gives the same, but loads PyTorch's compiler, which takes two
+    seconds, for the few operations that initialise weights.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Weightless(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            if function is torch.empty:
+                kwargs["device"] = "meta"
+            elif function.__name__.endswith("_") and not function.__name__.endswith("__"):
+                return args[0] if args else kwargs["tensor"]  # in place: left as it is
+            return function(*args, **kwargs)
+
+    with Weightless():
+        return build_model(config)

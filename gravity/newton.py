@@ -31,7 +31,8 @@ class GravityAttention(nn.Module):
 
     A head looks from `q = P z`, tokens pull from `k = S z`; time is one more dimension of space.
     With retardation, k is partly that of the token before (`retarded`), so that one layer can find
-    what once followed a token like this one.
+    what once followed a token like this one; with retarded values a token also passes on a share of
+    what the one before it does.
     """
 
     def __init__(self, config, layer):
@@ -43,6 +44,8 @@ class GravityAttention(nn.Module):
         self.retardation = nn.Parameter(torch.empty(points)) if config.retardation else None
         self.v_proj = linear(config, config.hidden_dim, config.hidden_dim)
         self.out_proj = linear(config, config.hidden_dim, config.hidden_dim)
+        if config.retarded_values:
+            self.value_retardation = nn.Parameter(torch.zeros(config.hidden_dim))
         self.value_share = value_share(config, layer)
         self.dropout = nn.Dropout(config.dropout)
         self.time_scale_raw = nn.Parameter(torch.empty(heads))
@@ -166,7 +169,12 @@ class GravityAttention(nn.Module):
         too.
         """
         q, k = self.points(z, kv_cache)
-        values = value_residual(self.v_proj(h), first_values, self.value_share)
+        values = self.v_proj(h)
+        if self.config.retarded_values:
+            values = mix_with_token_before(
+                values, self.value_retardation, kv_cache, (self.layer, "values")
+            )
+        values = value_residual(values, first_values, self.value_share)
         v = split_heads(values, self.config.num_heads)
         tolerance = field_tolerance(self.config, v.dtype)
         key_positions = positions

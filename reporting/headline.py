@@ -3,10 +3,8 @@
 import math
 import statistics
 
-import torch
-
 from engine.flops import training_flops
-from engine.models import build_model
+from engine.models import weightless_model
 from reporting.runs import NOT_RUN, label_of, loss_or_worst, mean
 from system.durations import duration
 from system.markdown import markdown_table, markdown_text
@@ -162,5 +160,4 @@ def cost_table(headline):
 
 def _model_of(config):
     """The model of a run's config, without memory for its weights."""
-    with torch.device("meta"):
-        return build_model(config | {"model_type": config["model"]})
+    return weightless_model(config | {"model_type": config["model"]})

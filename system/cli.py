@@ -3,8 +3,6 @@
 import argparse
 import math
 
-import torch
-
 from system.errors import UsageError
 
 
@@ -84,6 +82,8 @@ def choose_device(name):
     Raises:
         UsageError: if there is no such device here.
     """
+    import torch  # takes a second, which --help does not wait for
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

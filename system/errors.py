@@ -4,6 +4,7 @@ import os
 import sys
 
 from system.safe_text import one_line
+from system.threads import sleep_while_waiting
 
 
 class UserError(Exception):
@@ -33,7 +34,11 @@ def warn(message):
 
 
 def run_script(main):
-    """Call `main()` and exit with its code; a `UserError` becomes one line on stderr."""
+    """Call `main()` and exit with its code; a `UserError` becomes one line on stderr.
+
+    All scripts start here, before PyTorch is imported.
+    """
+    sleep_while_waiting()
     try:
         sys.exit(main())
     except UserError as error:

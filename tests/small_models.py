@@ -28,6 +28,7 @@ NEWTON = {
     "newton soft": dict(radius=RADIUS, use_soft_cutoff=True),
     "newton mass in value": dict(radius=RADIUS, use_soft_cutoff=True, mass_in_value=True),
     "newton modern": dict(radius=RADIUS, **MODERN),
+    "newton state": dict(radius=RADIUS, coords_from="state", retarded_values=True, **MODERN),
     "newton background": dict(use_radius_cutoff=False, background=True, field_tolerance=1e-6),
 }
 PUBLISHED = {

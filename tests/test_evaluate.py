@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import evaluate
 from conftest import error_line, run
+from engine import evaluation
 from engine.checkpoint import load_model
 from text.token_files import open_token_data
 
@@ -103,7 +104,8 @@ def test_repeats_of_a_model_that_copies():
     """If no token of the text repeats, a model that copies predicts only the repeated strings."""
     vocab_size = 3000
     tokens = np.arange(2900)
-    rows = evaluate.on_repeats(evaluate.Losses(Copier(vocab_size), {}), tokens, vocab_size, 4, 250)
+    losses = evaluation.Losses(Copier(vocab_size), {})
+    rows = evaluation.on_repeats(losses, tokens, vocab_size, 4, 250)
     assert [(row["text"], row["gap"]) for row in rows] == [
         *(("real", gap) for gap in (20, 100, 200)),
         *(("random", gap) for gap in (20, 100)),
@@ -114,7 +116,7 @@ def test_repeats_of_a_model_that_copies():
 
 
 def test_ranks():
-    ranks = evaluate.frequency_ranks(np.array([3, 3, 3, 1, 1, 0]), 5)
+    ranks = evaluation.frequency_ranks(np.array([3, 3, 3, 1, 1, 0]), 5)
     assert ranks.tolist() == [3, 2, 4, 1, 5]
 
 

@@ -1,6 +1,5 @@
 """Both models: causality, caches, positions, sizes, errors."""
 
-import copy
 import dataclasses
 import math
 
@@ -8,19 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine import kv_cache
 from engine.kv_cache import KVCache
 from engine.models import build_model
-from gravity.heads import merge_heads, split_heads
-from gravity.law import gravity_attention_reference
-from model import GravityAttention, NGTConfig, repulsion_loss
+from model import NGTConfig, repulsion_loss
 from small_models import (
     ALL,
     BLOCK,
     NEWTON,
     NGT_SMALL,
     PUBLISHED,
-    RADIUS,
     SMALL,
     VANILLA,
     VOCAB,
@@ -31,187 +26,6 @@ from system.errors import UsageError
 from training.config import PRESETS, RECIPES, resolve
 from training.options import train_parser
 from vanilla_model import Attention, VanillaConfig, alibi_slopes, rotate, rotation
-
-UNLIMITED = [*NEWTON, *(name for name in VANILLA if "learned" not in name)]
-
-
-def in_chunks(model, tokens, sizes):
-    """`(logits, cache)` of tokens that are fed through one KV cache in pieces."""
-    cache, start, logits = KVCache(), 0, []
-    for size in sizes:
-        logits.append(model(tokens[:, start : start + size], kv_cache=cache))
-        start += size
-    assert start == tokens.shape[1] == cache.length
-    return torch.cat(logits, 1), cache
-
-
-@pytest.mark.parametrize("name", ALL)
-@torch.no_grad()
-def test_cached_equals_uncached(name):
-    """Pieces of 1, 2, 5, 13, ... tokens through the cache give the logits of one pass, to 1e-4."""
-    model = lively(name)
-    length = 3 * BLOCK if name in UNLIMITED else BLOCK
-    tokens = ids(length, batch=2)
-    full = model(tokens)
-    assert full.std() > 0.3
-    for sizes in ([1] * length, [5, 1, 1, 2], [length - 1, 1], [13, 1, 2]):
-        sizes = [*sizes, *([] if sum(sizes) == length else [length - sum(sizes)])]
-        cached, _ = in_chunks(model, tokens, sizes)
-        assert (cached - full).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("name", [n for n in NEWTON if "radius" in NEWTON[n]])
-@torch.no_grad()
-def test_newton_with_a_radius_forgets(name, monkeypatch):
-    """The cache stops growing, and the logits equal those of a pass that forgets nothing."""
-    monkeypatch.setattr(kv_cache, "MIN_CAPACITY", 2)
-    model = lively(name)
-    tokens = ids(5 * BLOCK)
-    full = model(tokens)
-    cache, sizes, memory, logits = KVCache(), [], [], []
-    for t in range(tokens.shape[1]):
-        logits.append(model(tokens[:, t : t + 1], kv_cache=cache))
-        sizes.append(cache.num_remembered(0))
-        memory.append(cache.num_bytes())
-    assert sizes[0] < sizes[5] < sizes[-1] and memory[0] < memory[5] < memory[-1]
-    assert len(set(sizes[20:])) == 1 and len(set(memory[50:])) == 1
-    # memory is at most twice what is remembered, including the new token
-    assert memory[-1] <= memory[0] / 2 * 2 * (sizes[-1] + 1)
-    assert (torch.cat(logits, 1) - full).abs().max() < 1e-4
-    # radius / time_scale + offset + slack of the farthest head, in tokens of q, k, v and mass
-    assert 1 + RADIUS / 0.25 <= sizes[-1] <= 1 + RADIUS / 0.25 + 3
-    # what is remembered matters: without half of it the logits differ
-    for layer in range(2):
-        cache.keep_newest(layer, 4)
-    other = model(tokens[:, -1:], kv_cache=cache)
-    again, _ = in_chunks(model, torch.cat([tokens, tokens[:, -1:]], 1), [80, 1])
-    assert (other[:, -1] - again[:, -1]).abs().max() > 1e-2
-
-
-@torch.no_grad()
-def test_the_window_is_computed_once_per_layer_and_cache(monkeypatch):
-    """A decoding step reads it from the cache, from a snapshot and from a deep copy as well."""
-    computed, window = [], GravityAttention.window
-
-    def counting(attn, *given):
-        computed.append(attn.layer)
-        return window(attn, *given)
-
-    monkeypatch.setattr(GravityAttention, "window", counting)
-    model, cache = lively("newton background"), KVCache()
-    for _ in range(3):
-        model(ids(1), kv_cache=cache)
-    for copied in (cache.snapshot(), copy.deepcopy(cache)):
-        model(ids(1), kv_cache=copied)
-    assert computed == [0, 1]
-
-
-@torch.no_grad()
-def test_cache_without_a_radius_keeps_everything():
-    """Without a cutoff every token is remembered."""
-    model, cache, sizes = lively("newton none"), KVCache(), []
-    for _ in range(40):
-        model(ids(1), kv_cache=cache)
-        sizes.append(cache.num_remembered(1))
-    assert sizes == list(range(1, 41))
-
-
-@torch.no_grad()
-def test_newton_with_a_background_forgets(monkeypatch):
-    """A conversation of many tokens takes constant memory, and its logits are those of one pass."""
-    monkeypatch.setattr(kv_cache, "MIN_CAPACITY", 2)
-    model = lively("newton background")
-    tokens = ids(40 * BLOCK)
-    full = model(tokens)
-    cache, sizes, memory, logits = KVCache(), [], [], []
-    for chunk in tokens.split(4, dim=1):
-        logits.append(model(chunk, kv_cache=cache))
-        sizes.append(cache.num_remembered(0))
-        memory.append(cache.num_bytes())
-    assert len(set(sizes[25:])) == 1 and len(set(memory[40:])) == 1
-    assert 20 < sizes[-1] < 60
-    assert (torch.cat(logits, 1) - full).abs().max() < 1e-4
-    # an operator that leaves out nothing remembers everything
-    model = lively("newton background")
-    model.config.field_tolerance = 0.0
-    cache = KVCache()
-    model(tokens, kv_cache=cache)
-    assert cache.num_remembered(0) == tokens.shape[1]
-
-
-def heavy_then_light(mass_in_value):
-    """A layer whose heads feel every token at their own place, and 200 tokens for it, the first 60
-    of which are a thousand times as heavy as the others and pass on the opposite value."""
-    settings = dict(field_tolerance=0.02, mass_in_value=mass_in_value, background_start=0.01)
-    config = NGTConfig(**NGT_SMALL, **NEWTON["newton background"] | settings)
-    attn = GravityAttention(config, 0)
-    attn.reset_geometry()
-    for proj in (attn.v_proj, attn.out_proj):
-        proj.weight.copy_(torch.eye(24))
-        proj.bias.zero_()
-    attn.probe_proj.weight.zero_()
-    attn.source_proj.weight.zero_()
-    attn.source_proj.bias.copy_(attn.probe_proj.bias)
-    attn.time_scale_raw.copy_(torch.log(torch.expm1(torch.tensor([0.5, 0.7, 1.0, 2.0]))))
-    heavy = torch.arange(200)[None] < 60
-    mass = torch.where(heavy, 1.0, 0.001)
-    h = torch.where(heavy, 1.0, -1.0)[:, :, None].expand(1, 200, 24)
-    return attn, h, torch.zeros(1, 200, 12), mass
-
-
-@pytest.mark.parametrize("mass_in_value", [False, True])
-@torch.no_grad()
-def test_what_a_background_lets_forget_never_matters(mass_in_value):
-    """In the worst places, and for all later tokens, the outputs are within 2 tolerance max|v| of
-    those that feel everything; with the mass of light tokens as the largest they are not."""
-    attn, h, z, mass = heavy_then_light(mass_in_value)
-    v = split_heads(attn.v_proj(h), 4)
-    q, k = attn.points(z)
-    full = merge_heads(gravity_attention_reference(q, k, v, mass, **attn.law()))
-    errors = {}
-    for largest in (1.0, 0.001):
-        cache, outputs = KVCache(), []
-        cache.largest_mass = torch.tensor(largest)
-        for t in range(200):
-            part = slice(t, t + 1)
-            out, _ = attn(h[:, part], z[:, part], mass[:, part], torch.tensor([t]), cache)
-            outputs.append(out)
-            cache.length += 1
-        assert cache.num_remembered(0) < 60
-        errors[largest] = (torch.cat(outputs, 1) - full).abs().max()
-    assert 0 < errors[1.0] <= 2 * 0.02
-    assert (errors[0.001] > 2 * 0.02) == (not mass_in_value)  # masses then move no window
-
-
-def test_windows_of_a_background():
-    """They end where `windows` says, for half of the tolerance: exactly, by hand."""
-    config = dict(**NGT_SMALL, background=True, background_start=0.01)
-
-    def windows(mass=3.0, dtype=torch.float32, **settings):
-        attn = GravityAttention(NGTConfig(**config | settings), 0)
-        attn.reset_geometry()
-        scale, offset = attn.time_scale.double(), attn.time_offset.double()
-        return scale, offset, attn.window(torch.tensor(mass), dtype)
-
-    for dtype, tolerance, settings in (
-        (torch.float32, 1e-4, {}),
-        (torch.float32, 1e-6, {"field_tolerance": 1e-6}),
-        (torch.bfloat16, 1e-4, {}),
-        (torch.float16, 1e-4, {}),
-        (torch.bfloat16, 0.01, {"field_tolerance": 0.01}),
-    ):
-        scale, offset, found = windows(dtype=dtype, use_radius_cutoff=False, **settings)
-        by_hand = offset + (3.0 / (7 * scale**8 * tolerance / 2 * 0.01)) ** (1 / 7)
-        more = found.double() - by_hand  # whole tokens, and a millionth for rounding
-        assert ((more >= 0) & (more <= 1 + 1e-5 * by_hand)).all()
-    nearest = {"radius": 0.5}  # ends before what the background proves
-    scale, offset, found = windows(**nearest)
-    torch.testing.assert_close(found.double(), (offset + 0.5 / scale + 1).clamp(min=1))
-    assert (windows(field_tolerance=0.0, use_radius_cutoff=False)[-1] == math.inf).all()
-    one, other = (
-        windows(mass, mass_in_value=True, use_radius_cutoff=False)[-1] for mass in (1.0, 9.0)
-    )
-    assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import train_shakespeare
 import visualize_coords
 from conftest import ROOT, error_line, run
 from repository_copy import copy_of_the_repository
+from small_models import make_checkpoint
 from training.options import train_parser
 
 SCRIPTS = (train_shakespeare, prepare_data, chat, visualize_coords, report, benchmark, evaluate)
@@ -41,6 +43,43 @@ def test_help_explains_and_shows_examples(script, capsys):
         script.main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and f"python {script.__name__}.py" in text
+
+
+LIST_IMPORTS = """
+import runpy, sys
+sys.argv.pop(0)
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print(*{name for name in sys.modules if "torch._" in name or "." not in name}, file=sys.stderr)
+"""
+
+
+def imported(*command):
+    """The modules that a script has imported at its end: packages, and parts of PyTorch."""
+    words = [sys.executable, "-c", LIST_IMPORTS, ROOT / command[0], *command[1:]]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return set(result.stderr.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("command", [*(f"{s.__name__}.py" for s in SCRIPTS), "benchmark.py train"])
+def test_help_imports_nothing_heavy(command):
+    """PyTorch takes a second, and who asks for help need not wait for it."""
+    modules = imported(*command.split(), "--help")
+    assert "argparse" in modules
+    heavy = {"torch", "numpy", "tokenizers", "tiktoken", "tensorboard", "matplotlib", "plotly"}
+    assert not modules & (heavy | {"sklearn", "datasets", "triton", "tqdm", "filelock"})
+
+
+def test_chat_starts_without_what_it_does_not_use(in_tmp):
+    """PyTorch's compiler takes two seconds, longer than PyTorch itself."""
+    make_checkpoint("x.pt")
+    modules = imported("chat.py", "--checkpoint-path", "x.pt", "--prompt", "a", "--seed", "1")
+    assert "torch" in modules
+    heavy = {"tensorboard", "matplotlib", "plotly", "sklearn", "sympy", "datasets"}
+    assert not modules & (heavy | {"torch._dynamo", "torch._inductor"})
 
 
 def test_every_training_flag_has_help_with_its_default():

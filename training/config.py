@@ -7,12 +7,11 @@ setting.
 
 from dataclasses import MISSING, dataclass, fields
 
-import torch
-
-from engine.models import MODELS, build_model, model_fields
+from engine.models import CONFIGS, model_fields, weightless_model
 from system.cli import not_negative, random_seed, share, whole, whole_or_zero
 from system.errors import UsageError, warn
 from system.settings import flag_of, setting
+from system.threads import HELP as THREADS_HELP
 
 RECIPES = {
     "gpt2": {},  # the defaults of the settings
@@ -32,7 +31,10 @@ RECIPES = {
 }
 # What a new run gets by its law; the defaults of the fields are what an older checkpoint means.
 LAW_DEFAULTS = {
-    "newton": {"background": True, "use_radius_cutoff": False},
+    "newton": {
+        **{"background": True, "use_radius_cutoff": False},
+        **{"coords_from": "state", "retarded_values": True},
+    },
     "published": {"recipe": "gpt2"},  # it is there to reproduce what was published
 }
 # A value may be a dict by kind of model: newton, published or vanilla. A dict under a recipe's name
@@ -48,8 +50,8 @@ PRESETS = {
         "batch_size": 8,
         "recipe": "modern",
         "farthest_time_scale": 3.5e-4,  # for texts far longer than a window (reports/study.md)
-        # the best of those tried for both models (reports/study.md)
-        "modern": {"learning_rate": 8e-3, "min_learning_rate": 8e-4},
+        # the best rates of those tried for both models, and no repulsion (reports/study.md)
+        "modern": {"learning_rate": 8e-3, "min_learning_rate": 8e-4, "repulsion": False},
         "learning_rate": 4e-3,
         "min_learning_rate": 4e-4,
         "max_steps": 6000,
@@ -84,7 +86,7 @@ class RunSettings:
     model_type: str = setting(
         "ngt",
         "NGT, or the vanilla transformer that it is compared with",
-        choices=list(MODELS),
+        choices=list(CONFIGS),
         flag="--model",
     )
     dataset: str = setting(
@@ -161,6 +163,7 @@ class RunSettings:
     )
     deterministic: bool = setting(False, "bit-identical runs on a GPU too (slower)")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
+    threads: int | None = setting(None, THREADS_HELP, whole)
     eval_interval: int = setting(250, "steps between evaluations", whole)
     eval_iters: int = setting(100, "evaluate on at most 16 x this many fixed windows", whole)
     sample_tokens: int = setting(
@@ -177,7 +180,7 @@ class RunSettings:
 
 def _all_settings():
     """Every field with a flag by its name: the run's, then those of both kinds of model."""
-    classes = [RunSettings, *(config_class for _, config_class in MODELS.values())]
+    classes = [RunSettings, *CONFIGS.values()]
     return {
         field.name: field
         for config_class in classes
@@ -193,7 +196,7 @@ CORPUS = (  # what `text.preparation.prepare_data` takes
     *("tokenizer_path", "tiktoken_encoding"),
 )
 FREE_ON_RESUME = {  # they change nothing that the model learns: no warning of a change
-    *("device", "data_path", "tokenizer_path", "prepared_tokens", "shard_optimizer"),
+    *("device", "threads", "data_path", "tokenizer_path", "prepared_tokens", "shard_optimizer"),
     *("eval_interval", "sample_tokens", "checkpoint_interval"),
 }
 
@@ -275,8 +278,7 @@ def _mlp_dim(config, given, kind, matched):
 
     def parameters(**changes):
         vocab_size = config["bpe_vocab_size"] if config["tokenizer"] == "bpe" else 256
-        with torch.device("meta"):
-            model = build_model(config | {"vocab_size": vocab_size} | changes)
+        model = weightless_model(config | {"vocab_size": vocab_size} | changes)
         return sum(p.numel() for p in model.parameters())
 
     # parameters grow linearly with the width, so two widths give the slope

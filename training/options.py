@@ -20,8 +20,8 @@ GROUPS = {  # in the order of --help
     ),
     "law of attraction (NGT)": (
         *("law", "exponent", "radius", "use_radius_cutoff", "use_soft_cutoff", "mass_in_value"),
-        *("retardation", "background", "background_start", "farthest_time_scale", "use_rsqrt"),
-        "field_tolerance",
+        *("coords_from", "retardation", "retarded_values", "background", "background_start"),
+        *("farthest_time_scale", "use_rsqrt", "field_tolerance"),
     ),
     "attention (vanilla)": ("pos", "qk_norm", "smear", "sink"),
     "repulsion (NGT)": ("repulsion", "lambda_repulsion", "repulsion_interval"),
@@ -30,7 +30,7 @@ GROUPS = {  # in the order of --help
         *("matrix_learning_rate", "min_learning_rate", "beta2", "weight_decay"),
         *("grad_clip", "max_steps", "use_cosine_schedule", "warmup_steps", "seed"),
     ),
-    "machine": ("use_amp", "compile", "shard_optimizer", "deterministic", "device"),
+    "machine": ("use_amp", "compile", "shard_optimizer", "deterministic", "device", "threads"),
 }
 
 

@@ -12,6 +12,7 @@ from engine.models import model_config
 from system.cli import choose_device
 from system.errors import UsageError, UserError, warn
 from system.machine import code_version, machine
+from system.threads import choose_threads
 from text.preparation import check_tokenizer_file, prepare_data
 from text.token_files import TokenFilesError, open_token_data
 from training.config import CORPUS, DEFAULTS, described, resolve, warn_of_no_effect
@@ -53,6 +54,7 @@ def run(args, ranks, words):
     warn_of_no_effect(args, config)
     trainer = _set_up(config, ranks)
     _check_same_files(trainer, checkpoint)
+    _choose_threads(trainer, args.threads, checkpoint)
     if checkpoint is not None:
         trainer.restore(checkpoint, source)
         if not files.is_own(source):  # its best checkpoint is not among this run's files
@@ -141,6 +143,22 @@ def _set_up_torch(config):
         torch.use_deterministic_algorithms(True)
 
 
+def _choose_threads(trainer, given, checkpoint):
+    """Set the number of CPU threads and put it into the config.
+
+    A resumed run keeps its number, because another one changes the last bits of the results.
+    """
+    c, here = trainer.config, torch.get_num_threads()
+    asked = given
+    if given is None and checkpoint is not None:
+        asked = c["threads"] or here  # older runs took what PyTorch chose and did not record it
+        if asked > here:
+            warn(f"the run had {asked} threads, here are {here}: the last bits will differ")
+            asked = here
+    windows = c["batch_size"] // trainer.ranks.size
+    c["threads"] = choose_threads(asked, trainer.raw_model, windows * c["block_size"])
+
+
 def _check_same_files(trainer, checkpoint):
     """Refuse to train if one host sees other files than another."""
     here = (
@@ -158,11 +176,14 @@ def _check_same_files(trainer, checkpoint):
 def _announce(trainer):
     """Print what will be trained."""
     config, ranks = trainer.config, trainer.ranks
+    threads = config["threads"]  # of each process
     print(f"text: {trainer.data.meta['source']}")
     print(
         f"{described(config)}: {trainer.num_parameters:,} parameters; "
         f"{trainer.tokens_per_step:,} tokens per step, {config['max_steps']:,} steps; "
-        f"{trainer.device}" + (f", {ranks.size} processes" if ranks.size > 1 else "")
+        f"{trainer.device}"
+        + (f", {threads} thread{'s' if threads > 1 else ''}" if threads else "")
+        + (f", {ranks.size} processes" if ranks.size > 1 else "")
     )
 
 

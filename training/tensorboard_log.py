@@ -34,8 +34,14 @@ HYPERPARAMETERS = (
     *("coord_dim", "head_coord_dim", "num_layers", "num_heads", "mlp_dim", "block_size"),
     *("recipe", "norm", "bias", "activation", "zero_init_outputs", "value_residual"),
     *("embedding_skip", "logit_softcap", "qk_norm", "smear", "sink", "optimizer", "beta2"),
-    *("exponent", "retardation", "background", "mass_in_value", "use_radius_cutoff"),
-    *("use_soft_cutoff", "dropout", "batch_size", "gradient_accumulation_steps"),
+    *("exponent", "coords_from", "retardation", "retarded_values", "background", "mass_in_value"),
+    *(
+        "use_radius_cutoff",
+        "use_soft_cutoff",
+        "dropout",
+        "batch_size",
+        "gradient_accumulation_steps",
+    ),
     *("learning_rate", "weight_decay", "max_steps", "seed"),
 )
 HISTOGRAMS = ("radius", "time_scale", "time_offset", "window", "retardation", "background")

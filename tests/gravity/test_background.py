@@ -110,6 +110,28 @@ def test_output_is_within_the_bound(path, tolerance):
     assert (on_path(path, data) - truth).abs().max() <= slack
 
 
+def test_a_decoding_step_leaves_out_no_more_than_the_tolerance():
+    """The compiled kernel spares a single query the values of weak fields as well as old tokens."""
+    tolerance, tokens = 1e-4, 4000
+    law = dict(time_scale=[0.02], time_offset=[0.0], background=[0.5])
+    newest_heavy = tokens - int(windows(law_of(*law.values(), 4, tolerance), 1.0))
+    data = {n: torch.tensor(x, dtype=torch.float64) for n, x in law.items()}
+    data |= {
+        n: torch.zeros(1, 1, size, 16, dtype=torch.float64) for n, size in (("q", 1), ("k", tokens))
+    }
+    data["v"] = torch.ones(1, 1, tokens, 16, dtype=torch.float64)
+    fields = (1 + (0.02 * torch.arange(tokens, dtype=torch.float64).flip(0)) ** 2) ** -4
+    # heavy ones beyond a window for the whole tolerance, and light ones for nearly half of it
+    light = 0.45 * tolerance * 0.5 / fields[newest_heavy:].sum()
+    data["mass"] = torch.where(torch.arange(tokens) < newest_heavy, 1.0, light)[None]
+    positions = dict(query_positions=torch.tensor([tokens - 1]), key_positions=torch.arange(tokens))
+    truth = gravity_attention_reference(**data, exponent=4, **positions)
+    assert 1.3 * tolerance < truth.min()  # more is there than may be left out
+    single = {n: x.float() for n, x in data.items()}
+    out = gravity_attention(**single, exponent=4, field_tolerance=tolerance, **positions)
+    assert 0.2 * tolerance < (truth - out).abs().max() <= tolerance
+
+
 @BOTH_PATHS
 def test_what_is_beyond_the_window_is_not_read(path):
     """NaN far beyond each head's window does not reach the newest tokens, in either pass."""

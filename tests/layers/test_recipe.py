@@ -10,7 +10,7 @@ import vanilla_model
 from engine.models import build_model
 from gravity.law import gravity_attention_reference
 from layers.config import ModelConfig
-from layers.parts import FeedForward, init_weights, norm, soft_cap
+from layers.parts import FeedForward, init_weights, mix_with_token_before, norm, soft_cap
 from model import NGTConfig
 from small_models import BLOCK, MODERN, MODERN_VANILLA, NGT_SMALL, SMALL, ids, lively
 from training.config import RECIPES
@@ -71,11 +71,11 @@ def shifted(x):
     return torch.cat([x[:, :1], x[:, :-1]], 1)
 
 
-def skeleton(model, tokens, attention):
+def skeleton(model, tokens, attention, move=lambda h, w: None):
     """The logits of a modern model in float64.
 
     `attention(layer, x, w, values)` returns what each token of x receives; `values` mixes with the
-    first layer's.
+    first layer's. `move(h, w)` is called after each layer.
     """
     w = {name: x.double() for name, x in model.state_dict().items()}
     h = h0 = w["token_emb.weight"][tokens]
@@ -96,6 +96,7 @@ def skeleton(model, tokens, attention):
         h = h + out @ own["attn.out_proj.weight"].T
         up = rms(h, own["norm2.weight"]) @ own["ffn.up_proj.weight"].T
         h = h + up.clamp(min=0).square() @ own["ffn.down_proj.weight"].T
+        move(h, own)
     logits = rms(h, w["norm.weight"]) @ w["token_emb.weight"].T
     cap = model.config.logit_softcap
     return cap * torch.tanh(logits / cap)
@@ -134,31 +135,42 @@ def test_vanilla_modern_is_its_formula(pos):
     torch.testing.assert_close(model(tokens).double(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["newton modern", "newton state"])
 @torch.no_grad()
-def test_ngt_modern_is_its_formula():
-    """The same skeleton; coordinates have RMSNorms and no biases, and retardation as always."""
-    model, tokens = lively("newton modern", num_layers=3), ids(BLOCK, batch=2)
+def test_ngt_modern_is_its_formula(name):
+    """The same skeleton; coordinates have RMSNorms and no biases, and move by the pull, or by the
+    state; retardation of places as always, of values in the second model."""
+    model, tokens = lively(name, num_layers=3), ids(BLOCK, batch=2)
     outer = {name: x.double() for name, x in model.state_dict().items()}
     mass = torch.log1p(outer["mass_emb.weight"][tokens].squeeze(-1).exp())
     h = outer["token_emb.weight"][tokens]
     z = rms(h @ outer["coord_proj.weight"].T, outer["coord_norm.weight"])
+    by_state, mover = name == "newton state", None
 
     def attention(layer, x, w, values):
-        nonlocal z
+        nonlocal mover
         q, k = z @ w["attn.probe_proj.weight"].T, z @ w["attn.source_proj.weight"].T
         k = (1 - w["attn.retardation"]) * k + w["attn.retardation"] * shifted(k)
-        v = values(x @ w["attn.v_proj.weight"].T)
+        v = x @ w["attn.v_proj.weight"].T
+        if by_state:
+            share = w["attn.value_retardation"]
+            v = (1 - share) * v + share * shifted(v)
+        v = values(v)
         law = {
             name: x.double() if isinstance(x, torch.Tensor) else x
             for name, x in model.layers[layer].attn.law().items()
         }
         out = gravity_attention_reference(by_head(q), by_head(k), by_head(v), mass, **law)
         out = out.transpose(1, 2).flatten(2)
-        a = out @ w["attn.out_proj.weight"].T
-        z = rms(z + a @ w["coord_proj_next.weight"].T, w["coord_norm.weight"])
+        mover = out @ w["attn.out_proj.weight"].T
         return out, v
 
-    expected = skeleton(model, tokens, attention)
+    def move(h, w):
+        nonlocal z
+        x = rms(h, 1.0) if by_state else mover
+        z = rms(z + x @ w["coord_proj_next.weight"].T, w["coord_norm.weight"])
+
+    expected = skeleton(model, tokens, attention, move)
     assert expected.std() > 0.3
     logits, geometry = model(tokens, return_geometry=True)
     torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-4)
@@ -174,6 +186,16 @@ def test_a_modern_model_starts_as_its_embedding(kind):
     plain = model.head(model.norm(model.token_emb(tokens)))
     torch.testing.assert_close(model(tokens), 15 * torch.tanh(plain / 15))
     assert all(layer.attn.v_proj.weight.std() > 0.01 for layer in model.layers)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+def test_mixing_with_the_token_before_has_the_gradients_of_its_formula(tokens):
+    """Finite differences in float64; the first token has only itself."""
+    x, share = torch.randn(2, tokens, 3).double(), torch.randn(3).double()
+    mixed = mix_with_token_before(x, share, None, 0)
+    torch.testing.assert_close(mixed, (1 - share) * x + share * shifted(x))
+    inputs = x.requires_grad_(), share.requires_grad_()
+    assert torch.autograd.gradcheck(lambda *given: mix_with_token_before(*given, None, 0), inputs)
 
 
 def test_smear_starts_as_retardation():

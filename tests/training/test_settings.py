@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from engine.models import MODELS, build_model
+from engine.models import CONFIGS, build_model
 from system.errors import UsageError, UserError
 from training import config as module
 from training.config import (
@@ -28,9 +28,9 @@ def test_every_setting_has_one_flag_and_is_in_the_config():
     assert resolve(train_parser("", "").parse_args([])).keys() == SETTINGS.keys()
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_a_model_has_the_defaults_of_its_flags(kind):
-    config = MODELS[kind][1](vocab_size=66)
+    config = CONFIGS[kind](vocab_size=66)
     for name, value in dataclasses.asdict(config).items():
         if DEFAULTS.get(name) is not None:
             assert value == DEFAULTS[name], name
@@ -39,7 +39,7 @@ def test_a_model_has_the_defaults_of_its_flags(kind):
 def test_flag_model_and_checkpoint_refuse_the_same_value():
     for name, value in (("num_heads", 0), ("dropout", 1.0), ("law", "einstein"), ("radius", -1.0)):
         with pytest.raises(UsageError, match=f"--{name.replace('_', '-')}"):
-            MODELS["ngt"][1](vocab_size=66, **{name: value})
+            CONFIGS["ngt"](vocab_size=66, **{name: value})
         with pytest.raises(SystemExit):
             train_parser("", "").parse_args([f"--{name.replace('_', '-')}={value}"])
         with pytest.raises(UserError, match=rf"x\.pt has an impossible {name}"):
@@ -95,7 +95,8 @@ def test_a_recipe_gives_defaults_and_flags_win():
     assert all(old[name] == DEFAULTS[name] for name in RECIPES["modern"])
     assert old == resolved()
     text = resolved("--dataset", "text")
-    assert (text["recipe"], text["learning_rate"]) == ("modern", 8e-3)
+    assert (text["recipe"], text["learning_rate"], text["repulsion"]) == ("modern", 8e-3, False)
+    assert resolved("--dataset", "text", "--recipe", "gpt2")["repulsion"]
     published = resolved("--dataset", "text", "--law", "published")
     assert (published["recipe"], published["learning_rate"]) == ("gpt2", 4e-3)
 

@@ -1,0 +1,148 @@
+"""The flags of benchmark.py's commands, without PyTorch, so that --help answers at once."""
+
+import argparse
+
+from layers.config import LAWS
+from system.cli import whole, whole_list, whole_or_zero
+from system.settings import add_flag
+from training.config import LAW_DEFAULTS, SETTINGS
+
+TIMED_PRESETS = {  # --preset: the preset of training, and the vocabulary size of its text
+    "shakespeare": ("shakespeare", 66),
+    "25m": ("wikitext103", 8192),
+}
+LAW_SETTINGS = ("background", "use_radius_cutoff")
+
+
+def add_preset_flag(parser):
+    parser.add_argument(
+        "--preset", choices=list(TIMED_PRESETS), default="25m", help="model sizes (default: 25m)"
+    )
+
+
+def add_dtype_flag(parser):
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="precision of matrix products (default: fp32)",
+    )
+
+
+def add_law_flags(parser):
+    """Add the flags of training that shape the law of a fresh NGT; `law_given` reads them."""
+    for name in LAW_SETTINGS:
+        default = "on" if LAW_DEFAULTS["newton"][name] else "off"
+        help = f"of a fresh NGT: {SETTINGS[name].metadata['help']} (default: {default})"
+        add_flag(parser, SETTINGS[name], help)
+
+
+def law_given(args):
+    """The settings that `add_law_flags` read, as a dict of those that were given."""
+    return {name: value for name in LAW_SETTINGS if (value := getattr(args, name)) is not None}
+
+
+def add_train_flags(parser):
+    """Add the flags of `benchmark.py train`."""
+    add_preset_flag(parser)
+    add_dtype_flag(parser)
+    add = parser.add_argument
+    add("--batch-size", type=whole, help="windows per step (default: the preset's)")
+    add("--block-size", type=whole, help="tokens per window (default: the preset's)")
+    add("--compile", action="store_true", help="torch.compile both models")
+    add(
+        "--model",
+        choices=("both", "ngt", "vanilla"),
+        default="both",
+        help="models to train (default: both)",
+    )
+    add("--law", choices=LAWS, default="newton", help="law of NGT (default: newton)")
+    add_law_flags(parser)
+    add(
+        "--against",
+        choices=("vanilla", "first-release"),
+        default="vanilla",
+        help="what NGT is compared with; first-release: the published law, computed as in NGT's "
+        "first release from a tensor of all coordinate differences (default: vanilla)",
+    )
+    add("--steps", type=whole, default=10, help="timed steps of each model (default: 10)")
+    add("--peak-only", action="store_true", help=argparse.SUPPRESS)  # for child_peak
+
+
+def add_attention_flags(parser):
+    """Add the flags of `benchmark.py attention`."""
+    add_dtype_flag(parser)
+    add_law_flags(parser)
+    add = parser.add_argument
+    add("--batch-size", type=whole, default=1, help="sequences per batch (default: 1)")
+    add(
+        "--block-sizes",
+        type=whole_list,
+        default=[512, 1024, 2048, 4096, 8192],
+        help="tokens per sequence, separated by commas (default: 512,1024,2048,4096,8192)",
+    )
+    add(
+        "--checkpoint",
+        metavar="FILE",
+        help="an NGT whose points, masses and scales are used, on its validation text; what the "
+        "operator skips depends on them (default: a fresh 25m model on random tokens)",
+    )
+    add("--text", metavar="FILE", help="use this text instead of the checkpoint's")
+    add("--steps", type=whole, default=5, help="timed rounds (default: 5)")
+
+
+def add_decode_flags(parser):
+    """Add the flags of `benchmark.py decode`."""
+    add_preset_flag(parser)
+    add_dtype_flag(parser)
+    add_law_flags(parser)
+    add = parser.add_argument
+    add(
+        "--contexts",
+        type=whole_list,
+        default=[256, 1024, 4096, 16384],
+        help="tokens in the cache, separated by commas (default: 256,1024,4096,16384)",
+    )
+    add("--checkpoint", metavar="FILE", help="an NGT to use (default: a fresh one)")
+    add("--steps", type=whole, default=32, help="timed rounds (default: 32)")
+    add(
+        "--chat-tokens",
+        type=whole_or_zero,
+        default=0,
+        help="then generate this many tokens with NGT and print its memory (default: 0)",
+    )
+
+
+def add_data_flags(parser):
+    """Add the flags of `benchmark.py data`."""
+    add = parser.add_argument
+    add("--data-path", metavar="FILE", help="text file (default: this repository's own sources)")
+    add("--bpe-vocab-size", type=whole, default=1024, help="vocabulary of the BPE (default: 1024)")
+    add("--steps", type=whole, default=5, help="timed rounds (default: 5)")
+
+
+def add_scaling_flags(parser):
+    """Add the flags of `benchmark.py scaling`."""
+    add = parser.add_argument
+    add(
+        "--ranks",
+        type=whole_list,
+        default=[1, 2],
+        help="numbers of processes, separated by commas (default: 1,2)",
+    )
+    add("--rounds", type=whole, default=3, help="runs of each number (default: %(default)s)")
+    add("--steps", type=whole, default=12, help="steps per run (default: %(default)s)")
+    add("--batch-size", type=whole, default=4, help="windows per step (default: %(default)s)")
+    add(
+        "--preset",
+        choices=sorted(TIMED_PRESETS),
+        default="25m",
+        help="model sizes (default: %(default)s)",
+    )
+    add(
+        "--checkpoint",
+        metavar="FILE",
+        help="an NGT of --law newton, whose windows give the cost of long contexts (default: an "
+        "untrained one)",
+    )
+    add("--output", metavar="FILE", help="write the page to this file (default: print it)")

@@ -1,0 +1,156 @@
+"""Draws the map that the flags of visualize_coords.py ask for."""
+
+from pathlib import Path
+
+from coords.data import align, measure, project
+from coords.heads import field_by_distance, heads_table, pull_by_distance
+from coords.page import Run, map_page, run_data
+from coords.vocabulary import frequencies, training_text_or_none, vocabulary
+from engine.checkpoint import load_model
+from system.errors import UsageError, UserError, warn
+from system.files import write_whole
+from text.token_files import data_of_checkpoint
+from text.tokenizer import TextStream
+
+MIN_TOKENS = 4  # three axes need four points
+
+
+def draw_map(args, device):
+    """Write the page and the stills.
+
+    Raises:
+        UserError: if a file cannot be used, or a flag does not fit the checkpoint.
+    """
+    paths = {"--checkpoint-path": args.checkpoint_path}
+    if args.compare is not None:
+        paths["--compare"] = args.compare
+    loaded = {flag: load_ngt(path, flag, device) for flag, path in paths.items()}
+    deepest = max(model.config.num_layers for model, *_ in loaded.values())
+    if args.layer is not None and args.layer > deepest:
+        raise UsageError(f"--layer {args.layer}: this checkpoint has {deepest} layers")
+    runs = read_runs(args, paths, loaded)
+    write_files(args, runs, deepest if args.layer is None else args.layer)
+
+
+def tokens_to_show(args, tokenizer, checkpoint):
+    """`(ids, a description of the text)`: of the text that the user gave, or of a split.
+
+    Raises:
+        UserError: if the text cannot be read or --offset is beyond its end.
+    """
+    stop = args.offset + args.num_tokens
+    if args.text_file is not None:
+        try:
+            text = Path(args.text_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"--text-file {args.text_file} cannot be read as UTF-8 text: {error}"
+            ) from None
+        every, source = tokenizer.encode(text), Path(args.text_file).name
+    elif args.text is not None:
+        every, source = tokenizer.encode(args.text), "the text given"
+    else:
+        data = data_of_checkpoint(checkpoint, tokenizer, "give --text or --text-file")
+        split = args.split or "valid"
+        every, source = data.splits[split], f"the {split} split"
+    if args.offset and args.offset >= len(every):
+        raise UsageError(f"--offset {args.offset}: {source} has {len(every):,} tokens")
+    tokens = [int(token) for token in every[args.offset : stop]]
+    if args.offset:
+        source += f", from token {args.offset:,}"
+    return tokens, source
+
+
+def check_enough(tokens):
+    if len(tokens) < MIN_TOKENS:
+        raise UserError(
+            f"only {len(tokens)} tokens to show: give a --text (or --num-tokens) of at least "
+            f"{MIN_TOKENS}"
+        )
+
+
+def load_ngt(path, flag, device):
+    """`(model, tokenizer, checkpoint)`. Raises `UsageError` if the model has no coordinates."""
+    model, tokenizer, checkpoint = load_model(path, device)
+    if checkpoint["config"]["model_type"] != "ngt":
+        raise UsageError(
+            f"{flag} {path} is a vanilla transformer, which has no coordinates: name an NGT "
+            "checkpoint"
+        )
+    return model, tokenizer, checkpoint
+
+
+def read_run(loaded, path, tokens, source, method):
+    """The `Run` of a loaded checkpoint on these tokens."""
+    model, tokenizer, checkpoint = loaded
+    if model.max_context is not None and len(tokens) > model.max_context:
+        warn(f"{path} reads at most {model.max_context} tokens: the others are left out")
+        tokens = tokens[: model.max_context]
+    check_enough(tokens)
+    measured = measure(model, tokens)
+    points, axes = project(measured.z, method)
+    data = training_text_or_none(checkpoint, tokenizer)
+    counts, counted = frequencies(data, tokens, model.config.vocab_size)
+    return Run(
+        name=Path(path).name,
+        step=checkpoint.get("iter", 0),
+        law=model.config.law,
+        source=source,
+        labels=[tokenizer.label(token) for token in tokens],
+        guesses=[[tokenizer.label(int(guess)) for guess in row] for row in measured.guesses],
+        starts=character_starts(tokenizer, tokens),
+        measured=measured,
+        points=points,
+        axes=axes,
+        counts=[int(counts[token]) for token in tokens],
+        counted=counted,
+        is_corpus=data is not None,
+        heads=heads_table(model, measured.pulls.profile),
+        field=field_by_distance(model, len(tokens)),
+        pull=pull_by_distance(measured.pulls.profile, model.config.background),
+        vocabulary=vocabulary(model, tokenizer, counts),
+    )
+
+
+def character_starts(tokenizer, tokens):
+    """The character of the text at which each token begins."""
+    stream, starts, length = TextStream(tokenizer), [], 0
+    for token in tokens:
+        starts.append(length)
+        length += len(stream.push(token))
+    return starts
+
+
+def read_runs(args, paths, loaded):
+    """A `Run` per checkpoint, all on the same text. `paths` and `loaded` are dicts by flag."""
+    _, tokenizer, checkpoint = loaded["--checkpoint-path"]
+    tokens, source = tokens_to_show(args, tokenizer, checkpoint)
+    runs = []
+    for flag, path in paths.items():
+        own = loaded[flag][1]
+        is_same = own.fingerprint == tokenizer.fingerprint
+        ids = tokens if is_same else own.encode(tokenizer.decode(tokens))
+        runs.append(read_run(loaded[flag], path, ids, source, args.method))
+    first, second = runs[0], runs[-1]  # with one run both are the same, and nothing is mirrored
+    if first.measured.tokens == second.measured.tokens:
+        second.points = align(second.points, first.points)
+    return runs
+
+
+def write_files(args, runs, layer):
+    """Write the page and the stills that the flags ask for, opened at a layer."""
+    title = " and ".join(run.name for run in runs)
+    page = map_page([run_data(run) for run in runs], f"{title}: where the tokens are", layer)
+    write_whole(Path(args.output), page.encode())
+    print(
+        f"wrote {args.output}: {len(runs[0].labels)} tokens, {len(page.encode()) / 1e6:.1f} MB, "
+        "open it in a browser"
+    )
+    if args.png is not None or args.heads_png is not None:
+        from coords.still import heads_still, still  # takes a second to import
+    if args.png is not None:
+        write_whole(Path(args.png), still(runs, layer))
+        print(f"wrote {args.png}: layer {layer}")
+    if args.heads_png is not None:
+        write_whole(Path(args.heads_png), heads_still(runs))
+        print(f"wrote {args.heads_png}: the field of each head")

@@ -1,0 +1,110 @@
+"""How many threads compute, and that they sleep while they wait for each other."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import benchmark
+import chat
+import evaluate
+import train_shakespeare
+from conftest import ROOT, run
+from system.threads import ONE_THREAD_UP_TO, SPINS, WAITING, choose_threads
+from training.run import _choose_threads
+
+TRAIN = (
+    *("train_shakespeare.py", "--dataset", "text", "--data-path", "small.txt", "--hidden-dim", 8),
+    *("--tokenizer", "char", "--num-layers", 1, "--num-heads", 2, "--block-size", 8),
+    *("--batch-size", 2, "--eval-iters", 1, "--checkpoint-path", "x.pt"),
+)
+
+
+@pytest.fixture
+def two_threads(monkeypatch):
+    """A process that may choose, and has two threads."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    torch.set_num_threads(2)
+
+
+@pytest.mark.parametrize(
+    "user, expected",
+    [
+        ({}, ("OMP_WAIT_POLICY = 'PASSIVE'", f"GOMP_SPINCOUNT = '{SPINS}'")),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, ("OMP_WAIT_POLICY = 'ACTIVE'",)),
+    ],
+)
+def test_openmp_is_told_before_it_is_loaded(user, expected, in_tmp):
+    """What OpenMP itself says that it was told; what the user has set stays."""
+    environment = {name: value for name, value in os.environ.items() if name not in WAITING}
+    result = subprocess.run(
+        [sys.executable, ROOT / "chat.py", "--checkpoint-path", "nothing.pt"],
+        env=environment | user | {"OMP_DISPLAY_ENV": "VERBOSE"},
+        capture_output=True,
+        text=True,
+    )
+    if "GOMP_SPINCOUNT" not in result.stderr:
+        pytest.skip("PyTorch has another OpenMP here than GNU's")
+    for words in expected:
+        assert words in result.stderr
+    assert user == {} or f"GOMP_SPINCOUNT = '{SPINS}'" not in result.stderr
+
+
+def test_threads_follow_the_size(two_threads, monkeypatch):
+    model = nn.Linear(99, 10)  # 1000 parameters
+    largest = int(ONE_THREAD_UP_TO / 1000)
+    assert choose_threads(None, model, largest) == 1 == torch.get_num_threads()
+    torch.set_num_threads(2)
+    assert choose_threads(None, model, largest + 1) == 2 == torch.get_num_threads()
+    assert choose_threads(3, model, 1) == 3 == torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert choose_threads(None, model, 1) == 3
+    assert choose_threads(None, nn.Linear(9, 9, device="meta"), 1) is None
+
+
+def test_a_resumed_run_keeps_its_threads(two_threads, capsys):
+    """Another number would change the last bits. Runs of older versions recorded none."""
+
+    def resumed(recorded, given=None):
+        torch.set_num_threads(2)
+        config = {"threads": given or recorded, "batch_size": 1, "block_size": 1}
+        ranks = SimpleNamespace(size=1)
+        trainer = SimpleNamespace(config=config, ranks=ranks, raw_model=nn.Linear(3, 3))
+        _choose_threads(trainer, given, {"config": {}})
+        return config["threads"]
+
+    assert [resumed(1), resumed(2), resumed(None), resumed(2, given=1)] == [1, 2, 2, 1]
+    assert not capsys.readouterr().err
+    assert resumed(16) == 2 and "16 threads" in capsys.readouterr().err
+
+
+def test_the_number_is_shown_and_recorded(in_tmp, small_text):
+    """OMP_NUM_THREADS is 1 in tests, so the resumed run has one thread less."""
+    shown = run(*TRAIN, "--max-steps", 2, "--threads", 2, cwd=in_tmp, check=0).stdout
+    config = json.loads((in_tmp / "runs/x/config.json").read_text())
+    assert ", 2 threads" in shown and config["threads"] == 2 and "2 threads" in config["machine"]
+    resumed = run(*TRAIN, "--max-steps", 3, "--resume", cwd=in_tmp, check=0)
+    assert "had 2 threads" in resumed.stderr and ", 1 thread\n" in resumed.stdout
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
+@pytest.mark.parametrize(
+    "script, words",
+    [
+        (train_shakespeare, ()),
+        (chat, ()),
+        (evaluate, ("--checkpoint-path", "x.pt")),
+        (benchmark, ("train",)),
+    ],
+    ids=("train", "chat", "evaluate", "benchmark"),
+)
+def test_a_wrong_number_is_refused(script, words, value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.main([*words, f"--threads={value}"])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "argument --threads" in line and value in line
