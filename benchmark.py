@@ -1,22 +1,22 @@
 """Measure speed and memory of NGT against vanilla, in turn in one process.
 
 Every number is a median over rounds after a warm-up, followed by the smallest and the largest; a
-ratio is the median of the ratios of each round. If it is above 1, NGT is faster.
+ratio is the median of the ratios of each round. If it is above 1, NGT is faster. On a GPU its own
+events are the clock, around several calls in a row.
 """
 
 import argparse
-import json
 import sys
-from pathlib import Path
 
 from benchmarks import flags
 from system.cli import choose_device, script_parser, whole
-from system.errors import UsageError, run_script
-from system.files import write_whole
+from system.errors import run_script
+from system.threads import HELP as THREADS_HELP
 
 EXAMPLES = """examples:
   python benchmark.py train --preset 25m --batch-size 4 --dtype bf16 --json train.json
   python benchmark.py train --preset 25m --batch-size 4 --law published --against first-release
+  python benchmark.py train --preset shakespeare --against vanilla eager compiled
   python benchmark.py attention --checkpoint checkpoints/text.pt_best.pt --block-sizes 512,8192
   python benchmark.py decode --contexts 256,16384 --chat-tokens 100000
   python benchmark.py data --data-path data/shakespeare/input.txt
@@ -33,6 +33,11 @@ COMMANDS = {
         flags.add_attention_flags,
         "the operator alone against scaled_dot_product_attention, causal, values 64 wide",
         "attention --block-sizes 512,8192 --checkpoint checkpoints/text.pt_best.pt",
+    ),
+    "correctness": (
+        flags.add_correctness_flags,
+        "errors of the operator against the formula in float64, on the shapes of a training",
+        "correctness --jobs 4 --json results.jsonl",
     ),
     "decode": (
         flags.add_decode_flags,
@@ -65,9 +70,14 @@ def make_parser():
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         add = command.add_argument
-        add("--json", metavar="FILE", help="also write the numbers to this file")
+        add(
+            "--json",
+            metavar="FILE",
+            help="also write the numbers to this file; to a .jsonl file the rows of train, "
+            "attention and correctness are appended as soon as they are known",
+        )
         add("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
-        add("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
+        add("--threads", type=whole, help=THREADS_HELP)
         add_flags(command)
     return parser
 
@@ -75,36 +85,29 @@ def make_parser():
 def main(argv=None):
     """Measure, print, and write JSON; returns the exit code."""
     args = make_parser().parse_args(argv)
-    args.words = sys.argv[1:] if argv is None else argv  # for the page that scaling writes
+    args.words = sys.argv[1:] if argv is None else argv  # for the pages and lines that name them
     # these import PyTorch, which takes a second: --help and a wrong flag do not wait for it
     import torch
 
-    from benchmarks import attention, decoding, reading, scaling, training
+    from benchmarks import attention, correctness, decoding, reading, scaling, training
+    from benchmarks.results import Results
     from benchmarks.timing import describe_machine
 
     measure = {
         "train": training.benchmark_train,
         "attention": attention.benchmark_attention,
+        "correctness": correctness.benchmark_correctness,
         "decode": decoding.benchmark_decode,
         "data": reading.benchmark_data,
         "scaling": scaling.benchmark_scaling,
     }[args.command]
     device = choose_device(args.device)
-    if args.json is not None and not Path(args.json).resolve().parent.is_dir():
-        raise UsageError(f"--json {args.json}: there is no such folder: make it first")
+    args.results = Results(args, device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if not getattr(args, "peak_only", False):  # its parent process reads one line of JSON
         print(describe_machine(device))
-    numbers = measure(args, device)
-    if args.json is not None:
-        numbers |= {
-            "machine": describe_machine(device),
-            "settings": {
-                k: v for k, v in vars(args).items() if k not in ("peak_only", "json", "words")
-            },
-        }
-        write_whole(Path(args.json), (json.dumps(numbers, indent=2) + "\n").encode())
+    args.results.whole(measure(args, device))
     return 0
 
 

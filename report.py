@@ -15,6 +15,7 @@ EXAMPLES = """examples:
   python report.py --runs shakespeare_vanilla shakespeare
   python report.py --runs w3_25m --output reports/w3_25m_summary.md
   python report.py --study study --output reports/study.md
+  python report.py --gpu-check gpu --output reports/gpu.md
   python report.py --runs w3_25m --reference reports/first_release.json --output reports/w3.md
 """
 
@@ -34,6 +35,11 @@ def main(argv=None):
         metavar="NAME",
         help="report on the runs of run_study.sh, those below runs/NAME (needs --output)",
     )
+    what.add_argument(
+        "--gpu-check",
+        metavar="NAME",
+        help="write the page of run_gpu_check.sh from runs/NAME (needs --output)",
+    )
     parser.add_argument(
         "--output",
         help="write the report to this .md file, and beside it .csv, .png and .html (default: "
@@ -46,12 +52,17 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.output is not None and Path(args.output).suffix != ".md":
         parser.error(f"--output {args.output} must end in .md")
-    if args.study is not None:
+    if args.runs is None:
         if args.output is None:
-            parser.error("--study needs --output, the .md file to write")
+            flag = "--study" if args.study is not None else "--gpu-check"
+            parser.error(f"{flag} needs --output, the .md file to write")
+        from reporting.gpu import write_gpu_page
         from reporting.study import write_study
 
-        write_study(Path(args.output), args.study)
+        if args.study is not None:
+            write_study(Path(args.output), args.study)
+        else:
+            write_gpu_page(Path(args.output), args.gpu_check)
         print(f"wrote {args.output}")
         return 0
     from reporting.runs import find_runs, group  # PyTorch takes a second to import

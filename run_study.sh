@@ -145,7 +145,7 @@ ablation() {
         no_retardation) flags=(--no-retardation) ;;
         no_retarded_values) flags=(--no-retarded-values) ;;
         farthest_*) flags=(--farthest-time-scale "${1#farthest_}") ;;
-        no_repulsion) flags=(--no-repulsion) ;;
+        repulsion) flags=(--repulsion) ;;
         radius_*) flags=(--radius-cutoff --radius "${1#radius_}") ;;
         soft_radius_*) flags=(--radius-cutoff --use-soft-cutoff --radius "${1#soft_radius_}") ;;
         tolerance_*) flags=(--field-tolerance "${1#tolerance_}") ;;
@@ -162,7 +162,7 @@ ablation() {
     esac
 }
 ABLATIONS=${ABLATIONS:-default no_background background_0.0001 background_0.005 background_0.02
-    no_repulsion exponent_3 exponent_6 head_coord_dim_8 head_coord_dim_32 farthest_0.0035
+    repulsion exponent_3 exponent_6 head_coord_dim_8 head_coord_dim_32 farthest_0.0035
     pull no_retardation no_retarded_values mass_in_value radius_16 layernorm biases gelu no_zero_init
     no_value_residual no_embedding_skip no_softcap adamw}
 

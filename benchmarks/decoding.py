@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.models import fresh_model, newton_model, some_tokens
-from benchmarks.timing import interleaved, ratios, spread
+from benchmarks.models import fresh_model, newton_model, some_tokens, use_threads_as_shipped
+from benchmarks.timing import calls_per_round, interleaved, ratios, spread
 from engine.generation import TokenStream, sample
 
 
@@ -25,9 +25,11 @@ def benchmark_decode(args, device):
         A dict for JSON: "rows" has one dict per context, "chat" ten points of --chat-tokens.
     """
     ngt, tokenizer, checkpoint = newton_model(args, device)
+    use_threads_as_shipped(args, ngt, tokens=1)
     longest = max(args.contexts)
     # vanilla must not slide: it gets positions for the context, the warm-up and the steps
-    vanilla = fresh_model(args.preset, "vanilla", device, block_size=longest + args.steps + 2)
+    further = (args.steps + 2) * calls_per_round(device)
+    vanilla = fresh_model(args.preset, "vanilla", device, block_size=longest + further)
     is_bf16 = args.dtype == "bf16"
     autocast = (
         partial(torch.autocast, device.type, dtype=torch.bfloat16) if is_bf16 else nullcontext

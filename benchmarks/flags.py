@@ -11,6 +11,7 @@ TIMED_PRESETS = {  # --preset: the preset of training, and the vocabulary size o
     "shakespeare": ("shakespeare", 66),
     "25m": ("wikitext103", 8192),
 }
+PLAIN = ("eager", "compiled")  # of --against: a plain GPT-2
 LAW_SETTINGS = ("background", "use_radius_cutoff")
 
 
@@ -60,13 +61,17 @@ def add_train_flags(parser):
     add_law_flags(parser)
     add(
         "--against",
-        choices=("vanilla", "first-release"),
-        default="vanilla",
-        help="what NGT is compared with; first-release: the published law, computed as in NGT's "
-        "first release from a tensor of all coordinate differences (default: vanilla)",
+        nargs="+",
+        choices=("vanilla", *PLAIN, "first-release"),
+        default=["vanilla"],
+        help="what NGT is compared with, one or several; eager, compiled: a plain GPT-2 with as "
+        "many parameters, trained as nanoGPT does, without and with torch.compile; first-release: "
+        "the published law, computed as in NGT's first release from a tensor of all coordinate "
+        "differences (default: vanilla)",
     )
     add("--steps", type=whole, default=10, help="timed steps of each model (default: 10)")
-    add("--peak-only", action="store_true", help=argparse.SUPPRESS)  # for child_peak
+    add("--no-peak", action="store_true", help="do not start a process per model for its peak")
+    add("--peak-only", metavar="MODEL", help=argparse.SUPPRESS)  # for child_peak
 
 
 def add_attention_flags(parser):
@@ -75,6 +80,12 @@ def add_attention_flags(parser):
     add_law_flags(parser)
     add = parser.add_argument
     add("--batch-size", type=whole, default=1, help="sequences per batch (default: 1)")
+    add(
+        "--batch-tokens",
+        type=whole,
+        help="at each block size as many sequences as make this many tokens, at least one "
+        "(default: --batch-size sequences)",
+    )
     add(
         "--block-sizes",
         type=whole_list,
@@ -89,6 +100,21 @@ def add_attention_flags(parser):
     )
     add("--text", metavar="FILE", help="use this text instead of the checkpoint's")
     add("--steps", type=whole, default=5, help="timed rounds (default: 5)")
+
+
+def add_correctness_flags(parser):
+    """Add the flags of `benchmark.py correctness`."""
+    add = parser.add_argument
+    add("--batch-size", type=whole, default=16, help="sequences per batch (default: 16)")
+    add("--block-size", type=whole, default=512, help="tokens per sequence (default: 512)")
+    add("--longest", type=whole, default=8192, help="tokens of the long case (default: 8192)")
+    add(
+        "--jobs",
+        type=whole,
+        default=1,
+        help="cases at the same time, each in a new process, because compiling the kernels is what "
+        "takes long (default: 1, in this process)",
+    )
 
 
 def add_decode_flags(parser):

@@ -11,11 +11,24 @@ from engine.models import build_model
 from model import NGT
 from system.errors import UsageError, UserError
 from system.settings import flag_of
+from system.threads import choose_threads
 from text.token_files import data_of_checkpoint
 from training.config import DEFAULTS, SETTINGS, law_settings, preset_settings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 VALUE_WIDTH = 64  # of a head, in `benchmark.py attention`
+
+
+def use_threads_as_shipped(args, model, tokens):
+    """Set the number of CPU threads as training and chat do, and print it.
+
+    Args:
+        args: the flags; their `threads` becomes that number.
+        tokens: in one call of the model.
+    """
+    args.threads = choose_threads(args.threads, model, tokens)
+    if args.threads is not None:
+        print(f"threads: {args.threads}")
 
 
 def newton_model(args, device):

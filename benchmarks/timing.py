@@ -6,22 +6,62 @@ import time
 import torch
 from tqdm import tqdm
 
+from system.errors import warn
 from system.machine import machine
+from system.safe_text import short_reason
+
+CUDA_CALLS = 10  # in a row, so that the host's work for the first is little beside them
 
 
-def synchronize(device):
-    """Wait for the GPU's work, which runs after the call that started it has returned."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def calls_per_round(device):
+    """How often `timed` calls a function."""
+    return CUDA_CALLS if device.type == "cuda" else 1
 
 
 def timed(function, device):
-    """Seconds that a call takes."""
-    synchronize(device)
-    start = time.perf_counter()
-    function()
-    synchronize(device)
-    return time.perf_counter() - start
+    """Seconds that a call takes, by the host's clock on a CPU and by the GPU's own on CUDA.
+
+    A GPU works while the host goes on, so its calls follow each other without waiting, as in a
+    training, between two events in its stream.
+    """
+    if device.type != "cuda":
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    stream = torch.cuda.current_stream(device)
+    stream.synchronize()
+    start.record(stream)
+    for _ in range(CUDA_CALLS):
+        function()
+    end.record(stream)
+    end.synchronize()
+    return 1e-3 * start.elapsed_time(end) / CUDA_CALLS
+
+
+def graphed(function, device):
+    """A function that repeats what `function` does on a GPU without gaps between its kernels, as a
+    CUDA graph; on a CPU `function` itself, and with a warning also if it cannot be captured."""
+    if device.type != "cuda":
+        return function
+    try:
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):  # kernels are compiled and chosen before the capture
+            for _ in range(3):
+                function()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+    except RuntimeError as error:
+        warn(f"timed with the gaps between its kernels, no CUDA graph: {short_reason(error)}")
+        return function
+
+    def replay(function=function):  # keeps the tensors that the graph reads
+        graph.replay()
+
+    return replay
 
 
 def interleaved(functions, rounds, device, label, warm_up=1):
@@ -36,7 +76,7 @@ def interleaved(functions, rounds, device, label, warm_up=1):
         warm_up: rounds before these that are not counted.
 
     Returns:
-        For each name a list of seconds, one per round.
+        For each name a list of seconds per call, one per round.
     """
     seconds = {name: [] for name in functions}
     for n in tqdm(range(-warm_up, rounds), label, leave=False, delay=2, disable=None):

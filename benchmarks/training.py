@@ -13,11 +13,13 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from benchmarks.flags import TIMED_PRESETS, law_given
-from benchmarks.models import DTYPES
+from benchmarks.flags import PLAIN, TIMED_PRESETS, law_given
+from benchmarks.models import DTYPES, use_threads_as_shipped
+from benchmarks.plain_gpt import PlainTraining
 from benchmarks.timing import interleaved, peak_flops, ratios, spread
 from engine.flops import training_flops
 from gravity import published
+from gravity.cpu import cpp_compiler
 from system.errors import UsageError, warn
 from system.machine import cpu_multiplies_bf16, peak_memory_bytes
 from system.settings import flag_of
@@ -36,28 +38,43 @@ def benchmark_train(args, device):
     Raises:
         UsageError: if --against and --law do not fit together.
     """
-    if args.against == "first-release" and args.law != "published":
+    if "first-release" in args.against and args.law != "published":
         raise UsageError("--against first-release computes --law published: add that flag")
+    if "compiled" in args.against and device.type == "cpu" and cpp_compiler() is None:
+        raise UsageError("--against compiled needs a C++ compiler (g++): install one, or drop it")
     if args.peak_only:
         return print_peak(args, device)
     if args.dtype == "bf16" and device.type == "cpu" and not cpu_multiplies_bf16():
         warn("this CPU does not multiply bf16 in hardware: expect fp32 to be faster")
-    names = ["ngt", args.against] if args.model == "both" else [args.model]
+    names = ["ngt", *dict.fromkeys(args.against)] if args.model == "both" else [args.model]
     trainers = {name: make_trainer(args, name, device) for name in names}
+    first = trainers[names[0]]
+    use_threads_as_shipped(args, first.raw_model, first.tokens_per_step)
     steps = {name: partial(train_step, trainer, name) for name, trainer in trainers.items()}
-    # the first steps compile the model and make the optimizer's state, which is not to be timed
-    seconds = interleaved(steps, args.steps, device, "training steps", warm_up=2)
+    args.results.plan(names)
+    # the first steps compile the model and make the optimizer's state, which is not to be timed; on
+    # a GPU one with repulsion must come three times before it is recorded
+    warm_up = 3 if device.type == "cuda" else 2
+    seconds = interleaved(steps, args.steps, device, "training steps", warm_up)
     peak = peak_flops(device, DTYPES[args.dtype])
     numbers = {"peak_flops": peak}
-    print(f"{'model':<14} {'tokens/s':>30} {'peak memory':>12} {'floor':>21} {'mfu':>6}")
+    print(
+        f"{'model':<14} {'parameters':>11} {'layers x width, inner':>22} {'tokens/s':>30} "
+        f"{'peak memory':>12} {'floor':>21} {'mfu':>6}"
+    )
     for name, trainer in trainers.items():
         found = numbers_of(args, name, trainer, seconds[name], peak)
-        print_row(name, found)
+        if name != names[0]:
+            rounds = ratios(seconds[name], seconds["ngt"])
+            found |= {"ratio": statistics.median(rounds), "ratio_rounds": rounds}
+        print_row(name, trainer.raw_model.config, found)
+        args.results.row(name, **found)
         numbers |= {f"{name.replace('-', '_')}_{key}": value for key, value in found.items()}
-    if len(names) == 2:  # with --model ngt or vanilla there is nothing to compare
-        rounds = ratios(seconds[names[1]], seconds["ngt"])
-        numbers |= {"ratio": statistics.median(rounds), "ratio_rounds": rounds}
-        print(f"ratio {spread(rounds, 3)}: tokens/s of ngt over those of {names[1]}")
+        if "ratio" in found:  # without the model's name it is that of the first in --against
+            numbers = {key: found[key] for key in ("ratio", "ratio_rounds")} | numbers
+    for name in names[1:]:
+        rounds = numbers[f"{name.replace('-', '_')}_ratio_rounds"]
+        print(f"ratio {spread(rounds, 3)}: tokens/s of ngt over those of {name}")
     print(f"peak of a matrix product {peak / 1e9:,.0f} GF/s")
     return numbers
 
@@ -72,46 +89,55 @@ def numbers_of(args, name, trainer, seconds, peak):
     speeds = [trainer.tokens_per_step / s for s in seconds]
     flops = training_flops(trainer.raw_model, trainer.tokens_per_step)
     return {
+        "parameters": sum(p.numel() for p in trainer.raw_model.parameters()),
         "tokens_per_s": statistics.median(speeds),
         "tokens_per_s_rounds": speeds,
-        "peak_bytes": child_peak(args, name),
+        "peak_bytes": None if args.no_peak else child_peak(args, name),
         "floor_flops": flops,
         "floor_bytes": step_bytes(trainer.raw_model),
         "mfu": flops / statistics.median(seconds) / peak,
     }
 
 
-def print_row(name, numbers):
+def print_row(name, config, numbers):
     """Print a model's line of the table."""
+    shape = f"{config.num_layers} x {config.hidden_dim}, {config.mlp_dim}"
     memory = numbers["peak_bytes"]
     floor = f"{numbers['floor_flops'] / 1e9:,.0f} GF, {numbers['floor_bytes'] / 2**30:.2f} GiB"
     print(
-        f"{name:<14} {spread(numbers['tokens_per_s_rounds'], 0):>30} "
+        f"{name:<14} {numbers['parameters']:>11,} {shape:>22} "
+        f"{spread(numbers['tokens_per_s_rounds'], 0):>30} "
         f"{'?' if memory is None else f'{memory / 2**20:,.0f} MiB':>12} "
         f"{floor:>21} {numbers['mfu']:>6.1%}"
     )
 
 
 def make_trainer(args, name, device):
-    """The real Trainer on random tokens; `name` is ngt, vanilla or first-release."""
+    """The training of a model, `ngt` or one of --against, on random tokens: the real `Trainer`, or
+    a `PlainTraining`."""
     preset, vocab_size = TIMED_PRESETS[args.preset]
-    kind = "vanilla" if name == "vanilla" else "ngt"
+    is_ngt = name in ("ngt", "first-release")
     law = "published" if name == "first-release" else args.law
-    config = DEFAULTS | preset_settings(preset, "vanilla" if kind == "vanilla" else law)
-    config |= {"model_type": kind, "law": law, "compile": args.compile}
+    config = DEFAULTS | preset_settings(preset, law if is_ngt else "vanilla")
+    config |= {"model_type": "ngt" if is_ngt else "vanilla", "law": law, "compile": args.compile}
     config |= law_settings(law, law_given(args))
     config["gradient_accumulation_steps"] = 1  # a step is one batch of --batch-size
     for flag in ("batch_size", "block_size"):
         if getattr(args, flag) is not None:
             config[flag] = getattr(args, flag)
     tokens = np.random.default_rng(0).integers(0, vocab_size, config["block_size"] * 64 + 1)
+    tokens = tokens.astype(np.uint16)
+    dtype = DTYPES[args.dtype]
+    torch.manual_seed(config["seed"])
+    if name in PLAIN:
+        config["vocab_size"] = vocab_size
+        return PlainTraining(config, tokens, device, dtype, name == "compiled")
     # all that Trainer needs of a corpus and its tokenizer
     tokenizer = SimpleNamespace(vocab_size=vocab_size)
-    data = SimpleNamespace(train=tokens.astype(np.uint16), tokenizer=tokenizer)
-    torch.manual_seed(config["seed"])
-    trainer = Trainer(config, data, device)
-    if args.dtype == "bf16":  # --use-amp would fall back to fp32 on a CPU without bf16
-        trainer.autocast = partial(torch.autocast, device.type, dtype=torch.bfloat16)
+    trainer = Trainer(config, SimpleNamespace(train=tokens, tokenizer=tokenizer), device)
+    # --dtype alone decides: --use-amp would fall back to fp32 on a CPU without bf16
+    is_bf16 = dtype == torch.bfloat16
+    trainer.autocast = partial(torch.autocast, device.type, dtype, enabled=is_bf16)
     return trainer
 
 
@@ -137,14 +163,12 @@ def child_peak(args, name):
     This process holds both models, so its own peak says nothing about one. Returns None, with a
     warning, if the new process fails.
     """
-    model = "vanilla" if name == "vanilla" else "ngt"
-    command = [sys.executable, str(SCRIPT), "train", "--peak-only", "--model", model]
-    command += ["--against", "first-release" if name == "first-release" else "vanilla"]
+    command = [sys.executable, str(SCRIPT), "train", "--peak-only", name]
     for flag in ("preset", "dtype", "batch_size", "block_size", "law", "threads", "device"):
         if getattr(args, flag) is not None:
             command += ["--" + flag.replace("_", "-"), str(getattr(args, flag))]
-    for name, is_on in law_given(args).items():
-        command.append(("--" if is_on else "--no-") + flag_of(SETTINGS[name]).removeprefix("--"))
+    for setting, is_on in law_given(args).items():
+        command.append(("--" if is_on else "--no-") + flag_of(SETTINGS[setting]).removeprefix("--"))
     if args.compile:
         command.append("--compile")
     result = subprocess.run(command, capture_output=True, text=True)
@@ -156,10 +180,9 @@ def child_peak(args, name):
 
 def print_peak(args, device):
     """Train two steps and print the peak memory as JSON, for `child_peak` to read."""
-    name = "first-release" if args.against == "first-release" else args.model
-    trainer = make_trainer(args, name, device)
+    trainer = make_trainer(args, args.peak_only, device)
     for _ in range(2):  # the second has AdamW's averages beside the gradients
-        train_step(trainer, name)
+        train_step(trainer, args.peak_only)
     print(json.dumps({"peak_bytes": peak_memory_bytes(device)}))
 
 

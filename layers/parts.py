@@ -18,7 +18,35 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(width, eps=1e-6)
 
     def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        weight = self.weight.to(x.dtype)
+        if (
+            x.device.type == "cpu"
+            and not x.dtype.itemsize < 4
+            and not torch.compiler.is_compiling()
+        ):
+            return _RMSNormOnCPU.apply(x, weight, self.eps)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
+class _RMSNormOnCPU(torch.autograd.Function):
+    """The same to the bit, with a backward pass in a tenth of the time (reports/performance.md)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        inverse = x.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return x * inverse * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, inverse = ctx.saved_tensors
+        # LayerNorm's gradients for a mean of 0, but that of the mean, which it has subtracted
+        to_x, to_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            *(grad, x, weight.shape, torch.zeros_like(inverse), inverse, weight, None),
+            [True, True, False],
+        )
+        to_x += inverse * (grad @ weight)[..., None] / len(weight)
+        return to_x, to_weight, None
 
 
 def norm(config, width):
@@ -46,8 +74,22 @@ class FeedForward(nn.Module):
 
     def forward(self, h):
         h = self.up_proj(h)
-        h = F.relu(h).square() if self.squares else F.gelu(h)
+        h = _SquaredReLU.apply(h) if self.squares else F.gelu(h)
         return self.dropout(self.down_proj(h))
+
+
+class _SquaredReLU(torch.autograd.Function):
+    """`relu(x)^2`, in half of autograd's time."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = F.relu(x)
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad * ctx.saved_tensors[0]).mul_(2)
 
 
 def skip_weights(config):

@@ -229,7 +229,7 @@ def test_shell_scripts_start_what_they_should(line, in_tmp, monkeypatch):
     shutil.copytree(ROOT / "tests", "tests", ignore=shutil.ignore_patterns("*_*", "test_*"))
     places = Path("environment/bin")
     places.mkdir(parents=True)
-    for name in ("python", "torchrun", "ruff"):
+    for name in ("python", "torchrun", "ruff", "nvidia-smi"):
         (places / name).write_text(STAND_IN)
         (places / name).chmod(0o755)
     environment = {

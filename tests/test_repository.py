@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,7 +104,7 @@ def tracked_files():
 def test_the_root_is_small():
     """Besides .ci, which only the automatic checks use."""
     paths = tracked_files()
-    assert len([path for path in paths if len(path.parts) == 1]) <= 22
+    assert len([path for path in paths if len(path.parts) == 1]) <= 23
     assert len({path.parts[0] for path in paths if len(path.parts) > 1} - {".ci"}) <= 14
 
 
@@ -236,6 +237,45 @@ def test_run_wikitext103_bad_settings(settings, words, in_tmp, small_text):
     line = error_line(result)
     assert all(word in line for word in words)
     assert not (in_tmp / "checkpoints").exists() and not (in_tmp / "runs").exists()
+
+
+def run_gpu_check(folder, **settings):
+    """Run run_gpu_check.sh in a copy of the repository; returns the finished process."""
+    env = copy_of_the_repository(folder, **settings)
+    shutil.copytree(ROOT / "tests", folder / "tests", dirs_exist_ok=True)
+    return subprocess.run(
+        ["bash", "run_gpu_check.sh"], cwd=folder, env=env, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"PATH": "/usr/bin:/bin"}, "no NVIDIA GPU"),
+        ({"TINY": "1", "MINUTES": "ten"}, "MINUTES=ten"),
+        ({"TINY": "1", "STAGES": "steps nonsense"}, "nonsense"),
+    ],
+)
+def test_run_gpu_check_bad_settings(settings, words, in_tmp):
+    if shutil.which("nvidia-smi"):
+        pytest.skip("there is a GPU here")
+    result = run_gpu_check(in_tmp, **settings)
+    assert result.returncode == 1 and words in error_line(result)
+    assert not (in_tmp / "runs").exists()
+
+
+@pytest.mark.slow
+def test_run_gpu_check_small_and_called_again(in_tmp, small_text):
+    """Every stage but --compile on a CPU; the second call repeats none."""
+    for _ in range(2):
+        result = run_gpu_check(in_tmp, TINY="1", DATA_PATH=str(small_text))
+        assert result.returncode == 0, result.stdout + result.stderr
+        page = (in_tmp / "reports/gpu_tiny.md").read_text()
+        assert page.count("not run") == 1 + 1  # --compile, and the sentence that explains it
+        assert "| decoding, 5 queries | yes |" in page and "| eager | " in page
+        assert "## Both models" in page and page.count("| 4 of 4 |") == 2
+    assert result.stdout.count("done already") == 4
+    assert result.stdout.count("finished already") == 2
 
 
 @pytest.mark.slow

@@ -7,17 +7,22 @@ import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
 from benchmark import make_parser
-from benchmarks import attention, models, timing
+from benchmarks import attention, correctness, models, timing
+from benchmarks.plain_gpt import PlainGPT, PlainTraining
 from benchmarks.training import first_release_attention, make_trainer, step_bytes
 from conftest import ROOT, error_line, needs_bf16, run
 from engine.flops import training_flops
+from engine.models import build_model
+from gravity.attention import gravity_attention
 from gravity.published import published_gravity_attention
+from training.config import DEFAULTS
 
 TINY = ("--preset", "shakespeare", "--batch-size", "2", "--block-size", "16", "--steps", "2")
 
@@ -60,6 +65,58 @@ def test_train_of_one_model_and_of_the_published_law(in_tmp):
     assert {"ratio", "first_release_tokens_per_s", "first_release_peak_bytes"} <= numbers.keys()
 
 
+def test_train_against_plain_gpt2_and_vanilla_in_one_run(in_tmp):
+    flags = ("--against", "eager", "vanilla", "--no-peak")
+    numbers = numbers_of(in_tmp, "train", *TINY, *flags)
+    assert numbers["ratio"] == numbers["eager_ratio"] and numbers["vanilla_ratio"] > 0
+    assert numbers["eager_peak_bytes"] is None
+    # 66 tokens, 16 positions, per layer 12 width^2 and two LayerNorms without bias, one at the end
+    weights = 128 * (66 + 16) + 4 * (12 * 128**2 + 2 * 128) + 128
+    assert numbers["eager_parameters"] == weights
+
+
+def test_plain_gpt2_is_the_vanilla_model():
+    """The same logits from the same weights, and a training that learns."""
+    sizes = dict(vocab_size=31, block_size=12, hidden_dim=32, mlp_dim=48, num_layers=2, num_heads=4)
+    plain = PlainGPT(SimpleNamespace(**sizes), bias=True).double()
+    vanilla = build_model(DEFAULTS | sizes | {"model_type": "vanilla"}).double()
+    weights = dict(plain.named_parameters())
+    for parameter in weights.values():
+        torch.nn.init.normal_(parameter, std=0.3)
+    same = {"out": "attn.out_proj", "norm1": "norm1", "norm2": "norm2"}
+    same |= {"up": "ffn.up_proj", "down": "ffn.down_proj"}
+    with torch.no_grad():
+        for one, other in ((plain.token_emb, vanilla.token_emb), (plain.pos_emb, vanilla.pos_emb)):
+            other.weight.copy_(one.weight)
+        vanilla.norm.load_state_dict(plain.norm.state_dict())
+        for block, layer in zip(plain.blocks, vanilla.layers, strict=True):
+            for name, place in same.items():
+                layer.get_submodule(place).load_state_dict(getattr(block, name).state_dict())
+            for n, name in enumerate("qkv"):
+                part, proj = slice(32 * n, 32 * n + 32), getattr(layer.attn, f"{name}_proj")
+                proj.weight.copy_(block.qkv.weight[part])
+                proj.bias.copy_(block.qkv.bias[part])
+    tokens = torch.randint(31, (2, 12))
+    assert (plain(tokens) - vanilla(tokens)).abs().max() < 1e-10
+    tokens = np.arange(400).astype(np.uint16) % 31
+    config = sizes | {"batch_size": 4}
+    training = PlainTraining(config, tokens, torch.device("cpu"), torch.float32, compiled=False)
+    window = torch.arange(13)[None]
+    losses = []
+    for steps in (0, 100):
+        for _ in range(steps):
+            training.step()
+        with torch.no_grad():
+            losses.append(float(training.raw_model(window[:, :-1], window[:, 1:])))
+    assert losses[1] < 0.5 * losses[0]
+
+
+@pytest.mark.slow
+def test_train_against_compiled(in_tmp):
+    numbers = numbers_of(in_tmp, "train", *TINY, "--against", "compiled")
+    assert numbers["compiled_peak_bytes"] > 1e8
+
+
 def test_train_with_another_law(in_tmp):
     """A background and no radius as in training, or what the flags say; the process that measures
     the peak reads them too."""
@@ -75,10 +132,13 @@ def test_train_with_another_law(in_tmp):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_attention_rows(in_tmp, dtype):
     numbers = numbers_of(
-        *(in_tmp, "attention", "--block-sizes", "7,64", "--steps", "2", "--dtype", dtype)
+        *(in_tmp, "attention", "--block-sizes", "7,64", "--steps", "2", "--dtype", dtype),
+        *("--batch-tokens", "21"),
     )
     assert [row["block_size"] for row in numbers["rows"]] == [7, 64]
+    assert [row["batch_size"] for row in numbers["rows"]] == [3, 1]
     for row in numbers["rows"]:
+        assert row["ratio"] == row["sdpa_ratio"] and row["sdpa_ms"] > 0
         assert {"ngt_tokens_per_s", "vanilla_tokens_per_s", "ratio"} <= row.keys()
 
 
@@ -116,6 +176,44 @@ def test_attention_with_a_checkpoint_and_decode(in_tmp, small_text, law):
 
     result = run("benchmark.py", "attention", "--checkpoint", checkpoint, cwd=in_tmp)
     assert result.returncode == 1 and "longer" in error_line(result)  # valid has 1,200 tokens
+
+
+SMALL_CHECK = ("correctness", "--batch-size", "2", "--block-size", "17", "--longest", "40")
+
+
+def test_correctness_writes_rows_at_once(in_tmp):
+    """Planned rows first, then each with its numbers, appended to what was there."""
+    (in_tmp / "all.jsonl").write_text('{"row": "older"}\n')
+    assert benchmark.main([*SMALL_CHECK, "--json", "all.jsonl"]) == 0
+    lines = [json.loads(line) for line in (in_tmp / "all.jsonl").read_text().splitlines()]
+    planned, found = lines[1:14], lines[14:]
+    assert [line["row"] for line in planned] == [line["row"] for line in found]
+    assert planned[0]["command"] == "benchmark.py " + " ".join(SMALL_CHECK)
+    assert all(line["good"] and line["same_twice"] for line in found) and len(found) == 13
+    assert not any("good" in line for line in planned)
+
+
+@pytest.mark.slow
+def test_correctness_in_several_processes(in_tmp):
+    numbers = numbers_of(in_tmp, *SMALL_CHECK, "--jobs", "3")
+    assert len({row["case"] for row in numbers["rows"]}) == 13
+
+
+@pytest.mark.parametrize("fault", ["wrong output", "wrong gradient", "NaN", "exception"])
+def test_correctness_sees_a_wrong_operator(monkeypatch, fault):
+    def wrong(q, k, v, mass, **law):
+        if fault == "exception":
+            raise RuntimeError("no kernel")
+        out = gravity_attention(q, k, v, mass, **law)
+        if fault == "wrong gradient":  # of v alone
+            return out + 0.1 * (v - v.detach())
+        return out * (1.05 if fault == "wrong output" else math.nan)
+
+    monkeypatch.setattr(correctness, "gravity_attention", wrong)
+    case = correctness.Case(2, 17, torch.float32)
+    found = correctness.compare(case, torch.device("cpu"))
+    assert not found["good"]
+    assert found.get("failed") == ("no kernel" if fault == "exception" else None)
 
 
 def test_data(in_tmp, small_text):
@@ -188,6 +286,7 @@ BAD = [
     (("data", "--data-path", "missing.txt"), "--data-path"),
     (("scaling", "--ranks", "1,x"), "is not a whole number"),
     (("scaling", "--steps", "5"), "at least 6"),
+    (("correctness", "--block-size", "11"), "at least 12"),
     ((), "required"),
 ]
 
@@ -215,7 +314,9 @@ def test_a_checkpoint_of_the_other_model_is_refused(in_tmp, small_text):
         assert result.returncode == 1 and "newton" in error_line(result)
 
 
-@pytest.mark.parametrize("command", ["train", "attention", "decode", "data", "scaling"])
+@pytest.mark.parametrize(
+    "command", ["train", "attention", "decode", "data", "scaling", "correctness"]
+)
 def test_help_shows_an_example_and_every_default(command, capsys):
     with pytest.raises(SystemExit) as stop:
         benchmark.main([command, "--help"])

@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import vanilla_model
 from engine.models import build_model
 from gravity.law import gravity_attention_reference
 from layers.config import ModelConfig
-from layers.parts import FeedForward, init_weights, mix_with_token_before, norm, soft_cap
+from layers.parts import FeedForward, RMSNorm, init_weights, mix_with_token_before, norm, soft_cap
 from model import NGTConfig
 from small_models import BLOCK, MODERN, MODERN_VANILLA, NGT_SMALL, SMALL, ids, lively
 from training.config import RECIPES
@@ -30,6 +31,19 @@ def test_rmsnorm_divides_by_the_root_mean_square():
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(layer(x.bfloat16()).double(), expected, rtol=2e-2, atol=2e-2)
     assert [name for name, _ in layer.named_parameters()] == ["weight"]
+
+
+def test_own_backward_passes_have_the_gradients_of_finite_differences():
+    """In float64; and RMSNorm's outputs are PyTorch's, to the bit."""
+    norm_of, x = RMSNorm(12), torch.randn(3, 5, 12) + 1
+    nn.init.uniform_(norm_of.weight, 0.5, 2)
+    assert torch.equal(norm_of(x), F.rms_norm(x, (12,), norm_of.weight, 1e-6))
+    norm_of.double()
+    wide = x.double().requires_grad_()
+    assert torch.autograd.gradcheck(norm_of, (wide,))
+    assert torch.autograd.gradcheck(lambda _: norm_of(wide), (norm_of.weight,))
+    layer = FeedForward(config(activation="relu2", bias=False)).double()
+    assert torch.autograd.gradcheck(layer, (wide,))
 
 
 def test_relu2_squares_what_is_above_zero():

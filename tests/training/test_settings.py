@@ -95,8 +95,7 @@ def test_a_recipe_gives_defaults_and_flags_win():
     assert all(old[name] == DEFAULTS[name] for name in RECIPES["modern"])
     assert old == resolved()
     text = resolved("--dataset", "text")
-    assert (text["recipe"], text["learning_rate"], text["repulsion"]) == ("modern", 8e-3, False)
-    assert resolved("--dataset", "text", "--recipe", "gpt2")["repulsion"]
+    assert (text["recipe"], text["learning_rate"]) == ("modern", 8e-3)
     published = resolved("--dataset", "text", "--law", "published")
     assert (published["recipe"], published["learning_rate"]) == ("gpt2", 4e-3)
 
@@ -133,6 +132,17 @@ def test_a_new_run_has_a_background_or_a_radius(flags, background, cutoff):
     before = {k: v for k, v in resolved().items() if not k.startswith(("background", "use_radius"))}
     resumed = resolved(resumed=before)
     assert (resumed["background"], resumed["use_radius_cutoff"]) == (False, True)
+
+
+def test_a_new_run_has_the_newest_law_and_a_checkpoint_its_own():
+    """A config that names none of these parts is of the law before them."""
+    newest = {"coords_from": "state", "retarded_values": True, "repulsion": False}
+    older = {"coords_from": "pull", "retarded_values": False, "repulsion": True}
+    new, published = resolved(), resolved("--law", "published")
+    resumed = resolved(resumed={k: v for k, v in new.items() if k not in newest})
+    assert {name: new[name] for name in newest} == newest
+    assert {name: published[name] for name in older} == older
+    assert {name: resumed[name] for name in older} == older
 
 
 def test_a_preset_may_have_rates_by_recipe_and_kind(monkeypatch):
