@@ -51,6 +51,8 @@ def weightless_model(config):
                 kwargs["device"] = "meta"
             elif function.__name__.endswith("_") and not function.__name__.endswith("__"):
                 return args[0] if args else kwargs["tensor"]  # in place: left as it is
+            elif function.__name__.startswith("repeat"):  # small values become as many as weights
+                args = (args[0].to("meta"), *args[1:])
             return function(*args, **kwargs)
 
     with Weightless():
