@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.kv_cache import KVCache
-from engine.models import build_model
+from engine.models import build_model, weightless_model
 from model import NGTConfig, repulsion_loss
 from small_models import (
     ALL,
@@ -284,3 +284,17 @@ def test_config_is_plain():
     """A config becomes a dict and is restored from it, as in a checkpoint."""
     for config in (NGTConfig(**NGT_SMALL, law="published"), VanillaConfig(**SMALL, pos="alibi")):
         assert type(config)(**dataclasses.asdict(config)) == config
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_weightless_model_has_the_names_and_shapes_of_the_real_one(name):
+    """Without memory for its weights, and with the settings that training gives it."""
+    kind = {"model_type": "vanilla" if name in VANILLA else "ngt"}
+    config = NGT_SMALL | {"mlp_dim": 32} | ALL[name] | kind
+
+    def looks(model):
+        return {n: (x.shape, x.dtype) for n, x in model.state_dict().items()}
+
+    weightless = weightless_model(config)
+    assert looks(weightless) == looks(build_model(config))
+    assert all(p.is_meta for p in weightless.parameters() if p.dim() == 2)
