@@ -124,6 +124,7 @@ class NGTConfig(ModelConfig):
         "initial softenings per token of the head that looks farthest back (newton)",
         positive,
     )
+    fixed_farthest: bool = setting(False, "the farthest head keeps its time scale (experiment)")
     field_tolerance: float | None = setting(
         None,
         "leave out older tokens that together provably weigh less than this share "
