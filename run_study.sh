@@ -144,6 +144,7 @@ ablation() {
         pull) flags=(--coords-from pull) ;;
         no_retardation) flags=(--no-retardation) ;;
         no_retarded_values) flags=(--no-retarded-values) ;;
+        learned_farthest) flags=(--no-fixed-farthest) ;;
         farthest_*) flags=(--farthest-time-scale "${1#farthest_}") ;;
         repulsion) flags=(--repulsion) ;;
         radius_*) flags=(--radius-cutoff --radius "${1#radius_}") ;;
@@ -162,7 +163,7 @@ ablation() {
     esac
 }
 ABLATIONS=${ABLATIONS:-default no_background background_0.0001 background_0.005 background_0.02
-    repulsion exponent_3 exponent_6 head_coord_dim_8 head_coord_dim_32 farthest_0.0035
+    repulsion exponent_3 exponent_6 head_coord_dim_8 head_coord_dim_32 learned_farthest
     pull no_retardation no_retarded_values mass_in_value radius_16 layernorm biases gelu no_zero_init
     no_value_residual no_embedding_skip no_softcap adamw}
 

@@ -81,7 +81,10 @@ class GravityAttention(nn.Module):
     @property
     def time_scale(self):
         """Softening units per token, (H,)."""
-        return F.softplus(self.time_scale_raw.float())
+        scale = F.softplus(self.time_scale_raw.float())
+        if self.config.fixed_farthest:
+            scale = torch.cat([scale[:-1], scale[-1:].detach()])
+        return scale
 
     @property
     def radius(self):

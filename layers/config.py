@@ -124,6 +124,10 @@ class NGTConfig(ModelConfig):
         "initial softenings per token of the head that looks farthest back (newton)",
         positive,
     )
+    fixed_farthest: bool = setting(
+        False,
+        "that head keeps this number: short windows cannot teach it how far to look (newton)",
+    )
     field_tolerance: float | None = setting(
         None,
         "leave out older tokens that together provably weigh less than this share "

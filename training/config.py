@@ -49,7 +49,8 @@ PRESETS = {
         "block_size": 256,
         "batch_size": 8,
         "recipe": "modern",
-        "farthest_time_scale": 3.5e-4,  # for texts far longer than a window (reports/study.md)
+        # for texts far longer than a window (reports/study.md)
+        **{"farthest_time_scale": 3.5e-4, "fixed_farthest": True},
         # the best of those tried for both models (reports/study.md)
         "modern": {"learning_rate": 8e-3, "min_learning_rate": 8e-4},
         "learning_rate": 4e-3,
@@ -342,7 +343,8 @@ def warn_of_no_effect(args, config):
         warn(f"{flag_of(SETTINGS[name])} has no effect on --model ngt")
     if config["use_rsqrt"] and config["law"] == "newton":
         warn("--use-rsqrt has no effect under --law newton")
-    of_newton = {"exponent", "retardation", "farthest_time_scale", "background_start"}
+    of_newton = {"exponent", "retardation", "farthest_time_scale", "fixed_farthest"}
+    of_newton |= {"background_start"}
     if config["law"] == "published":
         for name in sorted(given & of_newton):
             warn(f"{flag_of(SETTINGS[name])} has no effect under --law published")

@@ -21,7 +21,7 @@ GROUPS = {  # in the order of --help
     "law of attraction (NGT)": (
         *("law", "exponent", "radius", "use_radius_cutoff", "use_soft_cutoff", "mass_in_value"),
         *("coords_from", "retardation", "retarded_values", "background", "background_start"),
-        *("farthest_time_scale", "use_rsqrt", "field_tolerance"),
+        *("farthest_time_scale", "fixed_farthest", "use_rsqrt", "field_tolerance"),
     ),
     "attention (vanilla)": ("pos", "qk_norm", "smear", "sink"),
     "repulsion (NGT)": ("repulsion", "lambda_repulsion", "repulsion_interval"),

@@ -35,13 +35,8 @@ HYPERPARAMETERS = (
     *("recipe", "norm", "bias", "activation", "zero_init_outputs", "value_residual"),
     *("embedding_skip", "logit_softcap", "qk_norm", "smear", "sink", "optimizer", "beta2"),
     *("exponent", "coords_from", "retardation", "retarded_values", "background", "mass_in_value"),
-    *(
-        "use_radius_cutoff",
-        "use_soft_cutoff",
-        "dropout",
-        "batch_size",
-        "gradient_accumulation_steps",
-    ),
+    *("fixed_farthest", "use_radius_cutoff", "use_soft_cutoff", "dropout", "batch_size"),
+    "gradient_accumulation_steps",
     *("learning_rate", "weight_decay", "max_steps", "seed"),
 )
 HISTOGRAMS = ("radius", "time_scale", "time_offset", "window", "retardation", "background")

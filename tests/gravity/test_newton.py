@@ -10,7 +10,7 @@ from gravity.heads import merge_heads, split_heads
 from gravity.law import gravity_attention_reference
 from gravity.newton import GravityAttention
 from model import NGTConfig
-from small_models import NEWTON, NGT_SMALL
+from small_models import BLOCK, NEWTON, NGT_SMALL, ids, lively
 
 
 def heavy_then_light(mass_in_value):
@@ -86,3 +86,15 @@ def test_windows_of_a_background():
         windows(mass, mass_in_value=True, use_radius_cutoff=False)[-1] for mass in (1.0, 9.0)
     )
     assert torch.equal(one, other)
+
+
+def test_a_fixed_farthest_head_does_not_learn_how_far_to_look():
+    """The others do, and so do its other parameters."""
+    model = lively("newton background")
+    for layer in model.layers:
+        layer.attn.config.fixed_farthest = True
+    model(ids(BLOCK)).square().sum().backward()
+    for layer in model.layers:
+        learned = layer.attn.time_scale_raw.grad != 0
+        assert learned.tolist() == [True, True, True, False]
+        assert (layer.attn.time_offset.grad != 0).all()
