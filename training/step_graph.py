@@ -4,6 +4,7 @@ How to record one: https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-ne
 """
 
 import collections
+import functools
 
 import torch
 
@@ -63,9 +64,15 @@ class GraphedStep:
         self._recorded[kind] = graph, own, result
 
 
+@functools.cache
+def side_stream():
+    """One stream for all steps before the recording: memory is kept apart for each stream."""
+    return torch.cuda.Stream()
+
+
 def on_side_stream(work, *arguments):
     """Work as it will be recorded, on a stream other than the default one; returns its result."""
-    main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    main, side = torch.cuda.current_stream(), side_stream()
     side.wait_stream(main)
     with torch.cuda.stream(side):
         result = work(*arguments)
