@@ -5,12 +5,22 @@ import math
 
 from system.errors import UsageError
 
+MOST_THREADS = 1024  # with many more a step does not end, or the process cannot start them
+
 
 def whole(text):
     """Argparse type: an integer of at least 1."""
     value = _number(int, text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is too small: give at least 1")
+    return value
+
+
+def thread_count(text):
+    """Argparse type: a number of threads that a machine can start."""
+    value = whole(text)
+    if value > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{text} is too large: give at most {MOST_THREADS}")
     return value
 
 
