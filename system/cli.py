@@ -89,6 +89,8 @@ def script_parser(description, examples):
 def choose_device(name):
     """The `torch.device` that `--device` names; "auto" is a GPU if there is one, else the CPU.
 
+    A GPU with a number becomes the current one, to which streams, events and graphs belong.
+
     Raises:
         UsageError: if there is no such device here.
     """
@@ -103,4 +105,6 @@ def choose_device(name):
         raise UsageError(
             f"--device {name} is not available here: use --device cpu, or --device auto"
         ) from None
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
