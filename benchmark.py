@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from benchmarks import flags
-from system.cli import choose_device, script_parser, whole
+from system.cli import choose_device, script_parser, thread_count
 from system.errors import run_script
 from system.threads import HELP as THREADS_HELP
 
@@ -77,7 +77,7 @@ def make_parser():
             "attention and correctness are appended as soon as they are known",
         )
         add("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
-        add("--threads", type=whole, help=THREADS_HELP)
+        add("--threads", type=thread_count, help=THREADS_HELP)
         add_flags(command)
     return parser
 

@@ -10,7 +10,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from system.cli import choose_device, random_seed, script_parser, whole, whole_or_zero
+from system.cli import (
+    choose_device,
+    random_seed,
+    script_parser,
+    thread_count,
+    whole,
+    whole_or_zero,
+)
 from system.errors import UsageError, UserError, run_script
 from system.safe_text import one_line
 from system.terminal import say
@@ -67,7 +74,7 @@ def make_parser():
     )
     add("--seed", type=random_seed, help="the same seed gives the same answer (default: random)")
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
-    add("--threads", type=whole, help=THREADS_HELP)
+    add("--threads", type=thread_count, help=THREADS_HELP)
     add(
         "--serve",
         action="store_true",

@@ -8,7 +8,7 @@ import json
 import math
 from pathlib import Path
 
-from system.cli import choose_device, script_parser, whole, whole_list
+from system.cli import choose_device, script_parser, thread_count, whole, whole_list
 from system.errors import run_script
 from system.files import write_whole
 from system.threads import HELP as THREADS_HELP
@@ -50,7 +50,7 @@ def make_parser():
     )
     add("--json", metavar="FILE", help="also write the numbers to this file")
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
-    add("--threads", type=whole, help=THREADS_HELP)
+    add("--threads", type=thread_count, help=THREADS_HELP)
     return parser
 
 

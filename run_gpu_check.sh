@@ -117,7 +117,7 @@ run_stage() {
 
 # train SECONDS MODEL FLAGS...: trains a model, or goes on with it, for at most so many seconds
 train() {
-    local seconds=$1 model=$2 code=0
+    local seconds=$1 model=$2 code=0 began=$SECONDS
     shift 2
     if [ "$seconds" -lt 10 ]; then
         echo "no time is left for $model"
@@ -136,7 +136,7 @@ train() {
     if [ "$code" = 1 ] && [ ${#compile[@]} != 0 ]; then
         echo "== the same without --compile"
         compile=()
-        train $((seconds / 2)) "$model" "$@"
+        train $((seconds - (SECONDS - began))) "$model" "$@"
     elif [ "$code" != 0 ] && [ "$code" != 124 ]; then
         status=1
     fi

@@ -38,6 +38,7 @@ class _RMSNormOnCPU(torch.autograd.Function):
         return x * inverse * weight
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, weight, inverse = ctx.saved_tensors
         # LayerNorm's gradients for a mean of 0, but that of the mean, which it has subtracted

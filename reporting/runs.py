@@ -19,7 +19,8 @@ from training.run_log import read_metrics
 NOT_RUN = "not run"
 PER_RUN = {  # settings that may differ between runs of one variant
     *("seed", "checkpoint_path", "command", "code_version", "torch_version", "machine", "device"),
-    *("token_directory", "data_path", "eval_interval", "checkpoint_interval", "compile", "threads"),
+    *("token_directory", "prepared_tokens", "data_path", "eval_interval", "checkpoint_interval"),
+    *("compile", "threads"),
 }
 # the keys that reports need, and the types of their values
 NUMBER = int | float

@@ -5,12 +5,22 @@ import math
 
 from system.errors import UsageError
 
+MOST_THREADS = 1024  # with many more a step does not end, or the process cannot start them
+
 
 def whole(text):
     """Argparse type: an integer of at least 1."""
     value = _number(int, text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is too small: give at least 1")
+    return value
+
+
+def thread_count(text):
+    """Argparse type: a number of threads that a machine can start."""
+    value = whole(text)
+    if value > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{text} is too large: give at most {MOST_THREADS}")
     return value
 
 
@@ -79,6 +89,8 @@ def script_parser(description, examples):
 def choose_device(name):
     """The `torch.device` that `--device` names; "auto" is a GPU if there is one, else the CPU.
 
+    A GPU with a number becomes the current one, to which streams, events and graphs belong.
+
     Raises:
         UsageError: if there is no such device here.
     """
@@ -93,4 +105,6 @@ def choose_device(name):
         raise UsageError(
             f"--device {name} is not available here: use --device cpu, or --device auto"
         ) from None
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device

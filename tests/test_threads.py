@@ -70,15 +70,17 @@ def test_threads_follow_the_size(two_threads, monkeypatch):
 def test_a_resumed_run_keeps_its_threads(two_threads, capsys):
     """Another number would change the last bits. Runs of older versions recorded none."""
 
-    def resumed(recorded, given=None):
+    def resumed(recorded, given=None, device="cpu"):
         torch.set_num_threads(2)
         config = {"threads": given or recorded, "batch_size": 1, "block_size": 1}
         ranks = SimpleNamespace(size=1)
-        trainer = SimpleNamespace(config=config, ranks=ranks, raw_model=nn.Linear(3, 3))
+        model, device = nn.Linear(3, 3, device=device), torch.device(device)
+        trainer = SimpleNamespace(config=config, ranks=ranks, raw_model=model, device=device)
         _choose_threads(trainer, given, {"config": {}})
         return config["threads"]
 
     assert [resumed(1), resumed(2), resumed(None), resumed(2, given=1)] == [1, 2, 2, 1]
+    assert resumed(16, device="meta") is None  # as a GPU, for which threads change nothing
     assert not capsys.readouterr().err
     assert resumed(16) == 2 and "16 threads" in capsys.readouterr().err
 
@@ -92,7 +94,7 @@ def test_the_number_is_shown_and_recorded(in_tmp, small_text):
     assert "had 2 threads" in resumed.stderr and ", 1 thread\n" in resumed.stdout
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "100000", "3000000000"])
 @pytest.mark.parametrize(
     "script, words",
     [

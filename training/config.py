@@ -8,7 +8,14 @@ setting.
 from dataclasses import MISSING, dataclass, fields
 
 from engine.models import CONFIGS, model_fields, weightless_model
-from system.cli import not_negative, random_seed, share, whole, whole_or_zero
+from system.cli import (
+    not_negative,
+    random_seed,
+    share,
+    thread_count,
+    whole,
+    whole_or_zero,
+)
 from system.errors import UsageError, warn
 from system.settings import flag_of, setting
 from system.threads import HELP as THREADS_HELP
@@ -167,7 +174,7 @@ class RunSettings:
     )
     deterministic: bool = setting(False, "bit-identical runs on a GPU too (slower)")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
-    threads: int | None = setting(None, THREADS_HELP, whole)
+    threads: int | None = setting(None, THREADS_HELP, thread_count)
     eval_interval: int = setting(250, "steps between evaluations", whole)
     eval_iters: int = setting(100, "evaluate on at most 16 x this many fixed windows", whole)
     sample_tokens: int = setting(

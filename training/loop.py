@@ -57,6 +57,7 @@ class _Loop:
         self.seconds_before = trainer.progress["wall_time"]
         self.steps, self.seconds = 0, 0.0  # since the last evaluation
         self.save_asked = False
+        self.skipped_before = 0  # steps in a row, at the last look
         self.step_seconds = 0.0  # of the last step
         self.is_sound = True  # whether the weights may be saved
 
@@ -93,7 +94,8 @@ class _Loop:
         if self.trainer.iter == self.first_step + STEPS_TO_ESTIMATE:
             self._say_expected_time()
         self.display.step(loss, self.step_seconds)
-        check_skipped(self.trainer, self.files)
+        check_skipped(self.trainer, self.files, self.skipped_before)
+        self.skipped_before = self.trainer.progress["skipped_in_a_row"]
 
     def _say_expected_time(self):
         """Print how long the rest takes if its steps take as long as those so far."""
@@ -152,8 +154,12 @@ def save(trainer, files, path):
         files.forget_earlier()
 
 
-def check_skipped(trainer, files):
+def check_skipped(trainer, files, before):
     """Warn of the first skipped step in a row.
+
+    Args:
+        before: how many in a row there were at the last look. A GPU's steps are read late, so since
+            then none, one or two were read.
 
     Raises:
         UserError: after --max-skipped-steps of them.
@@ -161,9 +167,9 @@ def check_skipped(trainer, files):
     in_a_row, step = trainer.progress["skipped_in_a_row"], trainer.steps_read
     if in_a_row == 0:
         return
-    if in_a_row == 1:
+    if before == 0:
         with above_the_line():
-            warn(f"step {step}: loss or gradient is not finite, step skipped")
+            warn(f"step {step - in_a_row + 1}: loss or gradient is not finite, step skipped")
     if in_a_row >= trainer.config["max_skipped_steps"]:
         kept = files.last if files.last.exists() else files.best
         where = f"{kept} is the last good checkpoint" if kept.exists() else "nothing was saved yet"

@@ -147,9 +147,13 @@ def recordable(optimizer):
     groups = [group for group in optimizer.param_groups if "capturable" in group]
     for group in groups:  # at other times AdamW warns of it
         group["capturable"] = True
-    yield
-    for group in groups:
-        group["capturable"] = False
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["capturable"] = False
+        # a recording that failed leaves gradients that nothing has computed
+        optimizer.zero_grad(set_to_none=True)
 
 
 def _size(optimizer):

@@ -146,11 +146,11 @@ def _set_up_torch(config):
 def _choose_threads(trainer, given, checkpoint):
     """Set the number of CPU threads and put it into the config.
 
-    A resumed run keeps its number, because another one changes the last bits of the results.
+    On a CPU a resumed run keeps its number: another one changes the last bits of the results.
     """
     c, here = trainer.config, torch.get_num_threads()
     asked = given
-    if given is None and checkpoint is not None:
+    if given is None and checkpoint is not None and trainer.device.type == "cpu":
         asked = c["threads"] or here  # older runs took what PyTorch chose and did not record it
         if asked > here:
             warn(f"the run had {asked} threads, here are {here}: the last bits will differ")

@@ -319,9 +319,10 @@ class Trainer:
             seed = (c["seed"] * 1_000_003 + self.iter) * 1_009 + micro_step
             generator = torch.Generator().manual_seed(seed % SEEDS)
             batch.append(torch.randperm(c["block_size"], generator=generator)[:MAX_POSITIONS])
-        if self.device.type == "cuda":  # from pinned memory a copy does not wait for the device
-            batch = [part.pin_memory() for part in batch]
-        return tuple(part.to(self.device, non_blocking=True) for part in batch)
+        if self.device.type != "cuda":  # elsewhere a copy that does not wait may read freed memory
+            return tuple(part.to(self.device) for part in batch)
+        # from pinned memory a copy does not wait for the device
+        return tuple(part.pin_memory().to(self.device, non_blocking=True) for part in batch)
 
     def _no_sync(self):
         """A context in which backward does not average over the ranks: once per step is enough."""
@@ -370,7 +371,7 @@ class _Numbers:
     """The numbers of a tensor, on their way from the device to the host."""
 
     def __init__(self, tensor):
-        self._tensor, self._arrived = tensor.to("cpu", non_blocking=True), None
+        self._tensor, self._arrived = tensor.to("cpu", non_blocking=tensor.is_cuda), None
         if tensor.is_cuda:
             self._arrived = torch.cuda.Event()
             self._arrived.record()

@@ -46,6 +46,14 @@ def test_own_backward_passes_have_the_gradients_of_finite_differences():
     assert torch.autograd.gradcheck(layer, (wide,))
 
 
+def test_second_derivatives_are_refused_rather_than_wrong():
+    """RMSNorm's own backward pass keeps a number whose derivative it does not know."""
+    x = torch.randn(2, 12, requires_grad=True)
+    (first,) = torch.autograd.grad(RMSNorm(12)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 def test_relu2_squares_what_is_above_zero():
     layer, x = FeedForward(config(activation="relu2", bias=False)), torch.randn(5, 12)
     up, down = layer.up_proj.weight.double(), layer.down_proj.weight.double()

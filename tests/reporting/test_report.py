@@ -57,7 +57,8 @@ def test_seeds_are_mean_and_spread(in_tmp):
     """Runs of one configuration are one line; another learning rate is another line."""
     losses = [3.1, 3.3, 3.8]
     for seed, loss in enumerate(losses):
-        write_run(f"g/a{seed}", [loss], seed=seed, machine=f"machine {seed}")
+        where = {"machine": f"machine {seed}", "prepared_tokens": f"tokens{seed}", "threads": seed}
+        write_run(f"g/a{seed}", [loss], seed=seed, **where)
     write_run("g/b", [2.0], learning_rate=0.5)
     variants = group(find_runs(["runs/g/"]))
     assert [len(v.runs) for v in variants] == [3, 1]

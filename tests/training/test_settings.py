@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from engine.models import CONFIGS, build_model
+from system.cli import choose_device
 from system.errors import UsageError, UserError
 from training import config as module
 from training.config import (
@@ -189,6 +190,15 @@ def test_a_model_in_words():
         "ngt (published, mass in value)"
     )
     assert described({"model_type": "vanilla"}) == "vanilla (learned)"
+
+
+def test_a_gpu_with_a_number_becomes_the_current_one(monkeypatch):
+    """Otherwise events and graphs are of another GPU: losses are read too early, graphs empty."""
+    current = []
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert choose_device("cuda:1") == torch.device("cuda:1") == current.pop()
+    assert choose_device("cuda") == torch.device("cuda") and not current
 
 
 def test_a_gpu_with_bf16_uses_it_if_nobody_says_otherwise(monkeypatch):

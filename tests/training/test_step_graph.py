@@ -78,6 +78,24 @@ def test_a_training_of_replays_is_the_same_training(recipe, graphs, make_trainer
         assert same(value, graphed.state()[key]), key
 
 
+def test_a_recording_that_fails_leaves_nothing_in_the_next_step(monkeypatch, graphs, make_trainer):
+    """It may fail after the backward pass, whose gradients nothing has computed."""
+
+    def fail(pool, work, kind, own):
+        for parameter in graphed.raw_model.parameters():
+            parameter.grad = torch.full_like(parameter, 1e3)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(step_graph, "record", fail)
+    plain, graphed = (make_trainer(runs_ahead=True) for _ in range(2))
+    graphed.work = GraphedStep(graphed.work, lambda: recordable(graphed.optimizer))
+    for _ in range(STEPS_BEFORE + 2):
+        plain.step()
+        graphed.step()
+    for key, value in plain.state().items():
+        assert same(value, graphed.state()[key]), key
+
+
 def test_what_cannot_be_recorded_is_done_step_by_step(monkeypatch, graphs, capsys):
     def refuse(*_):
         raise RuntimeError("operation not permitted when stream is capturing")

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from engine.models import build_model
 from small_models import SMALL as SMALL_MODEL
 from small_runs import same
 from training import trainer as training_trainer
-from training.loop import evaluation_row
+from training.loop import check_skipped, evaluation_row
 from training.optimizer import learning_rate
 
 
@@ -103,6 +104,19 @@ def with_one_bad_loss(trainer, steps, bad):
         trainer.loss = lambda *args, factor=factor: tuple(x * factor for x in loss(*args))
         results.append(trainer.step())
     return results
+
+
+def test_a_skipped_step_is_told_once(capsys):
+    """Of a GPU's steps none, one or two are read between two looks."""
+    looks = [(0, 3), (1, 4), (1, 4), (2, 5), (0, 6), (2, 8), (3, 9)]  # in a row, steps read
+    before = 0
+    for in_a_row, read in looks:
+        progress, config = {"skipped_in_a_row": in_a_row}, {"max_skipped_steps": 10}
+        trainer = SimpleNamespace(progress=progress, steps_read=read, config=config)
+        check_skipped(trainer, None, before)
+        before = in_a_row
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[1].strip() for line in lines] == ["step 4", "step 7"]
 
 
 @pytest.mark.parametrize("recipe", ["gpt2", "modern"])
