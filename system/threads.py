@@ -29,9 +29,8 @@ def threads_for(parameters, tokens, most):
     """The number of threads that computes a model fastest: one, or the most there are.
 
     A second thread must be woken for each operation, which pays only if the operation is long.
-    Measured on two cores that eight other programs shared: Shakespeare's model (0.8M parameters)
-    generates a token in 17.6 ms with one thread and in 39.8 ms with two. A training step has
-    hundreds of tokens, so with both presets it takes all threads.
+    The limit lies between a token that Shakespeare's model (0.8M parameters) generates, which is
+    faster with one thread, and its training step of hundreds of tokens, which takes all.
 
     Args:
         parameters: of the model.
