@@ -32,7 +32,7 @@ SMALL = (
     *("--sample-tokens", 4),
 )
 VARIANTS = {
-    "newton": ("--use-soft-cutoff", "--repulsion-interval", 3),
+    "newton": ("--use-soft-cutoff", "--repulsion", "--repulsion-interval", 3),
     "published": ("--law", "published", "--repulsion-interval", 3),
     "vanilla": ("--model", "vanilla"),
     "bf16": ("--use-amp", "--no-radius-cutoff"),

@@ -21,6 +21,7 @@ SMALL = (
     *("--data-path", "small.txt", "--hidden-dim", 16, "--num-layers", 2, "--num-heads", 2),
     *("--block-size", 16, "--batch-size", 8, "--gradient-accumulation-steps", 2),
     *("--max-steps", STEPS, "--warmup-steps", 5, "--repulsion-interval", 3),
+    "--repulsion",
     *("--eval-interval", 10, "--eval-iters", 2, "--checkpoint-interval", 5, "--device", "cpu"),
     *("--sample-tokens", 4),
 )

@@ -67,7 +67,7 @@ def test_each_kind_is_recorded_and_gives_what_the_work_gives(graphs):
 @pytest.mark.parametrize("recipe", ["gpt2", "modern"])
 def test_a_training_of_replays_is_the_same_training(recipe, graphs, make_trainer):
     """Batches, learning rates and samples of a replayed step are its own: bit-identical weights."""
-    flags = ("--recipe", recipe, "--block-size", 80, "--repulsion-interval", 2)
+    flags = ("--recipe", recipe, "--block-size", 80, "--repulsion", "--repulsion-interval", 2)
     plain, graphed = (make_trainer(*flags, runs_ahead=True) for _ in range(2))
     graphed.work = GraphedStep(graphed.work, lambda: recordable(graphed.optimizer))
     for _ in range(10):

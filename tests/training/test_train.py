@@ -20,7 +20,7 @@ from text.token_files import open_token_data
 from training import trainer as training_trainer
 from training.run_log import RunLog
 
-NGT = ("--repulsion-interval", 7, "--use-soft-cutoff")
+NGT = ("--repulsion", "--repulsion-interval", 7, "--use-soft-cutoff")
 
 
 def train(*flags, cwd, check=0, env=None):
