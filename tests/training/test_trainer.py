@@ -122,8 +122,8 @@ def test_a_skipped_step_is_told_once(capsys):
 @pytest.mark.parametrize("recipe", ["gpt2", "modern"])
 def test_running_ahead_changes_nothing(recipe, make_trainer):
     """A trainer that reads its losses late and leaves out a bad step on the device, as on a GPU,
-    against one that waits, in windows longer than the sample that repels."""
-    flags = ("--recipe", recipe, "--block-size", 80, "--repulsion", "--repulsion-interval", 3)
+    against one that waits."""
+    flags = ("--recipe", recipe, "--block-size", 80)
     waiting, ahead = make_trainer(*flags), make_trainer(*flags, runs_ahead=True)
     expected, read = (with_one_bad_loss(each, 8, bad=4) for each in (waiting, ahead))
     assert ahead.steps_read == 7 and waiting.steps_read == 8
