@@ -154,7 +154,7 @@ def _compare(case, device):
         torch.use_deterministic_algorithms(False)
     limit, errors = LIMITS[case.dtype], {}
     for n, (name, true) in enumerate(truth(case, data, names, upstream).items()):
-        # where a gradient is 0, its error is compared with what flows back
+        # if a gradient is 0, its error is compared with what flows back
         scale = true.norm() + (0 if n == 0 else 1e-3 * upstream.double().norm())
         found = [float((run[n].double() - true).norm() / scale) for run in runs[:2]]
         errors[name] = max(found) if all(x < float("inf") for x in found) else None
