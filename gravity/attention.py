@@ -154,7 +154,8 @@ def _gradients(grad_out, q, k, v, mass, *law_and_kept):
     law, kept = Law(*law_and_kept[:-3]), law_and_kept[-3:]
     if cpu_handles(q, v):
         found = cpu_backward(grad_out, q, k, v, mass, law, *kept)
-        return [gradient for gradient in found if gradient is not None]
+        # those of the law are rows of one tensor, which an operation must not return
+        return [x if x.dim() > 1 else x.clone() for x in found if x is not None]
     # elsewhere the forward pass is repeated
     inputs = [
         x if x is None else x.detach().requires_grad_() for x in (q, k, v, mass, *law.learned)

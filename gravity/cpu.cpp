@@ -35,20 +35,61 @@ constexpr int ROWS = 48, KEYS = 192;
 constexpr float TINY = 1e-30f;  // as in law.py
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef float loose_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float loose_vec __attribute__((vector_size(4 * LANES), aligned(4)));
 
 inline vec load(const float *p) { return *(const loose_vec *)p; }
 inline void store(float *p, vec v) { *(loose_vec *)p = v; }
 inline vec zero() { return vec{}; }
+// The first `count` lanes of v.
+inline void store_first(float *p, vec v, int count) {
+    if (count == LANES) return store(p, v);
+    for (int n = 0; n < count; ++n) p[n] = v[n];
+}
 // max(a, low); a NaN in a stays NaN, so that a broken weight shows in the loss
 inline vec at_least(vec a, vec low) { return a < low ? low : a; }
 
 inline float sum(vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     float x[LANES];
     store(x, v);
     for (int half = LANES / 2; half; half /= 2)
         for (int n = 0; n < half; ++n) x[n] += x[n + half];
     return x[0];
+#endif
+}
+
+// The first or the last half of two vectors, lane by lane in turn.
+#if defined(__AVX512F__)
+#define FIRST_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define LAST_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif defined(__AVX__)
+#define FIRST_HALVES 0, 8, 1, 9, 2, 10, 3, 11
+#define LAST_HALVES 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define FIRST_HALVES 0, 4, 1, 5
+#define LAST_HALVES 2, 6, 3, 7
+#endif
+#if defined(__clang__)
+inline vec first_halves(vec a, vec b) { return __builtin_shufflevector(a, b, FIRST_HALVES); }
+inline vec last_halves(vec a, vec b) { return __builtin_shufflevector(a, b, LAST_HALVES); }
+#else
+typedef int lanes __attribute__((vector_size(4 * LANES)));
+inline vec first_halves(vec a, vec b) { return __builtin_shuffle(a, b, lanes{FIRST_HALVES}); }
+inline vec last_halves(vec a, vec b) { return __builtin_shuffle(a, b, lanes{LAST_HALVES}); }
+#endif
+
+// Make columns of rows: each step doubles how many lanes of a column are side by side.
+inline void transpose(vec (&rows)[LANES]) {
+    for (int step = 1; step < LANES; step *= 2) {
+        vec from[LANES];
+        memcpy(from, rows, sizeof(from));
+        for (int n = 0; n < LANES / 2; ++n) {
+            rows[2 * n] = first_halves(from[n], from[n + LANES / 2]);
+            rows[2 * n + 1] = last_halves(from[n], from[n + LANES / 2]);
+        }
+    }
 }
 
 inline long round_up(long n, long step) { return (n + step - 1) / step * step; }
@@ -144,17 +185,17 @@ struct Problem {
     double tolerance;                                 // share of the sum that may be left out
     Tensor q, k, v, out, grad_out;                    // out and grad_out: backward only
     const float *mass;                                // (B, Tk)
-    const double *time_scale, *time_offset;           // (H,)
-    const double *background;                         // (H,), or null for none
-    const double *radius;                             // (H,), or null without a cutoff
+    const float *time_scale, *time_offset;            // (H,)
+    const float *background;                          // (H,), or null for none
+    const float *radius;                              // (H,), or null without a cutoff
     const int64_t *query_positions, *key_positions;   // (Tq,), (Tk,), both increase
     float *result;   // forward: out (B, Tq, H, D)
     float *total;    // (B, H, Tq), background + sum of fields
     int32_t *first;  // (B, H, row blocks), the oldest key that a block of queries visited
     // backward
     float *d_q, *d_k, *d_v;  // (B, T, H, C or D)
-    float *d_mass;           // (B, H, Tk)
-    double *d_law;           // (B, H, 4): time_scale, time_offset, radius, background
+    float *d_mass;           // (B, Tk)
+    float *d_law;            // (4, H): time_scale, time_offset, radius, background
 };
 }
 
@@ -164,7 +205,10 @@ namespace {
 void read_row(const Tensor &t, long b, long h, long token, long width, float *row) {
     long at = b * t.batch_stride + h * t.head_stride + token * t.token_stride;
     if (!t.is_bf16) {
-        memcpy(row, (const float *)t.data + at, width * sizeof(float));
+        const float *from = (const float *)t.data + at;
+        long c = 0;
+        for (; c + LANES <= width; c += LANES) store(row + c, load(from + c));
+        for (; c < width; ++c) row[c] = from[c];
         return;
     }
     const uint16_t *low = (const uint16_t *)t.data + at;  // bf16: the upper half of an fp32
@@ -201,6 +245,8 @@ struct Head {
     const Scratch k, k_across, k2;     // (Tk, C), (C, Tk), (Tk), all less `centre`; k2 = |k|^2
     const Scratch v, v_across;         // (Tk, D), (D, Tk)
     const Scratch time, mass;          // (Tk) each; time in tokens since the oldest key
+    const Scratch rows;                // (LANES, C or D), some tokens' rows
+    const Scratch field, slope;        // (ROWS, KEYS); q.k and g.v before they are overwritten
     long b = 0, h = 0, v_stride = 0;
     long packed_from = 0;              // keys from here on are packed
     const float *v_rows = nullptr;     // (Tk, D), rows v_stride apart
@@ -209,7 +255,6 @@ struct Head {
     float scale = 0, offset = 0, radius2 = 0, background = TINY;
     std::vector<float> centre;         // (C), about the mean key
     std::vector<float> q, q2;          // (ROWS, C), (ROWS); q2 = |q|^2
-    std::vector<float> field, slope;   // (ROWS, KEYS); q.k and g.v before they are overwritten
     std::vector<float> sums;           // (ROWS, D), sums of field * v
 
     Head(const Problem &p, bool backward)
@@ -220,8 +265,9 @@ struct Head {
           k_across(1, stride * p.coords), k2(2, stride),
           v(3, backward || v_in_place ? 0 : stride * width),
           v_across(4, backward ? stride * p.width : 0), time(5, stride), mass(6, stride),
-          centre(p.coords), q(ROWS * coords), q2(ROWS), field(ROWS * KEYS),
-          slope(backward ? ROWS * KEYS : 0), sums(ROWS * width) {}
+          rows(11, LANES * std::max(coords, width)), field(12, ROWS * KEYS),
+          slope(13, backward ? ROWS * KEYS : 0), centre(coords), q(ROWS * coords), q2(ROWS),
+          sums(ROWS * width) {}
 
     // Start on another (batch, head).
     void begin(long batch, long head) {
@@ -230,14 +276,12 @@ struct Head {
         radius2 = p.cutoff ? p.radius[h] * p.radius[h] : 0;
         background = p.background ? p.background[h] : TINY;
         // r2 does not change, but |q|^2 + |k|^2 - 2 q.k loses fewer digits near the origin
-        std::vector<double> mean(p.coords, 0.0);
-        std::vector<float> row(p.coords);
-        long step = std::max<long>(1, p.keys / 64), count = 0;  // a sample of keys is enough
-        for (long j = p.keys - 1; j >= 0; j -= step, ++count) {
-            read_row(p.k, b, h, j, p.coords, row.data());
-            for (long c = 0; c < p.coords; ++c) mean[c] += row[c];
+        const long count = std::min<long>(16, p.keys);  // a sample of keys is enough
+        std::fill(centre.begin(), centre.end(), 0.0f);
+        for (long n = 0; n < count; ++n) {
+            read_rows(p.k, n * p.keys / count, 1, p.coords, coords, rows.data);
+            for (long c = 0; c < coords; ++c) centre[c] += rows[c] / count;
         }
-        for (long c = 0; c < p.coords; ++c) centre[c] = mean[c] / count;
         const float *masses = p.mass + b * p.keys;
         max_mass = *std::max_element(masses, masses + p.keys);
         window = INFINITY;
@@ -266,67 +310,81 @@ struct Head {
 
     // Pack the keys from `from` to those that are packed already.
     void pack_keys(long from) {
-        std::vector<float> row(std::max(coords, width));
-        for (long j = from; j < packed_from; ++j) {
-            const float *point = row.data();
-            if (p.k.is_bf16 || coords != p.coords)
-                read_row(p.k, b, h, j, p.coords, row.data());
-            else
-                point = (const float *)p.k.data + b * p.k.batch_stride + h * p.k.head_stride +
-                        j * p.k.token_stride;
-            if (single) {
-                vec distance2 = zero();
-                for (long c = 0; c < coords; c += LANES) {
-                    vec d = load(point + c) - load(&q[c]);
-                    distance2 += d * d;
-                }
-                k_across[j] = -0.5f * sum(distance2);  // stands for q.k, with both norms 0
-                k2[j] = 0;
-            } else {
-                pack_point(j, point);
+        for (long j = from; j < packed_from; j += LANES) {
+            const int count = std::min<long>(LANES, packed_from - j);
+            pack_points(j, count);
+            for (int n = 0; n < count; ++n) {
+                time[j + n] = since_origin(p.key_positions[j + n]);
+                mass[j + n] = p.mass[b * p.keys + j + n];
             }
-            time[j] = since_origin(p.key_positions[j]);
-            mass[j] = p.mass[b * p.keys + j];
             if (backward) {
-                read_row(p.v, b, h, j, p.width, row.data());
-                for (long c = 0; c < p.width; ++c) v_across[c * stride + j] = row[c];
+                read_rows(p.v, j, count, p.width, width, rows.data);
+                for (long c = 0; c < width; c += LANES) {
+                    vec block[LANES];
+                    for (int n = 0; n < LANES; ++n) block[n] = load(&rows[n * width + c]);
+                    transpose(block);
+                    for (int n = 0; n < LANES && c + n < p.width; ++n)
+                        store_first(&v_across[(c + n) * stride + j], block[n], count);
+                }
             } else if (!v_in_place) {
-                read_row(p.v, b, h, j, p.width, &v[j * width]);
-                for (long c = p.width; c < width; ++c) v[j * width + c] = 0;
+                read_rows(p.v, j, count, p.width, width, &v[j * width]);
             }
         }
         packed_from = std::min(packed_from, from);
     }
 
-    void pack_point(long j, const float *row) {
-        float norm = 0;
-        for (long c = 0; c < p.coords; ++c) {
-            float x = row[c] - centre[c];
-            k_across[c * stride + j] = x;
-            if (backward) k[j * coords + c] = x;
-            norm += x * x;
+    // `count` tokens' rows of a tensor, each filled up with zeros to `padded`.
+    void read_rows(const Tensor &t, long token, long count, long size, long padded, float *to) {
+        for (long n = 0; n < count; ++n, to += padded) {
+            read_row(t, b, h, token + n, size, to);
+            std::fill(to + size, to + padded, 0.0f);
         }
-        for (long c = p.coords; backward && c < coords; ++c) k[j * coords + c] = 0;
-        k2[j] = norm;
+    }
+
+    // The points of `count` keys less the centre, and their squared norms. One query is itself the
+    // centre, and -1/2 of a squared distance stands for q.k, with both norms 0.
+    void pack_points(long j, int count) {
+        float *points = backward ? &k[j * coords] : rows.data;
+        const float *origin = single ? q.data() : centre.data();
+        read_rows(p.k, j, count, p.coords, coords, points);
+        vec norm = zero();
+        for (long c = 0; c < coords; c += LANES) {
+            vec block[LANES];
+            for (int n = 0; n < LANES; ++n) {
+                block[n] = n < count ? load(points + n * coords + c) - load(origin + c) : zero();
+                if (backward && n < count) store(points + n * coords + c, block[n]);
+            }
+            transpose(block);
+            for (int n = 0; n < LANES; ++n) {
+                norm += block[n] * block[n];
+                if (!single && c + n < p.coords)
+                    store_first(&k_across[(c + n) * stride + j], block[n], count);
+            }
+        }
+        store_first(&k2[j], single ? zero() : norm, count);
+        if (single) store_first(&k_across[j], -0.5f * norm, count);
     }
 
     void read_queries(long row, long rows) {
-        for (long r = 0; r < rows; ++r) {
-            float *x = &q[r * coords];
-            read_row(p.q, b, h, row + r, p.coords, x);
-            q2[r] = 0;
-            for (long c = 0; c < p.coords && !single; ++c)
-                x[c] -= centre[c], q2[r] += x[c] * x[c];
+        read_rows(p.q, row, rows, p.coords, coords, q.data());
+        for (long r = 0; r < rows && !single; ++r) {
+            vec norm = zero();
+            for (long c = r * coords; c < (r + 1) * coords; c += LANES) {
+                vec x = load(&q[c]) - load(&centre[c - r * coords]);
+                store(&q[c], x);
+                norm += x * x;
+            }
+            q2[r] = sum(norm);
         }
     }
 
     // field = q.k of a block of queries with keys [from, from + keys), before it becomes the field.
     void dots(long rows, long from, long keys) {
         if (single) {
-            memcpy(field.data(), &k_across[from], round_up(keys, LANES) * sizeof(float));
+            memcpy(field.data, &k_across[from], round_up(keys, LANES) * sizeof(float));
             return;
         }
-        product(q.data(), coords, 1, &k_across[from], stride, field.data(), KEYS, rows,
+        product(q.data(), coords, 1, &k_across[from], stride, field.data, KEYS, rows,
                 round_up(keys, LANES), p.coords, false);
     }
 
@@ -423,7 +481,7 @@ template <int EXPONENT> void forward_block(Head &head, long row, long rows, int3
         }
         for (long r = 0; r < rows; ++r) total[r] += added[r];
         smallest = *std::min_element(total, total + rows);
-        product(head.field.data(), KEYS, 1, head.v_rows + from * head.v_stride, head.v_stride,
+        product(head.field.data, KEYS, 1, head.v_rows + from * head.v_stride, head.v_stride,
                 head.sums.data(), head.width, rows, head.width, keys, true);
     }
     for (long r = 0; r < rows; ++r) {
@@ -465,11 +523,12 @@ template <int EXPONENT>
 void slopes(Head &head, Gradients &sums, long row, long rows, long from, long keys,
             float *slope_of_query) {
     const Problem &p = head.p;
+    vec moment1 = zero(), moment2 = zero(), in_radius = zero();
     for (long r = 0; r < rows; ++r) {
         float position = head.since_origin(p.query_positions[row + r]);
         float *fields = &head.field[r * KEYS], *gains = &head.slope[r * KEYS];
         float inverse_total = sums.inverse_total[r], delta = sums.delta[r];
-        vec slope_sum = zero(), moment1 = zero(), moment2 = zero(), in_radius = zero();
+        vec slope_sum = zero();
         for (long j = 0; j < keys; j += LANES) {
             vec lag, inverse = head.inverse_distance(load(fields + j), r, position, from + j, lag);
             vec power = power_of<EXPONENT>(inverse, p.exponent) * inverse_total;
@@ -498,10 +557,10 @@ void slopes(Head &head, Gradients &sums, long row, long rows, long from, long ke
             moment2 += slope * lag * lag;
         }
         slope_of_query[r] += sum(slope_sum);
-        sums.d_offset += sum(moment1);
-        sums.d_scale += sum(moment2);
-        sums.d_radius += sum(in_radius);
     }
+    sums.d_offset += sum(moment1);
+    sums.d_scale += sum(moment2);
+    sums.d_radius += sum(in_radius);
 }
 
 // Gradients of one block of queries, and what it adds to those of its keys. Tiles are recomputed
@@ -531,13 +590,13 @@ void backward_block(Head &head, Gradients &sums, long row, long rows, long first
         if (from < head.packed_from) head.pack_keys(from);
         head.dots(rows, from, keys);
         product(sums.g.data(), head.width, 1, &head.v_across[from], head.stride,
-                head.slope.data(), KEYS, rows, round_up(keys, LANES), p.width, false);
+                head.slope.data, KEYS, rows, round_up(keys, LANES), p.width, false);
         slopes<EXPONENT>(head, sums, row, rows, from, keys, slope_of_query);
-        product(head.field.data(), 1, KEYS, sums.g.data(), head.width,
+        product(head.field.data, 1, KEYS, sums.g.data(), head.width,
                 &sums.d_v[from * head.width], head.width, keys, head.width, rows, true);
-        product(head.slope.data(), KEYS, 1, &head.k[from * head.coords], head.coords,
+        product(head.slope.data, KEYS, 1, &head.k[from * head.coords], head.coords,
                 sums.d_q.data(), head.coords, rows, head.coords, keys, true);
-        product(head.slope.data(), 1, KEYS, head.q.data(), head.coords,
+        product(head.slope.data, 1, KEYS, head.q.data(), head.coords,
                 &sums.d_k[from * head.coords], head.coords, keys, head.coords, rows, true);
         end = from;
     }
@@ -550,8 +609,9 @@ void backward_block(Head &head, Gradients &sums, long row, long rows, long first
     }
 }
 
-// Gradients of keys, values, masses and the law, once all blocks of queries have been added.
-void write_gradients(const Head &head, const Gradients &sums) {
+// Gradients of keys and values once all blocks of queries have been added, and what this head adds
+// to those of its masses, (Tk), and of its law, (4).
+void write_gradients(const Head &head, const Gradients &sums, float *d_mass, double *law) {
     const Problem &p = head.p;
     float factor = p.cutoff == 2 ? -2.0f : -2.0f * p.exponent;
     for (long j = 0; j < p.keys; ++j) {
@@ -564,11 +624,11 @@ void write_gradients(const Head &head, const Gradients &sums) {
                     ? factor * (head.k[j * head.coords + c] * slope - sums.d_k[j * head.coords + c])
                     : 0.0f;
         memcpy(p.d_v + at * p.width, &sums.d_v[j * head.width], p.width * sizeof(float));
-        p.d_mass[(head.b * p.heads + head.h) * p.keys + j] = sums.d_mass[j];
+        d_mass[j] = sums.d_mass[j];
     }
-    double *law = p.d_law + (head.b * p.heads + head.h) * 4;
-    law[0] = factor * p.time_scale[head.h] * sums.d_scale;
-    law[1] = -factor * p.time_scale[head.h] * p.time_scale[head.h] * sums.d_offset;
+    const double scale = p.time_scale[head.h];
+    law[0] = factor * scale * sums.d_scale;
+    law[1] = -factor * scale * scale * sums.d_offset;
     law[2] = p.cutoff == 2 ? 4 / p.radius[head.h] * sums.d_radius : 0;
     law[3] = sums.d_background;
 }
@@ -608,6 +668,8 @@ template <int EXPONENT> void run_forward(const Problem &p) {
 
 template <int EXPONENT> void run_backward(const Problem &p) {
     const std::vector<long> matrices = longest_first(p);
+    std::vector<float> d_mass(p.batch * p.heads * p.keys);
+    std::vector<double> d_law(p.batch * p.heads * 4);
     const long blocks = (p.queries + ROWS - 1) / ROWS;
 #pragma omp parallel num_threads(p.threads)
     {
@@ -623,8 +685,17 @@ template <int EXPONENT> void run_backward(const Problem &p) {
                 long row = n * ROWS, rows = std::min<long>(ROWS, p.queries - row);
                 backward_block<EXPONENT>(head, sums, row, rows, p.first[matrix * blocks + n]);
             }
-            write_gradients(head, sums);
+            write_gradients(head, sums, &d_mass[matrix * p.keys], &d_law[matrix * 4]);
         }
+    }
+    std::fill_n(p.d_mass, p.batch * p.keys, 0.0f);
+    for (long matrix = 0; matrix < p.batch * p.heads; ++matrix)
+        for (long j = 0; j < p.keys; ++j)
+            p.d_mass[matrix / p.heads * p.keys + j] += d_mass[matrix * p.keys + j];
+    for (long n = 0; n < 4 * p.heads; ++n) {
+        double sum = 0;
+        for (long b = 0; b < p.batch; ++b) sum += d_law[(b * p.heads + n % p.heads) * 4 + n / p.heads];
+        p.d_law[n] = sum;
     }
 }
 

@@ -195,15 +195,13 @@ def cpu_backward(grad_out, q, k, v, mass, law, out, total, first):
         torch.empty(batch, x.shape[2], heads, x.shape[3], dtype=torch.float32).transpose(1, 2)
         for x in (q, k, v)
     ]
-    d_mass = torch.empty(batch, heads, k.shape[2], dtype=torch.float32)
+    d_mass = torch.empty(batch, k.shape[2], dtype=torch.float32)
     # time_scale, time_offset, radius, background
-    d_law = torch.empty(batch, heads, 4, dtype=torch.float64)
-    call = _Call(q, k, v, mass, law)
-    call.tensor("out", out)
-    call.tensor("grad_out", grad_out)
+    d_law = torch.empty(4, heads, dtype=torch.float32)
+    call = _Call(q, k, v, mass, law, out=out, grad_out=grad_out)
     by_name = dict(zip(("d_q", "d_k", "d_v"), gradients, strict=True))
     call.run("gravity_backward", total=total, first=first, **by_name, d_mass=d_mass, d_law=d_law)
-    grads = (*gradients, d_mass.sum(1), *d_law.sum(0).unbind(-1))
+    grads = (*gradients, d_mass, *d_law.unbind())
     inputs = (q, k, v, mass, *law.learned)
     return [None if x is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
 
@@ -211,37 +209,43 @@ def cpu_backward(grad_out, q, k, v, mass, law, out, total, first):
 class _Call:
     """One call of a kernel: its arguments, and the tensors that they point into."""
 
-    def __init__(self, q, k, v, mass, law):
+    def __init__(self, q, k, v, mass, law, **tensors):
         self.alive = []  # tensors that must not be freed before the call: C++ has only addresses
         batch, heads, queries, coords = q.shape
         self.problem = _Problem(
             *(batch, heads, queries, k.shape[2], coords, v.shape[3]),
             *(law.exponent, CUTOFF_CODES[law.cutoff], torch.get_num_threads(), law.tolerance),
+            *(self.tensor(x) for x in (q, k, v)),
         )
-        for name, tensor in (("q", q), ("k", k), ("v", v)):
-            self.tensor(name, tensor)
-        self.pointers(mass=mass.float())
-        self.pointers(query_positions=law.query_positions.long())
-        self.pointers(key_positions=law.key_positions.long())
-        self.pointers(time_scale=law.time_scale.double(), time_offset=law.time_offset.double())
-        for name in ("radius", "background"):
-            if getattr(law, name) is not None:
-                self.pointers(**{name: getattr(law, name).double()})
+        for name, tensor in tensors.items():
+            setattr(self.problem, name, self.tensor(tensor))
+        self.pointers(
+            torch.float32,
+            mass=mass,
+            time_scale=law.time_scale,
+            time_offset=law.time_offset,
+            radius=law.radius,
+            background=law.background,
+        )
+        self.pointers(
+            torch.int64, query_positions=law.query_positions, key_positions=law.key_positions
+        )
 
-    def tensor(self, name, tensor):
-        """Set a (B, H, T, C) argument; the kernel takes any strides but in the last dimension."""
+    def tensor(self, tensor):
+        """A (B, H, T, C) argument; the kernel takes any strides but in the last dimension."""
         if tensor.stride(-1) != 1:
             tensor = tensor.contiguous()
         self.alive.append(tensor)
-        is_bf16 = tensor.dtype == torch.bfloat16
-        setattr(self.problem, name, _Tensor(tensor.data_ptr(), *tensor.stride()[:3], int(is_bf16)))
+        strides = tensor.stride()
+        return _Tensor(tensor.data_ptr(), *strides[:3], tensor.dtype == torch.bfloat16)
 
-    def pointers(self, **tensors):
-        """Set arguments that the kernel reads as plain arrays."""
+    def pointers(self, dtype, **tensors):
+        """Set arguments that the kernel reads as plain arrays of a type; None is a null pointer."""
         for name, tensor in tensors.items():
-            tensor = tensor.contiguous()
-            self.alive.append(tensor)
-            setattr(self.problem, name, tensor.data_ptr())
+            if tensor is not None:
+                tensor = tensor.to(dtype).contiguous()
+                self.alive.append(tensor)
+                setattr(self.problem, name, tensor.data_ptr())
 
     def run(self, kernel, **results):
         """Call a kernel that writes into these tensors, or reads what the forward one wrote."""
