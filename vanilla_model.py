@@ -18,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from gravity.heads import merge_heads, split_heads
+from gravity.retardation import mix_with_token_before
 from layers.config import VanillaConfig as VanillaConfig
 from layers.parts import (
     FeedForward,
@@ -26,7 +27,6 @@ from layers.parts import (
     embedding_skip,
     init_weights,
     linear,
-    mix_with_token_before,
     norm,
     skip_weights,
     soft_cap,

@@ -197,6 +197,18 @@ struct Problem {
     float *d_mass;           // (B, Tk)
     float *d_law;            // (4, H): time_scale, time_offset, radius, background
 };
+
+// Arguments and results of `mix_forward` and `mix_backward`: `_Mix` of cpu.py.
+struct Mix {
+    int64_t batch, tokens, channels, is_bf16, threads;
+    const void *x;       // (B, T, C)
+    const float *share;  // (C,)
+    void *result;        // forward: (B, T, C), (1 - share) x_j + share x_(j-1)
+    // backward
+    const void *grad;    // (B, T, C)
+    void *d_x;           // (B, T, C)
+    float *d_share;      // (C,)
+};
 }
 
 namespace {
@@ -699,9 +711,74 @@ template <int EXPONENT> void run_backward(const Problem &p) {
     }
 }
 
+float wide(float x) { return x; }
+float wide(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float wide;
+    memcpy(&wide, &bits, 4);
+    return wide;
+}
+void narrow(float x, float *to) { *to = x; }
+void narrow(float x, uint16_t *to) {  // to the nearest, to even if there are two
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    *to = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
+}
+
+template <typename Number> void run_mix_forward(const Mix &m) {
+    const long width = m.channels;
+#pragma omp parallel for num_threads(m.threads) schedule(static)
+    for (long row = 0; row < m.batch * m.tokens; ++row) {
+        const Number *x = (const Number *)m.x + row * width;
+        const Number *before = row % m.tokens ? x - width : x;
+        Number *result = (Number *)m.result + row * width;
+#pragma omp simd
+        for (long c = 0; c < width; ++c)
+            narrow(wide(x[c]) + m.share[c] * (wide(before[c]) - wide(x[c])), &result[c]);
+    }
+}
+
+template <typename Number> void run_mix_backward(const Mix &m) {
+    const long width = m.channels;
+    std::vector<float> d_share(m.threads * width);
+#pragma omp parallel for num_threads(m.threads) schedule(static)
+    for (long part = 0; part < m.threads; ++part) {
+        float *sums = &d_share[part * width];
+        const long rows = m.batch * m.tokens;
+        for (long row = part * rows / m.threads; row < (part + 1) * rows / m.threads; ++row) {
+            const long token = row % m.tokens;
+            const Number *x = (const Number *)m.x + row * width;
+            const Number *before = token ? x - width : x;
+            const Number *grad = (const Number *)m.grad + row * width;
+            // the token after it takes a share of this one; so does a text's first token itself
+            const Number *after = grad + width;
+            const float is_last = token + 1 == m.tokens, is_first = token == 0;
+            if (is_last) after = grad;
+            Number *d_x = (Number *)m.d_x + row * width;
+#pragma omp simd
+            for (long c = 0; c < width; ++c) {
+                const float g = wide(grad[c]), share = m.share[c];
+                narrow(g * (1 - share + is_first * share) + (1 - is_last) * share * wide(after[c]),
+                       &d_x[c]);
+                sums[c] += g * (wide(before[c]) - wide(x[c]));
+            }
+        }
+    }
+    for (long c = 0; c < width; ++c) {
+        m.d_share[c] = 0;
+        for (long part = 0; part < m.threads; ++part) m.d_share[c] += d_share[part * width + c];
+    }
+}
+
 }  // namespace
 
 extern "C" {
+void mix_forward(const Mix *m) {
+    m->is_bf16 ? run_mix_forward<uint16_t>(*m) : run_mix_forward<float>(*m);
+}
+void mix_backward(const Mix *m) {
+    m->is_bf16 ? run_mix_backward<uint16_t>(*m) : run_mix_backward<float>(*m);
+}
 void gravity_forward(const Problem *p) {
     p->exponent == 4 ? run_forward<4>(*p) : run_forward<0>(*p);
 }

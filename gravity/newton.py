@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from gravity.attention import gravity_attention
 from gravity.heads import merge_heads, softplus_inverse, split_heads
 from gravity.law import Law, reach, windows
-from layers.parts import linear, mix_with_token_before, value_residual, value_share
+from gravity.retardation import mix_with_token_before
+from layers.parts import linear, value_residual, value_share
 
 NEAREST_TIME_SCALE = 0.35  # softenings per token, of each layer's first head at the start
 

@@ -123,38 +123,6 @@ def value_residual(v, first_values, share):
     return v if share is None else torch.lerp(v, first_values, share.to(v.dtype))
 
 
-def mix_with_token_before(x, share, kv_cache, name):
-    """`(1 - share) x_j + share x_(j-1)` for each token j; a text's first token keeps its own.
-
-    Args:
-        x: (B, T, C).
-        share: (C,).
-        kv_cache: remembers the last token for the first one of the next call; or None.
-        name: under which the cache remembers it.
-    """
-    share = share.to(x.dtype)
-    if kv_cache is None:
-        return _MixWithTokenBefore.apply(x, share)
-    return torch.lerp(x, torch.cat([kv_cache.exchange(name, x), x[:, :-1]], 1), share)
-
-
-class _MixWithTokenBefore(torch.autograd.Function):
-    """With a backward pass that does not copy what `cat` joined, as autograd's does."""
-
-    @staticmethod
-    def forward(ctx, x, share):
-        ctx.save_for_backward(x, share)
-        return torch.lerp(x, torch.cat([x[:, :1], x[:, :-1]], 1), share)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, share = ctx.saved_tensors
-        to_x = grad * (1 - share)
-        to_x[:, :-1].addcmul_(grad[:, 1:], share)
-        to_x[:, 0].addcmul_(grad[:, 0], share)
-        return to_x, ((x[:, :-1] - x[:, 1:]) * grad[:, 1:]).sum((0, 1))
-
-
 def soft_cap(logits, cap):
     """`cap tanh(logits / cap)`, at least in fp32; the logits themselves for a cap of 0.
 
