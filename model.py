@@ -28,6 +28,7 @@ from layers.parts import (
     check_context,
     embedding_skip,
     init_weights,
+    inverse_rms,
     linear,
     norm,
     skip_weights,
@@ -60,19 +61,28 @@ class Layer(nn.Module):
         self.coord_proj_next = linear(config, config.hidden_dim, config.coord_dim)
         self.coord_norm = norm(config, config.coord_dim)
 
-    def forward(self, h, z, mass, positions, kv_cache, embedding, first_values):
+    def forward(self, h, z, mass, positions, kv_cache, embedding, first_values, moves=True):
         """The new h (B, T, hidden_dim) and z (B, T, coord_dim), and this layer's values.
 
-        `embedding` is h before the first layer, `first_values` the first layer's values; the other
-        arguments are as for the attention.
+        `embedding` is h before the first layer, `first_values` the first layer's values; `moves`
+        says whether somebody wants the new z; the other arguments are as for the attention.
         """
         h = embedding_skip(h, embedding, self.skip)
         a, v = self.attn(self.norm1(h), z, mass, positions, kv_cache, first_values=first_values)
         h = h + a
         h = h + self.ffn(self.norm2(h))
-        mover = F.rms_norm(h, h.shape[-1:]) if self.moved_by_state else a
-        z = self.coord_norm(z + self.coord_proj_next(mover))
+        if moves:
+            z = self.coord_norm(z + self.motion(h, a))
         return h, z, v
+
+    def motion(self, h, a):
+        """What is added to a token's coordinates, (B, T, coord_dim), before they are normalised."""
+        proj = self.coord_proj_next
+        if not self.moved_by_state:
+            return proj(a)
+        # W (h / |h|) is (W h) / |h|: the numbers are divided where there are fewer of them
+        motion = F.linear(h, proj.weight) * inverse_rms(h)
+        return motion if proj.bias is None else motion + proj.bias
 
 
 class NGT(nn.Module):
@@ -141,7 +151,8 @@ class NGT(nn.Module):
         path = [z]  # each (B, T, coord_dim)
         first_values = None
         for layer in self.layers:
-            h, z, v = layer(h, z, mass, positions, kv_cache, embedding, first_values)
+            moves = return_geometry or layer is not self.layers[-1]
+            h, z, v = layer(h, z, mass, positions, kv_cache, embedding, first_values, moves)
             first_values = v if first_values is None else first_values
             path.append(z)
         if kv_cache is not None:

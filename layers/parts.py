@@ -9,6 +9,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+EPS = torch.finfo(torch.float32).eps  # added to a mean of squares, as PyTorch's rms_norm does
+
 
 class RMSNorm(nn.RMSNorm):
     """PyTorch's RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467); its weight is rounded to the
@@ -48,6 +50,30 @@ class _RMSNormOnCPU(torch.autograd.Function):
         )
         to_x += inverse * (grad @ weight)[..., None] / len(weight)
         return to_x, to_weight, None
+
+
+def inverse_rms(x):
+    """`1 / sqrt(mean of x^2)` of each token of x (B, T, C), (B, T, 1)."""
+    if torch.compiler.is_compiling():  # it fuses what autograd would make passes of
+        return (x.float().square().mean(-1, keepdim=True) + EPS).rsqrt()
+    return _InverseRMS.apply(x)
+
+
+class _InverseRMS(torch.autograd.Function):
+    """With one pass over x in each direction."""
+
+    @staticmethod
+    def forward(ctx, x):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        inverse = norm.square_().div_(x.shape[-1]).add_(EPS).rsqrt_()
+        ctx.save_for_backward(x, inverse)
+        return inverse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, inverse = ctx.saved_tensors
+        return x * (grad * inverse.pow(3)).div_(-x.shape[-1])
 
 
 def norm(config, width):

@@ -6,6 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data import get_batch
@@ -30,8 +31,8 @@ from training.step_graph import GraphedStep
 SEEDS = 1 << 63  # PyTorch's generators take seeds from 0 to below this
 
 
-def forward(model, inputs, targets, is_ngt):
-    """Cross-entropy of a batch, and an NGT's coordinates and masses (None for vanilla).
+def forward(model, inputs, targets, with_geometry):
+    """Cross-entropy of a batch, and if wanted an NGT's coordinates and masses (otherwise None).
 
     Args:
         inputs, targets: (B, T) ids.
@@ -40,12 +41,19 @@ def forward(model, inputs, targets, is_ngt):
         `(cross-entropy, z, mass)`: a scalar in fp32, (B, T, coord_dim), (B, T).
     """
     z = mass = None
-    if is_ngt:
+    if with_geometry:
         logits, geometry = model(inputs, return_geometry=True)
         z, mass = geometry.z, geometry.mass
     else:
         logits = model(inputs)
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()), z, mass
+
+
+def unused_motion(model):
+    """The parts of a model that without repulsion nothing depends on: those that move an NGT's
+    coordinates in its last layer, where only a map reads them."""
+    last = model.layers[-1]
+    return nn.ModuleList([last.coord_proj_next, last.coord_norm] if isinstance(model, NGT) else [])
 
 
 def maybe_compile(function, config, device):
@@ -91,6 +99,9 @@ class Trainer:
         self.runs_ahead = device.type == "cuda" if runs_ahead is None else runs_ahead
         vocab_size = data.tokenizer.vocab_size
         self.raw_model = build_model(config | {"vocab_size": vocab_size}).to(device)
+        self.has_repulsion = config["repulsion"] and isinstance(self.raw_model, NGT)
+        if not self.has_repulsion:
+            unused_motion(self.raw_model).requires_grad_(False)
         self.model = distribute(self.raw_model, device, self.ranks)
         # with the loss, so that the compiler can fuse it with the logits
         self.forward = maybe_compile(forward, config, device)
@@ -230,14 +241,13 @@ class Trainer:
             inputs, targets: (B, T) ids.
             sample: the positions that repel each other; None for all.
         """
-        is_ngt = isinstance(self.raw_model, NGT)
-        cross_entropy, z, mass = self.forward(self.model, inputs, targets, is_ngt)
+        cross_entropy, z, mass = self.forward(self.model, inputs, targets, self.has_repulsion)
         loss = cross_entropy
-        if is_ngt and with_repulsion:
+        if with_repulsion:
             if sample is not None:
                 z, mass = z[:, sample], mass[:, sample]
             loss = cross_entropy + self.config["lambda_repulsion"] * repulsion_loss(z, mass)
-        elif is_ngt:
+        elif self.has_repulsion:
             # a gradient of 0: DistributedDataParallel expects one for every parameter, and the last
             # layer's coordinates feed nothing else
             loss = cross_entropy + 0.0 * z.sum()
@@ -253,7 +263,7 @@ class Trainer:
         """
         c = self.config
         set_learning_rates(self.optimizer, self.iter, c)
-        with_repulsion = c["repulsion"] and self.iter % c["repulsion_interval"] == 0
+        with_repulsion = self.has_repulsion and self.iter % c["repulsion_interval"] == 0
         batches = [
             self._fetch(micro_step, with_repulsion)
             for micro_step in range(c["gradient_accumulation_steps"])
@@ -314,7 +324,7 @@ class Trainer:
             self.data.train, c["batch_size"], c["block_size"], c["seed"], self.iter, micro_step
         )
         batch = [part[mine] for part in batch]
-        if with_repulsion and c["block_size"] > MAX_POSITIONS and isinstance(self.raw_model, NGT):
+        if with_repulsion and c["block_size"] > MAX_POSITIONS:
             # seeded by the step, so that every rank samples the same positions
             seed = (c["seed"] * 1_000_003 + self.iter) * 1_009 + micro_step
             generator = torch.Generator().manual_seed(seed % SEEDS)

@@ -11,7 +11,7 @@ import vanilla_model
 from engine.models import build_model
 from gravity.law import gravity_attention_reference
 from layers.config import ModelConfig
-from layers.parts import FeedForward, RMSNorm, init_weights, mix_with_token_before, norm, soft_cap
+from layers.parts import FeedForward, RMSNorm, init_weights, norm, soft_cap
 from model import NGTConfig
 from small_models import BLOCK, MODERN, MODERN_VANILLA, NGT_SMALL, SMALL, ids, lively
 from training.config import RECIPES
