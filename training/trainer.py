@@ -15,6 +15,7 @@ from engine.models import build_model
 from gravity.cpu import cpp_compiler
 from model import MAX_POSITIONS, NGT, repulsion_loss
 from system.errors import UserError, warn
+from system.machine import keep_freed_memory
 from system.safe_text import short_reason
 from training.optimizer import (
     make_optimizer,
@@ -96,6 +97,7 @@ class Trainer:
     def __init__(self, config, data, device, ranks=None, runs_ahead=None):
         self.config, self.data, self.device = config, data, device
         self.ranks = ranks or Ranks()
+        keep_freed_memory()
         self.runs_ahead = device.type == "cuda" if runs_ahead is None else runs_ahead
         vocab_size = data.tokenizer.vocab_size
         self.raw_model = build_model(config | {"vocab_size": vocab_size}).to(device)
