@@ -9,6 +9,7 @@ from training.config import LAW_DEFAULTS, SETTINGS
 
 TIMED_PRESETS = {  # --preset: the preset of training, and the vocabulary size of its text
     "shakespeare": ("shakespeare", 66),
+    "text": ("text", 2048),
     "25m": ("wikitext103", 8192),
 }
 PLAIN = ("eager", "compiled")  # of --against: a plain GPT-2

@@ -1,6 +1,7 @@
 """Makes the models and tokens that are timed: a checkpoint's, or fresh ones of a preset's size."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from system.errors import UsageError, UserError
 from system.settings import flag_of
 from system.threads import choose_threads
 from text.token_files import data_of_checkpoint
-from training.config import DEFAULTS, SETTINGS, law_settings, preset_settings
+from training.config import SETTINGS, resolve
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 VALUE_WIDTH = 64  # of a head, in `benchmark.py attention`
@@ -76,10 +77,9 @@ def fresh_model(preset, kind, device, **changes):
         changes: settings that replace the preset's.
     """
     name, vocab_size = TIMED_PRESETS[preset]
-    sizes = preset_settings(name, "vanilla" if kind == "vanilla" else "newton")
-    sizes |= {"vocab_size": vocab_size, "model_type": kind}
+    config = resolve(SimpleNamespace(dataset=name, model_type=kind, **changes))
     torch.manual_seed(0)
-    return build_model(DEFAULTS | sizes | law_settings("newton", changes)).to(device).eval()
+    return build_model(config | {"vocab_size": vocab_size}).to(device).eval()
 
 
 def some_tokens(args, network, tokenizer, checkpoint, count):

@@ -23,7 +23,7 @@ from gravity.cpu import cpp_compiler
 from system.errors import UsageError, warn
 from system.machine import cpu_multiplies_bf16, peak_memory_bytes
 from system.settings import flag_of
-from training.config import DEFAULTS, SETTINGS, law_settings, preset_settings
+from training.config import SETTINGS, resolve
 from training.trainer import Trainer
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmark.py"
@@ -118,9 +118,8 @@ def make_trainer(args, name, device):
     preset, vocab_size = TIMED_PRESETS[args.preset]
     is_ngt = name in ("ngt", "first-release")
     law = "published" if name == "first-release" else args.law
-    config = DEFAULTS | preset_settings(preset, law if is_ngt else "vanilla")
-    config |= {"model_type": "ngt" if is_ngt else "vanilla", "law": law, "compile": args.compile}
-    config |= law_settings(law, law_given(args))
+    kind = {"model_type": "ngt" if is_ngt else "vanilla", "law": law, "compile": args.compile}
+    config = resolve(SimpleNamespace(dataset=preset, **kind, **law_given(args)))
     config["gradient_accumulation_steps"] = 1  # a step is one batch of --batch-size
     for flag in ("batch_size", "block_size"):
         if getattr(args, flag) is not None:

@@ -64,7 +64,7 @@ class _InverseRMS(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)
         inverse = norm.square_().div_(x.shape[-1]).add_(EPS).rsqrt_()
         ctx.save_for_backward(x, inverse)
         return inverse
