@@ -22,10 +22,12 @@ def training_flops(model, tokens):
     """Flops of training a model on so many tokens, in windows of its `block_size`.
 
     Args:
-        model: an NGT or a Vanilla; one on the device "meta" will do.
+        model: an NGT or a Vanilla; one on the device "meta" will do. A weight that needs no gradient
+            is not counted.
     """
     c = model.config
-    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    weights = sum(weight.numel() for weight in weights if weight.requires_grad)
     width = c.hidden_dim // c.num_heads
     distance = getattr(c, "head_coord_dim", width)
     pairs_per_token = (c.block_size + 1) / 2 * c.num_heads * c.num_layers

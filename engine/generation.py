@@ -7,6 +7,7 @@ import torch
 
 from engine.kv_cache import KVCache
 from system.errors import UserError
+from system.threads import adapt_waiting
 
 PREFILL_CHUNK = 512  # tokens per forward pass of a long prompt, which bounds its memory
 COLDEST = 1e-6  # lower temperatures take the likeliest token
@@ -84,6 +85,7 @@ class TokenStream:
     @torch.inference_mode()
     def feed(self, tokens):
         """Let the model read token ids, and update `logits`."""
+        adapt_waiting()
         tokens = list(tokens)
         if self.model.max_context is not None:
             tokens = self._slide(tokens, self.model.max_context)

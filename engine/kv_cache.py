@@ -19,7 +19,7 @@ class KVCache:
         self.length, self.largest_mass = 0, None
         self._layers = {}  # layer: _Memory
         self._newest = {}  # name: (B, 1, C), see `exchange`
-        self._windows = {}  # layer: see `forget_beyond`
+        self._fixed = {}  # name: see `once`
 
     def append(self, layer, positions, *entries):
         """Add new tokens to a layer.
@@ -58,10 +58,15 @@ class KVCache:
                 inf keeps everything. It is called once per layer and cache: the law does not
                 change during decoding, and reading a number from a GPU waits for it.
         """
-        if layer not in self._windows:
-            self._windows[layer] = float(window().detach().max())
-        if math.isfinite(self._windows[layer]):
-            self.keep_newest(layer, math.ceil(self._windows[layer]))
+        farthest = self.once((layer, "window"), lambda: float(window().detach().max()))
+        if math.isfinite(farthest):
+            self.keep_newest(layer, math.ceil(farthest))
+
+    def once(self, name, function):
+        """What `function()` returned when this cache was first asked for `name`."""
+        if name not in self._fixed:
+            self._fixed[name] = function()
+        return self._fixed[name]
 
     def keep_newest(self, layer, count):
         """Forget all but the newest `count` tokens of a layer."""
@@ -88,7 +93,7 @@ class KVCache:
         cache = KVCache()
         cache.length, cache.largest_mass = self.length, self.largest_mass
         cache._newest = dict(self._newest)
-        cache._windows = dict(self._windows)
+        cache._fixed = dict(self._fixed)
         cache._layers = {layer: copy.copy(memory) for layer, memory in self._layers.items()}
         return cache
 

@@ -138,6 +138,8 @@ def cpu_handles(q, v):
 
 def cpu_attention(q, k, v, mass, law):
     """`gravity_attention` with checked arguments, on a CPU in fp32 or bf16."""
+    if not torch.is_grad_enabled():
+        return cpu_forward(q, k, v, mass, law)[0]
     return _CompiledGravity.apply(q, k, v, mass, *law)
 
 

@@ -144,6 +144,11 @@ class GravityAttention(nn.Module):
         """The keyword arguments of `gravity_attention` for this layer."""
         return self.field_law() | {"background": self.background}
 
+    @torch.no_grad()
+    def fixed_law(self):
+        """The same while nothing is learned."""
+        return self.law()
+
     def field_law(self):
         """The keyword arguments of `gravity_field` for this layer."""
         return dict(
@@ -186,7 +191,8 @@ class GravityAttention(nn.Module):
             key_positions, k, v, mass = kv_cache.append(self.layer, positions, k, v, mass)
             if self.background_raw is not None:
                 tolerance /= 2  # the other half is for what the cache forgets
-        law = self.law() | {"query_positions": positions, "key_positions": key_positions}
+        law = self.law() if kv_cache is None else kv_cache.once((self.layer, "law"), self.fixed_law)
+        law = law | {"query_positions": positions, "key_positions": key_positions}
         a = gravity_attention(q, k, v, mass, field_tolerance=tolerance, **law)
         if kv_cache is not None:
             kv_cache.forget_beyond(self.layer, lambda: self.window(kv_cache.largest_mass, v.dtype))

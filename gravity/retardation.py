@@ -22,7 +22,9 @@ def mix_with_token_before(x, share, kv_cache, name):
     if kv_cache is None and not torch.compiler.is_compiling() and cpu_handles(x, x):
         return _CompiledMix.apply(x, share)
     before = x[:, :1] if kv_cache is None else kv_cache.exchange(name, x)
-    return torch.lerp(x, torch.cat([before, x[:, :-1]], 1), share.to(x.dtype))
+    if x.shape[1] > 1:
+        before = torch.cat([before, x[:, :-1]], 1)
+    return torch.lerp(x, before, share.to(x.dtype))
 
 
 class _Mix(ctypes.Structure):

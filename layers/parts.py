@@ -56,7 +56,12 @@ def inverse_rms(x):
     """`1 / sqrt(mean of x^2)` of each token of x (B, T, C), (B, T, 1)."""
     if torch.compiler.is_compiling():  # it fuses what autograd would make passes of
         return (x.float().square().mean(-1, keepdim=True) + EPS).rsqrt()
-    return _InverseRMS.apply(x)
+    return _InverseRMS.apply(x) if torch.is_grad_enabled() else _inverse_rms(x)
+
+
+def _inverse_rms(x):
+    norm = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)
+    return norm.square_().div_(x.shape[-1]).add_(EPS).rsqrt_()
 
 
 class _InverseRMS(torch.autograd.Function):
@@ -64,8 +69,7 @@ class _InverseRMS(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        norm = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)
-        inverse = norm.square_().div_(x.shape[-1]).add_(EPS).rsqrt_()
+        inverse = _inverse_rms(x)
         ctx.save_for_backward(x, inverse)
         return inverse
 

@@ -15,6 +15,7 @@ import chat
 import evaluate
 import train_shakespeare
 from conftest import ROOT, run
+from system import threads
 from system.threads import ONE_THREAD_UP_TO, SPINS, WAITING, choose_threads
 from training.run import _choose_threads
 
@@ -53,6 +54,73 @@ def test_openmp_is_told_before_it_is_loaded(user, expected, in_tmp):
     for words in expected:
         assert words in result.stderr
     assert user == {} or f"GOMP_SPINCOUNT = '{SPINS}'" not in result.stderr
+
+
+def test_threads_that_wait_in_vain_do_not_spin_for_a_while(monkeypatch):
+    """OpenMP's sleeps are counted by a clock that is set here; what it does is told by its pool."""
+    now, sleeps, pools = [100.0], [0], []
+    monkeypatch.setattr(threads.time, "monotonic", lambda: now[0])
+    usage = SimpleNamespace(getrusage=lambda _: SimpleNamespace(ru_nvcsw=sleeps[0]), RUSAGE_SELF=0)
+    monkeypatch.setitem(sys.modules, "resource", usage)
+    monkeypatch.setattr(threads, "_own_more_threads", lambda end: (pools.append(end), end.wait()))
+    often = threads.OFTEN * torch.get_num_threads()
+    waiting = threads._Waiting()
+
+    def after(seconds, per_second):
+        now[0], sleeps[0] = now[0] + seconds, sleeps[0] + int(per_second * seconds)
+        waiting.adapt()
+        return waiting.end is not None
+
+    assert not after(1, 2 * often)  # the user has set how threads wait
+    waiting.may_change = True
+    assert [after(1, often / 2) for _ in range(3)] == [False] * 3
+    assert after(1, 2 * often)
+    assert after(9, 9 * often) and not after(2, often)  # tried again after 10 seconds
+    assert after(1, 2 * often) and after(19, 0)  # in vain: twice as long
+    assert not after(2, 0) and not after(1, 0) and after(1, 2 * often) and not after(11, 0)
+    assert len(pools) == 3 and all(pool.is_set() for pool in pools)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP on Linux")
+def test_more_threads_than_cores_do_not_spin(in_tmp):
+    """The same 2,000 operations sleep often beside a second pool, and not before or after it."""
+    script = in_tmp / "script.py"
+    script.write_text(SPINNING)
+    environment = {name: value for name, value in os.environ.items() if name not in WAITING}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    result = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, check=True
+    )
+    spinning, sleeping, again = map(int, result.stdout.split())
+    if max(spinning, again) > 100 or os.cpu_count() != 2:
+        pytest.skip("other programs use the cores")
+    assert sleeping > 1000
+
+
+SPINNING = """
+from system.threads import sleep_while_waiting
+sleep_while_waiting()
+import resource, threading, time
+import torch
+from system.threads import _own_more_threads
+
+def sleeps():
+    x, before = torch.ones(1 << 17), resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
+    for _ in range(2000):
+        x.add_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - before
+
+sleeps()
+print(sleeps())
+end = threading.Event()
+thread = threading.Thread(target=_own_more_threads, args=[end])
+thread.start()
+time.sleep(0.2)
+print(sleeps())
+end.set()
+thread.join()
+print(sleeps())
+"""
 
 
 def test_threads_follow_the_size(two_threads, monkeypatch):

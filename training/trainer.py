@@ -17,6 +17,7 @@ from model import MAX_POSITIONS, NGT, repulsion_loss
 from system.errors import UserError, warn
 from system.machine import keep_freed_memory
 from system.safe_text import short_reason
+from system.threads import adapt_waiting
 from training.optimizer import (
     make_optimizer,
     recordable,
@@ -264,6 +265,7 @@ class Trainer:
             changed no weight.
         """
         c = self.config
+        adapt_waiting()
         set_learning_rates(self.optimizer, self.iter, c)
         with_repulsion = self.has_repulsion and self.iter % c["repulsion_interval"] == 0
         batches = [

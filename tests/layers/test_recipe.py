@@ -10,8 +10,9 @@ import torch.nn.functional as F
 import vanilla_model
 from engine.models import build_model
 from gravity.law import gravity_attention_reference
+from gravity.retardation import mix_with_token_before
 from layers.config import ModelConfig
-from layers.parts import FeedForward, RMSNorm, init_weights, norm, soft_cap
+from layers.parts import FeedForward, RMSNorm, init_weights, inverse_rms, norm, soft_cap
 from model import NGTConfig
 from small_models import BLOCK, MODERN, MODERN_VANILLA, NGT_SMALL, SMALL, ids, lively
 from training.config import RECIPES
@@ -218,6 +219,36 @@ def test_mixing_with_the_token_before_has_the_gradients_of_its_formula(tokens):
     torch.testing.assert_close(mixed, (1 - share) * x + share * shifted(x))
     inputs = x.requires_grad_(), share.requires_grad_()
     assert torch.autograd.gradcheck(lambda *given: mix_with_token_before(*given, None, 0), inputs)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("shape", [(3, 1, 5), (2, 7, 33), (1, 50, 16)])
+def test_the_compiled_mix_is_the_formula(shape, dtype, tolerance):
+    """Output and gradients against float64, for strided inputs and any number of threads."""
+    x = torch.randn(*shape[:2], 2 * shape[2]).to(dtype)[..., ::2]
+    share, grad = torch.rand(shape[2]), torch.randn(shape).to(dtype)
+    found = []
+    for number in (lambda x: x, torch.Tensor.double):
+        inputs = [number(y).detach().requires_grad_() for y in (x, share)]
+        mixed = mix_with_token_before(*inputs, None, 0)
+        mixed.backward(number(grad))
+        found.append([mixed, *(y.grad for y in inputs)])
+    for ours, expected in zip(*found, strict=True):
+        assert ours.dtype == (torch.float32 if ours.dim() == 1 else dtype)
+        torch.testing.assert_close(ours.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_inverse_rms_has_the_gradient_of_its_formula():
+    x = torch.randn(2, 3, 5, requires_grad=True)
+    y = x.detach().double().requires_grad_()
+    plain = (y.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).rsqrt()
+    weight = torch.randn(2, 3, 1)
+    (inverse_rms(x) * weight).sum().backward()
+    (plain * weight.double()).sum().backward()
+    torch.testing.assert_close(inverse_rms(x).double(), plain, rtol=1e-6, atol=0)
+    torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(inverse_rms(x).double(), plain, rtol=1e-6, atol=0)
 
 
 def test_smear_starts_as_retardation():
