@@ -75,6 +75,12 @@ class Layer(nn.Module):
             z = self.coord_norm(z + self.motion(h, a))
         return h, z, v
 
+    def leave_motion_unlearned(self):
+        """Make no gradients for what moves the coordinates: in the last layer, whose z nothing but
+        repulsion and a map reads."""
+        for module in (self.coord_proj_next, self.coord_norm):
+            module.requires_grad_(False)
+
     def motion(self, h, a):
         """What is added to a token's coordinates, (B, T, coord_dim), before they are normalised."""
         proj = self.coord_proj_next

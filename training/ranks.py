@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from system.errors import UsageError
 
@@ -112,3 +113,18 @@ def _init_process_group(ranks):
 def is_restarted():
     """Whether torchrun has restarted these processes after one of them died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def distribute(model, device, ranks):
+    """The model with its gradients averaged over all ranks; itself if there is only one."""
+    if ranks.size == 1:
+        return model
+    c = model.config
+    # the published law without a cutoff has a radius that gets no gradient
+    unused = getattr(c, "law", None) == "published" and c.cutoff == "none"
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        find_unused_parameters=unused,
+        gradient_as_bucket_view=True,  # otherwise every gradient is in memory twice
+    )

@@ -6,8 +6,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from data import get_batch
 from engine.checkpoint import FORMAT_VERSION
@@ -27,7 +25,7 @@ from training.optimizer import (
     step_unless,
 )
 from training.precision import choose_precision
-from training.ranks import Ranks
+from training.ranks import Ranks, distribute
 from training.step_graph import GraphedStep
 
 SEEDS = 1 << 63  # PyTorch's generators take seeds from 0 to below this
@@ -51,13 +49,6 @@ def forward(model, inputs, targets, with_geometry):
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()), z, mass
 
 
-def unused_motion(model):
-    """The parts of a model that without repulsion nothing depends on: those that move an NGT's
-    coordinates in its last layer, where only a map reads them."""
-    last = model.layers[-1]
-    return nn.ModuleList([last.coord_proj_next, last.coord_norm] if isinstance(model, NGT) else [])
-
-
 def maybe_compile(function, config, device):
     """The compiled function, or itself with one warning if nothing can compile it."""
     if not config["compile"]:
@@ -66,21 +57,6 @@ def maybe_compile(function, config, device):
         warn("--compile needs a C++ compiler (g++) and there is none: training uncompiled")
         return function
     return torch.compile(function)
-
-
-def distribute(model, device, ranks):
-    """The model with its gradients averaged over all ranks; itself if there is only one."""
-    if ranks.size == 1:
-        return model
-    c = model.config
-    # the published law without a cutoff has a radius that gets no gradient
-    unused = getattr(c, "law", None) == "published" and c.cutoff == "none"
-    return DistributedDataParallel(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        find_unused_parameters=unused,
-        gradient_as_bucket_view=True,  # otherwise every gradient is in memory twice
-    )
 
 
 class Trainer:
@@ -103,8 +79,8 @@ class Trainer:
         vocab_size = data.tokenizer.vocab_size
         self.raw_model = build_model(config | {"vocab_size": vocab_size}).to(device)
         self.has_repulsion = config["repulsion"] and isinstance(self.raw_model, NGT)
-        if not self.has_repulsion:
-            unused_motion(self.raw_model).requires_grad_(False)
+        if isinstance(self.raw_model, NGT) and not self.has_repulsion:
+            self.raw_model.layers[-1].leave_motion_unlearned()
         self.model = distribute(self.raw_model, device, self.ranks)
         # with the loss, so that the compiler can fuse it with the logits
         self.forward = maybe_compile(forward, config, device)

@@ -37,7 +37,9 @@ def test_a_compiled_step_is_one_graph(kind):
         loss, z, mass = function(model, *batch, kind == "ngt")
         (loss if z is None else loss + z.square().mean() + mass.mean()).backward()
         found.append([loss, z, mass, {n: p.grad for n, p in model.named_parameters()}])
-    assert same(*found) and counter.frame_count == 1
+    # what is compiled on a CPU without the compiler rounds differently
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    assert counter.frame_count == 1
 
 
 def test_accumulation_is_the_mean_over_micro_steps(trainer):
@@ -46,17 +48,34 @@ def test_accumulation_is_the_mean_over_micro_steps(trainer):
 
     seen = {}
     trainer.optimizer.step = lambda *_: seen.update(
-        {n: p.grad.clone() for n, p in trainer.raw_model.named_parameters()}
+        {n: p.grad.clone() for n, p in trainer.raw_model.named_parameters() if p.requires_grad}
     )
-    trainer.config |= {"grad_clip": 0.0, "repulsion": False}
+    trainer.config["grad_clip"] = 0.0
     trainer.step()
     batches = [get_batch(trainer.data.train, 4, 16, trainer.config["seed"], 0, m) for m in (0, 1)]
     inputs, targets = (torch.cat(pair) for pair in zip(*batches, strict=True))
     logits = trainer.raw_model(inputs)
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
     for name, parameter in trainer.raw_model.named_parameters():
-        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        assert torch.allclose(seen[name], expected, atol=1e-6), name
+        if parameter.requires_grad:
+            assert torch.allclose(seen.pop(name), parameter.grad, atol=1e-6), name
+    assert not seen
+
+
+def test_what_only_repulsion_needs_rests_without_it(make_trainer):
+    """The last layer's motion: no gradient, no step, no decay; with repulsion it learns."""
+    moved = {}
+    for repulsion in (False, True):
+        trainer = make_trainer("--repulsion" if repulsion else "--no-repulsion")
+        before = {n: p.detach().clone() for n, p in trainer.raw_model.named_parameters()}
+        for _ in range(2):
+            trainer.step()
+        moved[repulsion] = {
+            n for n, p in trainer.raw_model.named_parameters() if not torch.equal(p, before[n])
+        }
+    last = f"layers.{len(trainer.raw_model.layers) - 1}."
+    rests = {n for n in moved[True] if n.startswith((last + "coord_proj", last + "coord_norm"))}
+    assert len(rests) == 4 and moved[True] - moved[False] == rests
 
 
 def test_weight_decay_is_on_matrices_only(trainer):
