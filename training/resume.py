@@ -3,7 +3,7 @@
 from collections import defaultdict
 from pathlib import Path
 
-from engine.checkpoint import read_checkpoint
+from engine.checkpoint import read_checkpoint, tokenizer_of
 from engine.first_release import is_first_release
 from system.errors import UserError
 from system.settings import objection
@@ -67,13 +67,22 @@ def _is_acceptable(name, value):
     return len(str(value)) <= LONGEST_SETTING and objection(SETTINGS[name], value) is None
 
 
-def check_tokenizer_is_here(args, config):
-    """Raise `UserError` if the checkpoint's tokenizer was a file that is gone.
+def tokenizer_to_resume(args, checkpoint, path):
+    """The BPE tokenizer in a checkpoint, so that no file of it is needed; None for another one.
 
-    Without it a new tokenizer would be trained, with other ids.
+    Args:
+        path: of the checkpoint, for error messages.
+
+    Raises:
+        UserError: if it is damaged, or if the user named a file of it that does not exist.
     """
-    path = config["tokenizer_path"]
-    if args.tokenizer_path is not None or config["prepared_tokens"] is not None:
-        return
-    if path is not None and not Path(path).exists():
-        raise UserError(f"the tokenizer {path} is not here: say where with --tokenizer-path")
+    if checkpoint is None or checkpoint["config"].get("tokenizer") != "bpe":
+        return None
+    if args.tokenizer_path is None:
+        return tokenizer_of(checkpoint, path)
+    if not Path(args.tokenizer_path).exists():  # for a new run it would be trained
+        raise UserError(
+            f"--tokenizer-path {args.tokenizer_path} does not exist: drop the flag, {path} has the "
+            "tokenizer"
+        )
+    return None
