@@ -74,6 +74,7 @@ def result_table(variants, choose):
     Args:
         choose: takes a run and returns the evaluation to show, or None if it has none.
     """
+    first = next(run for v in variants for run in v.runs)
     head = ["model", "step", "training time", "val loss", "perplexity", "bits per byte", "ratio"]
     lines, baseline = [], None
     for v in variants:
@@ -86,11 +87,12 @@ def result_table(variants, choose):
         if finite and baseline is None:  # ratios are taken to the first line that has a perplexity
             baseline = statistics.mean(perplexities)
         seeds = f" ({len(rows)} seeds)" if len(rows) > 1 else ""
+        times = [choose(run)["wall_time"] for run in v.runs if same_conditions(run, first)]
         lines.append(
             [
                 v.label + seeds,
                 mean([row["step"] for row in rows], ",.0f"),
-                duration(statistics.mean(row["wall_time"] for row in rows)),
+                duration(statistics.mean(times)) if times else "",
                 mean([row["val_loss"] for row in rows], ".4f"),
                 mean(perplexities, ".2f"),
                 mean([row.get("bits_per_byte") for row in rows], ".4f"),

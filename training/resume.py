@@ -5,7 +5,7 @@ from pathlib import Path
 
 from engine.checkpoint import read_checkpoint, tokenizer_of
 from engine.first_release import is_first_release
-from system.errors import UserError
+from system.errors import UserError, warn
 from system.settings import objection
 from training.config import DEFAULTS, SETTINGS
 
@@ -68,21 +68,20 @@ def _is_acceptable(name, value):
 
 
 def tokenizer_to_resume(args, checkpoint, path):
-    """The BPE tokenizer in a checkpoint, so that no file of it is needed; None for another one.
+    """The BPE tokenizer in a checkpoint, so that no file of it is needed; None if there is none, or
+    if the user names a file that exists.
 
     Args:
-        path: of the checkpoint, for error messages.
+        path: of the checkpoint, for messages.
 
     Raises:
-        UserError: if it is damaged, or if the user named a file of it that does not exist.
+        UserError: if it is damaged.
     """
     if checkpoint is None or checkpoint["config"].get("tokenizer") != "bpe":
         return None
-    if args.tokenizer_path is None:
-        return tokenizer_of(checkpoint, path)
-    if not Path(args.tokenizer_path).exists():  # for a new run it would be trained
-        raise UserError(
-            f"--tokenizer-path {args.tokenizer_path} does not exist: drop the flag, {path} has the "
-            "tokenizer"
-        )
-    return None
+    named = args.tokenizer_path
+    if named is not None and Path(named).exists():
+        return None
+    if named is not None:  # a new run would train it
+        warn(f"--tokenizer-path {named} does not exist: using the tokenizer in {path}")
+    return tokenizer_of(checkpoint, path)

@@ -95,7 +95,8 @@ def test_times_of_other_machines_and_threads_are_left_out(other, words, in_tmp, 
     assert "ngt (newton), b" not in in_time and in_time["vanilla (learned)"][0] == "10"
     assert in_time["ngt (newton), c1"][2] == "3.6000"
     equal = cells(parts["At equal steps"])
-    assert equal["ngt (newton), b"][2] == "3.7000"
+    assert equal["ngt (newton), b"][:3] == ["20", "", "3.7000"]
+    assert equal["ngt (newton), c1 (2 seeds)"][1] == "40.0 s"
     assert equal["ngt (newton), c1 (2 seeds)"][2].startswith("3.5000")
     why = f"here a machine. Left out: b ({words}), c2 ({words})."
     screen = capsys.readouterr().out
