@@ -8,7 +8,6 @@ in ~/.local/state/newton-gravity/chat_history, or under XDG_STATE_HOME. NO_COLOR
 
 import argparse
 import sys
-from pathlib import Path
 
 from system.cli import (
     choose_device,
@@ -18,7 +17,7 @@ from system.cli import (
     whole,
     whole_or_zero,
 )
-from system.errors import UsageError, UserError, run_script
+from system.errors import UsageError, run_script
 from system.safe_text import one_line
 from system.terminal import say
 from system.threads import HELP as THREADS_HELP
@@ -93,30 +92,6 @@ def make_parser():
     return parser
 
 
-def find_checkpoint(path):
-    """The path, or if it does not exist the PATH_best.pt or PATH_last.pt that training wrote.
-
-    Raises:
-        UserError: if none of them exists and the path is the default.
-    """
-    from engine.checkpoint import best_path, last_path
-
-    if Path(path).exists():
-        return path
-    for found in (best_path(path), last_path(path)):
-        if found.exists():
-            print(
-                f"{one_line(path)} does not exist: reading {one_line(str(found))}", file=sys.stderr
-            )
-            return found
-    if path == DEFAULT_CHECKPOINT:
-        raise UserError(
-            f"checkpoint {path} does not exist: `python train_shakespeare.py` trains one in "
-            "minutes, or name yours with --checkpoint-path"
-        )
-    return path
-
-
 def introduction(model, checkpoint, path):
     """A line about the model: its kind, its size, and how long it was trained."""
     config = checkpoint["config"]
@@ -146,7 +121,7 @@ def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     # these import PyTorch, which takes a second: --help and a wrong flag do not wait for it
-    from engine.checkpoint import load_model
+    from engine.checkpoint import find_checkpoint, load_model
     from talk.commands import Chat, completions, converse
     from talk.conversation import Conversation
 

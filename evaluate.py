@@ -25,7 +25,12 @@ def make_parser():
     """The parser of evaluate.py."""
     parser = script_parser(__doc__, EXAMPLES)
     add = parser.add_argument
-    add("--checkpoint-path", required=True, help="an NGT or a vanilla checkpoint")
+    add(
+        "--checkpoint-path",
+        required=True,
+        help="an NGT or a vanilla checkpoint; if it does not exist, the same path with _best.pt or "
+        "_last.pt is read",
+    )
     add(
         "--context-lengths",
         type=whole_list,
@@ -106,13 +111,14 @@ def main(argv=None):
     """Evaluate; returns the exit code."""
     args = make_parser().parse_args(argv)
     # PyTorch takes a second to import, which --help does not wait for
-    from engine.checkpoint import load_model
+    from engine.checkpoint import find_checkpoint, load_model
     from engine.evaluation import TARGETS, evaluation
     from engine.losses import TOKENS_AT_ONCE
 
-    model, tokenizer, checkpoint = load_model(args.checkpoint_path, choose_device(args.device))
+    path = find_checkpoint(args.checkpoint_path)
+    model, tokenizer, checkpoint = load_model(path, choose_device(args.device))
     choose_threads(args.threads, model, TOKENS_AT_ONCE)
-    result = {"checkpoint": str(args.checkpoint_path), "step": checkpoint.get("iter")}
+    result = {"checkpoint": str(path), "step": checkpoint.get("iter")}
     result |= evaluation(
         *(model, tokenizer, checkpoint),
         *(args.context_lengths, args.num_windows, args.long_range),

@@ -65,7 +65,7 @@ def main(argv=None):
             write_gpu_page(Path(args.output), args.gpu_check)
         print(f"wrote {args.output}")
         return 0
-    from reporting.runs import find_runs, group  # PyTorch takes a second to import
+    from reporting.runs import find_runs, group, left_out  # PyTorch takes a second to import
     from reporting.summary import write_report
     from reporting.tables import terminal_table
 
@@ -74,9 +74,8 @@ def main(argv=None):
     print(terminal_table(variants))
     for source in dict.fromkeys(run.config["source"] for run in runs):
         print(one_line(f"text: {source}"))
-    for run in runs:
-        machine, seed = run.config["machine"], run.config["seed"]
-        print(one_line(f"{run.name}: {machine}, seed {seed}, {run.command()}"))
+    if sentence := left_out(runs, runs[0]):
+        print(sentence)
     if args.output is not None:
         write_report(Path(args.output), args.runs, variants, args.reference)
         print(f"wrote {args.output}")

@@ -18,7 +18,8 @@
 #   MLP_DIM              of both models (default: 4 x HIDDEN_DIM for NGT; for vanilla the width that
 #                        gives it as many parameters)
 #   BATCH_SIZE=16 GRADIENT_ACCUMULATION_STEPS=2 MAX_STEPS=15000 LEARNING_RATE=6e-4
-#   MIN_LEARNING_RATE=6e-5 WEIGHT_DECAY=0.1 SEED=1337 DEVICE=auto
+#   MIN_LEARNING_RATE    (default: a tenth of LEARNING_RATE)
+#   WEIGHT_DECAY=0.1 SEED=1337 DEVICE=auto
 #   RECIPE=gpt2          or modern, which nobody has tuned at this size
 #   WARMUP_STEPS         (default: 2/15 of the steps)
 #   EVAL_INTERVAL        (default: 1/30 of the steps, at least 10);   CHECKPOINT_INTERVAL   the same
@@ -40,7 +41,7 @@ CHECKPOINT_INTERVAL=${CHECKPOINT_INTERVAL:-$EVAL_INTERVAL}
 : "${DATASET:=wikitext103}" "${TOKENIZER:=bpe}" "${BPE_VOCAB_SIZE:=8192}"
 : "${HIDDEN_DIM:=512}" "${COORD_DIM:=64}" "${HEAD_COORD_DIM:=16}" "${NUM_LAYERS:=8}"
 : "${NUM_HEADS:=8}" "${BLOCK_SIZE:=512}" "${DROPOUT:=0}" "${BATCH_SIZE:=16}"
-: "${GRADIENT_ACCUMULATION_STEPS:=2}" "${LEARNING_RATE:=6e-4}" "${MIN_LEARNING_RATE:=6e-5}"
+: "${GRADIENT_ACCUMULATION_STEPS:=2}" "${LEARNING_RATE:=6e-4}"
 : "${RECIPE:=gpt2}" "${WEIGHT_DECAY:=0.1}" "${SEED:=1337}" "${DEVICE:=auto}" "${EVAL_ITERS:=16}"
 
 # collect NAME...: sets `flags` to the command-line flags of the variables that have a value

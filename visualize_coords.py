@@ -26,7 +26,8 @@ def make_parser():
     add(
         "--checkpoint-path",
         default="checkpoints/shakespeare.pt_best.pt",
-        help="an NGT checkpoint (default: %(default)s)",
+        help="an NGT checkpoint; if it does not exist, the same path with _best.pt or _last.pt is "
+        "read (default: %(default)s)",
     )
     add("--compare", metavar="CHECKPOINT", help="a second NGT checkpoint, shown beside it")
     add("--output", default="coords.html", help="the page to write (default: %(default)s)")
@@ -95,9 +96,12 @@ def main(argv=None):
     args = make_parser().parse_args(argv)
     if args.num_tokens > MAX_TOKENS:
         raise UsageError(f"--num-tokens {args.num_tokens}: a map shows at most {MAX_TOKENS:,}")
-    check_files(args)
     from coords.draw import draw_map  # PyTorch takes a second to import; --help does not wait
+    from engine.checkpoint import find_checkpoint
 
+    args.checkpoint_path = find_checkpoint(args.checkpoint_path)
+    args.compare = args.compare and find_checkpoint(args.compare)
+    check_files(args)
     draw_map(args, choose_device(args.device))
     return 0
 

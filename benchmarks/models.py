@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from benchmarks.flags import TIMED_PRESETS, law_given
-from engine.checkpoint import load_model
+from engine.checkpoint import find_checkpoint, load_model
 from engine.models import build_model
 from model import NGT
 from system.errors import UsageError, UserError
@@ -62,7 +62,7 @@ def load_newton(path, device):
     Raises:
         UserError: if the checkpoint cannot be used or holds another model.
     """
-    network, tokenizer, checkpoint = load_model(path, device)
+    network, tokenizer, checkpoint = load_model(find_checkpoint(path), device)
     if not isinstance(network, NGT) or network.config.law != "newton":
         raise UserError(f"--checkpoint {path} is not an NGT of --law newton: name one that is")
     return network, tokenizer, checkpoint

@@ -6,6 +6,7 @@ A checkpoint is a dict of tensors and plain types with the keys `model_state`, `
 """
 
 import pickle
+import sys
 import tempfile
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from engine.sealed_file import (
     write_archive,
 )
 from system.errors import UserError
-from system.safe_text import short_reason, shown_short
+from system.safe_text import one_line, short_reason, shown_short
 from text.tokenizer import tokenizer_from_vocab
 
 FORMAT_VERSION = 2
@@ -41,6 +42,23 @@ def best_path(path):
 def last_path(path):
     """The newest checkpoint, for --checkpoint-path `path`."""
     return Path(f"{path}_last.pt")
+
+
+def find_checkpoint(path):
+    """The path of a file to read: this one, or if it does not exist one of the same run.
+
+    PATH without a suffix means PATH_best.pt. A run that was stopped before its first evaluation has
+    only PATH_last.pt, which is then read instead. Prints what is read instead on stderr.
+    """
+    path = Path(path)
+    run = str(path).removesuffix("_best.pt")
+    candidates = (path, best_path(run), last_path(run))
+    found = next((file for file in candidates if file.exists()), path)
+    if found != path:
+        print(
+            f"{one_line(str(path))} does not exist: reading {one_line(str(found))}", file=sys.stderr
+        )
+    return found
 
 
 def check_writable(path):
@@ -140,7 +158,9 @@ def _read_plain(path):
     if path.is_dir():
         raise UserError(f"checkpoint {path} is a directory: name the .pt file in it")
     if not path.exists():
-        raise UserError(f"checkpoint {path} does not exist: train one with train_shakespeare.py")
+        raise UserError(
+            f"checkpoint {path} does not exist: name yours, or train one with train_shakespeare.py"
+        )
     if not path.is_file():  # reading from a pipe would wait for a writer
         raise UserError(f"checkpoint {path} is no ordinary file: name a .pt file")
     try:
@@ -159,6 +179,15 @@ def _read_plain(path):
         raise UserError(f"checkpoint {path} is truncated, or no checkpoint: use another") from None
 
 
+def tokenizer_of(checkpoint, path):
+    """The tokenizer in a checkpoint read from `path`; raises `UserError` if it is damaged."""
+    try:
+        return tokenizer_from_vocab(checkpoint["vocab"])
+    except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
+        reason = short_reason(error)
+        raise UserError(f"checkpoint {path} has no usable vocabulary ({reason})") from None
+
+
 def load_model(path, device="cpu"):
     """Read a checkpoint and build its model.
 
@@ -169,11 +198,7 @@ def load_model(path, device="cpu"):
         UserError: as `read_checkpoint`, and if the vocabulary is unusable or of another size.
     """
     checkpoint = read_checkpoint(path)
-    try:
-        tokenizer = tokenizer_from_vocab(checkpoint["vocab"])
-    except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
-        reason = short_reason(error)
-        raise UserError(f"checkpoint {path} has no usable vocabulary ({reason})") from None
+    tokenizer = tokenizer_of(checkpoint, path)
     model = build_model(checkpoint["config"])
     model.load_state_dict(checkpoint["model_state"])
     if tokenizer.vocab_size != model.config.vocab_size:

@@ -2,7 +2,7 @@
 
 import torch
 
-from engine.checkpoint import best_path, load_model
+from engine.checkpoint import best_path, find_checkpoint, load_model
 from engine.learned import heads_learned
 from system.errors import UserError
 from system.markdown import markdown_code, markdown_table, markdown_text
@@ -28,7 +28,7 @@ def geometry_section(label, config):
         label: the heading.
         config: the run's config.json.
     """
-    path = best_path(config["checkpoint_path"])
+    path = find_checkpoint(best_path(config["checkpoint_path"]))
     try:
         model, tokenizer, checkpoint = load_model(path)
         if checkpoint["config"]["model_type"] != "ngt":

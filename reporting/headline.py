@@ -5,7 +5,7 @@ import statistics
 
 from engine.flops import training_flops
 from engine.models import weightless_model
-from reporting.runs import NOT_RUN, label_of, loss_or_worst, mean
+from reporting.runs import NOT_RUN, label_of, left_out, loss_or_worst, mean, same_conditions
 from system.durations import duration
 from system.markdown import markdown_table, markdown_text
 
@@ -70,9 +70,11 @@ def headline_table(headline):
         "training time",
     ]
     plain = next((runs for label, runs in headline.items() if label == "vanilla (rotary)"), [])
+    every = [run for runs in headline.values() for run in runs]
     lines = []
     for label, runs in headline.items():
         last = [run.rows[-1] for run in runs]
+        timed = [run for run in runs if same_conditions(run, every[0])]
         ratios, to_plain = (
             [a / b for a, b in paired(runs, others, "perplexity")]
             for others in (baseline(headline), plain)
@@ -88,15 +90,16 @@ def headline_table(headline):
                 mean(ratios, ".4f") if ratios else "",
                 _p_value(ratios),
                 mean(to_plain, ".4f") if to_plain else "",
-                mean([run.median("tokens_per_s") for run in runs], ",.0f"),
-                duration(statistics.mean(row["wall_time"] for row in last)),
+                mean([run.median("tokens_per_s") for run in timed], ",.0f") if timed else "",
+                duration(statistics.mean(r.rows[-1]["wall_time"] for r in timed)) if timed else "",
             ]
         )
     if not lines:
         return f"{NOT_RUN}."
     note = (
         f"The control is {markdown_text(next(iter(headline)))}. p: two-sided, of a paired t-test "
-        "that the logarithm of the ratio is 0, for three seeds."
+        f"that the logarithm of the ratio is 0, for three seeds. "
+        f"{markdown_text(left_out(every, every[0]))}"
     )
     return f"{markdown_table(head, lines)}\n\n{note}"
 
@@ -129,7 +132,8 @@ def cost_table(headline):
             if other is None:
                 continue
             end = other.rows[-1]
-            within = run.within(end["wall_time"])
+            is_timed = same_conditions(run, other)
+            within = run.within(end["wall_time"]) if is_timed else None
             losses += [within["val_loss"]] if within else []
             reached = next(
                 (r for r in run.rows if loss_or_worst(r) <= loss_or_worst(end) < math.inf), None
@@ -138,14 +142,14 @@ def cost_table(headline):
                 continue
             # flops and not steps alone: the models' steps cost differently
             steps.append(reached["step"])
-            times.append(reached["wall_time"] / end["wall_time"])
+            times += [reached["wall_time"] / end["wall_time"]] if is_timed else []
             cost = training_flops(_model_of(run.config), reached["tokens"])
             flops.append(cost / training_flops(_model_of(other.config), end["tokens"]))
         lines.append(
             [
                 label,
                 mean(steps, ",.0f") if steps else "never",
-                mean(times, ".2f") if times else "never",
+                mean(times, ".2f") if times else "" if steps else "never",
                 mean(flops, ".2f") if flops else "never",
                 mean(losses, ".4f") if losses else "",
             ]
@@ -153,7 +157,7 @@ def cost_table(headline):
     note = (
         "The first evaluation at or below the last loss of the baseline with the same seed. A "
         "model that gets there early has not decayed its learning rate as far, which is a "
-        "disadvantage."
+        "disadvantage. Times are compared only between runs of one machine."
     )
     return f"{markdown_table(head, lines)}\n\n{note}"
 

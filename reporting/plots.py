@@ -8,12 +8,33 @@ import plotly.graph_objects as go
 from matplotlib import pyplot as plt
 from plotly.subplots import make_subplots
 
+from reporting.runs import same_conditions
 from system.markdown import to_page
+from system.safe_text import one_line
 
 matplotlib.use("Agg")  # it draws files only, and needs no display
 
 AXES = (("step", 1, "step"), ("wall_time", 1 / 60, "minutes of training"))
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
+
+
+def curves_to_draw(runs_by_label):
+    """What `curves_png` and `page_of_curves` take.
+
+    A run whose times cannot be compared with the first one's has no curve by time.
+    """
+    pairs = [(label, run) for label, runs in runs_by_label.items() for run in runs]
+    first = pairs[0][1]
+    return [
+        (
+            label,
+            one_line(run.name),
+            run.rows
+            if same_conditions(run, first)
+            else [row | {"wall_time": None} for row in run.rows],
+        )
+        for label, run in pairs
+    ]
 
 
 def curves_png(curves):
@@ -91,8 +112,8 @@ def _colours(curves):
 
 
 def _points(rows, key, scale):
-    """`(x, y)` of a curve, two lists; evaluations without a finite loss are left out."""
-    kept = [row for row in rows if row["val_loss"] is not None]
+    """`(x, y)` of a curve, two lists; evaluations without a loss or a place are left out."""
+    kept = [row for row in rows if None not in (row["val_loss"], row[key])]
     return [row[key] * scale for row in kept], [row["val_loss"] for row in kept]
 
 

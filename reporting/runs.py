@@ -22,6 +22,7 @@ PER_RUN = {  # settings that may differ between runs of one variant
     *("token_directory", "prepared_tokens", "data_path", "eval_interval", "checkpoint_interval"),
     *("compile", "threads"),
 }
+CONDITIONS = ("machine", "threads", "processes")  # what a speed depends on besides the model
 # the keys that reports need, and the types of their values
 NUMBER = int | float
 LOSS = int | float | None  # None: not finite
@@ -192,6 +193,52 @@ def group(runs):
         if labels.count(variant.label) > 1:  # they differ in a setting that the label does not show
             variant.label = f"{variant.label}, {one_line(variant.runs[0].name)}"
     return variants
+
+
+def same_conditions(run, other):
+    """Whether the times of two runs can be compared: same machine, threads and processes.
+
+    What an older config.json does not say counts as the same.
+    """
+    pairs = [(run.config.get(name), other.config.get(name)) for name in CONDITIONS]
+    return all(None in pair or pair[0] == pair[1] for pair in pairs)
+
+
+def left_out(runs, first):
+    """A sentence on the runs whose times cannot be compared with the first one's, and why; "" if
+    there are none."""
+    others = [run for run in runs if not same_conditions(run, first)]
+    if not others:
+        return ""
+    names = ", ".join(f"{run.name} ({_conditions(run)})" for run in others)
+    return one_line(
+        f"Speeds and times are compared only if machine, threads and processes are the same, here "
+        f"{_conditions(first)}. Left out: {names}."
+    )
+
+
+def _conditions(run):
+    words = [str(run.config["machine"])]
+    for name in CONDITIONS[1:]:
+        count = run.config.get(name)
+        # the name of a CPU ends with the number of threads, and one process is what one expects
+        if count is not None and not (name == "threads" and "thread" in words[0]) and count != 1:
+            words.append(f"{count} {name}")
+    return ", ".join(words)
+
+
+def of_one_machine(variants):
+    """The variants without the runs that `left_out` names, and its sentence.
+
+    Those without any such run are left out, those that were not run at all are not.
+    """
+    runs = [run for v in variants for run in v.runs]
+    kept = []
+    for v in variants:
+        same = [run for run in v.runs if same_conditions(run, runs[0])]
+        if same or not v.runs:
+            kept.append(Variant(v.label, same))
+    return kept, left_out(runs, runs[0])
 
 
 def mean(values, form):

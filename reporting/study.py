@@ -11,8 +11,10 @@ from reporting.runs import (
     PER_RUN,
     all_values,
     find_runs,
+    left_out,
     loss_or_worst,
     mean,
+    same_conditions,
 )
 from system.durations import duration
 from system.errors import UserError
@@ -109,10 +111,9 @@ def _introduction(runs, name, output):
 
 
 def _curves_and_cost(output, headline):
-    from reporting.plots import curves_png  # takes a second to import
+    from reporting.plots import curves_png, curves_to_draw  # takes a second to import
 
-    curves = [(label, run.name, run.rows) for label, runs in headline.items() for run in runs]
-    write_whole(output.with_suffix(".png"), curves_png(curves))
+    write_whole(output.with_suffix(".png"), curves_png(curves_to_draw(headline)))
     return [f"![validation loss]({output.stem}.png)", "### At equal cost", cost_table(headline)]
 
 
@@ -192,6 +193,7 @@ def _ablation_table(runs):
     for name, same in sorted(names.items(), key=lambda item: _mean_difference(item[1], defaults)):
         last = [run.rows[-1] for run in same]
         differences = [a - b for a, b in paired(same, defaults, "val_loss")]
+        timed = [run for run in same if same_conditions(run, defaults[0])]
         lines.append(
             [
                 name + "".join({unfinished(run) for run in same}),
@@ -202,14 +204,14 @@ def _ablation_table(runs):
                 ", ".join(str(run.config["seed"]) for run in same),
                 ", ".join(f"{difference:+.4f}" for difference in differences),
                 mean([row.get("repulsion") or 0 for row in last], ".4f"),
-                mean([run.median("tokens_per_s") for run in same], ",.0f"),
+                mean([run.median("tokens_per_s") for run in timed], ",.0f") if timed else "",
             ]
         )
     note = (
         f"One change at a time from `default`, {defaults[0].config['max_steps']:,} steps, same "
         "batches. Difference: of the loss from the default's with the same seed; below 0 is better "
         "than the default. Repulsion: the energy of the final coordinates, which grows without "
-        "bound if they collapse."
+        f"bound if they collapse. {markdown_text(left_out(runs, defaults[0]))}"
     )
     return f"{note}\n\n{markdown_table(head, lines)}"
 
@@ -248,9 +250,12 @@ def _size_table(runs):
             f"{run.rows[-1]['tokens']:,}",
             _last(run, "val_loss", ".4f"),
             _last(run, "perplexity", ".2f"),
-            f"{run.median('tokens_per_s'):,.0f}",
-            duration(run.rows[-1]["wall_time"]),
+            *(
+                (f"{run.median('tokens_per_s'):,.0f}", duration(run.rows[-1]["wall_time"]))
+                if same_conditions(run, runs[0])
+                else ("", "")
+            ),
         ]
         for run in runs
     ]
-    return markdown_table(head, lines)
+    return f"{markdown_table(head, lines)}\n\n{markdown_text(left_out(runs, runs[0]))}".strip()

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from reporting.geometry import geometry_section
-from reporting.runs import NOT_RUN, Run, all_values, label_of
+from reporting.runs import NOT_RUN, Run, all_values, label_of, of_one_machine
 from reporting.tables import result_table, setting_text, settings_table, speed_table
 from system.durations import duration
 from system.errors import UserError
@@ -28,15 +28,19 @@ def write_report(output, names, variants, reference):
     Raises:
         UserError: if `reference` cannot be used or a file cannot be written.
     """
-    from reporting.plots import curves_png, page_of_curves  # takes a second to import
+    from reporting.plots import curves_png, curves_to_draw, page_of_curves  # takes a second
 
     runs = [run for v in variants for run in v.runs]
+    timed, sentence = of_one_machine(variants)
+    why = [markdown_text(sentence)] if sentence else []
     title = one_line(f"Report: {', '.join(names)}")
     parts = [
         f"# {markdown_text(title)}",
         *_introduction(runs, output, names, reference),
-        *_result_tables(variants, runs),
-        *("## Speed and memory", "Medians over the evaluation intervals.", speed_table(variants)),
+        *_result_tables(variants, timed),
+        *why,
+        *("## Speed and memory", "Medians over the evaluation intervals.", *why),
+        speed_table(timed),
         *("## Curves", f"![validation loss]({output.stem}.png)"),
         f"Interactive: `{output.stem}.html`; every evaluation: "
         f"[{output.stem}.csv]({output.stem}.csv).",
@@ -51,7 +55,7 @@ def write_report(output, names, variants, reference):
         *("## Commands", markdown_block("\n".join(run.command() for run in runs), "bash")),
         *(f"{markdown_text(v.label)}: {NOT_RUN}." for v in variants if not v.runs),
     ]
-    curves = [(v.label, one_line(run.name), run.rows) for v in variants for run in v.runs]
+    curves = curves_to_draw({v.label: v.runs for v in variants})
     # the .md comes last: it links to the others
     for suffix, content in (
         (".html", page_of_curves(curves, title).encode()),
@@ -81,10 +85,11 @@ def _introduction(runs, output, names, reference):
     ]
 
 
-def _result_tables(variants, runs):
+def _result_tables(variants, timed):
+    runs = [run for v in variants for run in v.runs]
     # runs may be evaluated at different intervals, or be unfinished
     common = set.intersection(*({row["step"] for row in run.rows} for run in runs))
-    shortest = min(run.rows[-1]["wall_time"] for run in runs)
+    shortest = min(run.rows[-1]["wall_time"] for v in timed for run in v.runs)
     if common:
         equal_steps = result_table(variants, lambda run: run.at_step(max(common)))
     else:
@@ -93,7 +98,7 @@ def _result_tables(variants, runs):
         *("## At equal steps", equal_steps),
         *("## At each one's best", result_table(variants, Run.best)),
         f"## At equal training time ({duration(shortest)})",
-        result_table(variants, lambda run: run.within(shortest)),
+        result_table(timed, lambda run: run.within(shortest)),
     ]
 
 

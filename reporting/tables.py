@@ -2,7 +2,7 @@
 
 import statistics
 
-from reporting.runs import NOT_RUN, mean
+from reporting.runs import NOT_RUN, mean, same_conditions
 from system.durations import duration
 from system.markdown import markdown_table
 from system.terminal import cells
@@ -35,11 +35,16 @@ ONLY_NGT = {"coord_dim", "head_coord_dim", "exponent", "radius"}
 
 
 def terminal_table(variants):
-    """Text for the terminal: a line for each variant with its last evaluation."""
+    """Text for the terminal: a line for each variant with its last evaluation.
+
+    Speeds that cannot be compared with the first run's are left out.
+    """
+    first = next(run for v in variants for run in v.runs)
     head = ("model", "parameters", "step", "val loss", "perplexity", "steps/s", "tokens/s")
     lines = [head]
     for v in variants:
         last = [run.rows[-1] for run in v.runs]
+        timed = [run for run in v.runs if same_conditions(run, first)]
         lines.append(
             (
                 v.label,
@@ -48,8 +53,8 @@ def terminal_table(variants):
                 f"{min(row['step'] for row in last):,}" if last else "",
                 mean([row["val_loss"] for row in last], ".4f") if last else "",
                 mean([row["perplexity"] for row in last], ".3f") if last else "",
-                mean([run.median("steps_per_s") for run in v.runs], ".2f") if last else "",
-                mean([run.median("tokens_per_s") for run in v.runs], ",.0f") if last else "",
+                mean([run.median("steps_per_s") for run in timed], ".2f") if timed else "",
+                mean([run.median("tokens_per_s") for run in timed], ",.0f") if timed else "",
             )
         )
     # labels may hold wide characters, numbers do not
@@ -69,6 +74,7 @@ def result_table(variants, choose):
     Args:
         choose: takes a run and returns the evaluation to show, or None if it has none.
     """
+    first = next(run for v in variants for run in v.runs)
     head = ["model", "step", "training time", "val loss", "perplexity", "bits per byte", "ratio"]
     lines, baseline = [], None
     for v in variants:
@@ -81,11 +87,12 @@ def result_table(variants, choose):
         if finite and baseline is None:  # ratios are taken to the first line that has a perplexity
             baseline = statistics.mean(perplexities)
         seeds = f" ({len(rows)} seeds)" if len(rows) > 1 else ""
+        times = [choose(run)["wall_time"] for run in v.runs if same_conditions(run, first)]
         lines.append(
             [
                 v.label + seeds,
                 mean([row["step"] for row in rows], ",.0f"),
-                duration(statistics.mean(row["wall_time"] for row in rows)),
+                duration(statistics.mean(times)) if times else "",
                 mean([row["val_loss"] for row in rows], ".4f"),
                 mean(perplexities, ".2f"),
                 mean([row.get("bits_per_byte") for row in rows], ".4f"),

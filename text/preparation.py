@@ -24,6 +24,7 @@ def prepare_data(
     tokenizer_path=None,
     tiktoken_encoding="gpt2",
     say=print,
+    given=None,
 ):
     """Find a corpus, train or load its tokenizer, and write or reuse its token files.
 
@@ -35,6 +36,7 @@ def prepare_data(
         tokenizer: "char", "bpe" or "tiktoken".
         tokenizer_path: a BPE tokenizer file; if it does not exist, it is trained and written.
         say: called with lines for the user.
+        given: a BPE tokenizer to use instead of training or loading one.
 
     Returns:
         A `TokenData`.
@@ -47,10 +49,9 @@ def prepare_data(
             f"--bpe-vocab-size is {bpe_vocab_size}: give at least 256, one for each byte"
         )
     corpus = find_corpus(dataset, data_path, say)
-    given = None
     if tokenizer == "tiktoken":
         given = TiktokenTokenizer(tiktoken_encoding)
-    elif tokenizer == "bpe" and tokenizer_path is not None and Path(tokenizer_path).exists():
+    elif given is None and tokenizer_path is not None and Path(tokenizer_path).exists():
         given = load_bpe(tokenizer_path)
     is_missing = tokenizer == "bpe" and tokenizer_path is not None and given is None
     # without the lock first: a finished corpus needs no waiting

@@ -59,9 +59,8 @@ PRESETS = {
         # for texts far longer than a window (reports/study.md)
         **{"farthest_time_scale": 3.5e-4, "fixed_farthest": True},
         # the best of those tried for both models (reports/study.md)
-        "modern": {"learning_rate": 8e-3, "min_learning_rate": 8e-4},
+        "modern": {"learning_rate": 8e-3},
         "learning_rate": 4e-3,
-        "min_learning_rate": 4e-4,
         "max_steps": 6000,
         "eval_interval": 500,
         "eval_iters": 50,
@@ -77,7 +76,6 @@ PRESETS = {
         "batch_size": 16,
         "gradient_accumulation_steps": 2,
         "learning_rate": 6e-4,
-        "min_learning_rate": 6e-5,
         "warmup_steps": 2000,
         "max_steps": 15000,
         "eval_interval": 500,
@@ -152,7 +150,11 @@ class RunSettings:
         None, "the highest learning rate of Muon (default: that of AdamW)", not_negative
     )
     beta2: float = setting(0.99, "share of AdamW's mean square that a step keeps", share)
-    min_learning_rate: float = setting(1e-4, "learning rate at the end of the cosine", not_negative)
+    min_learning_rate: float | None = setting(
+        None,
+        "learning rate at the end of the cosine (default: a tenth of the highest)",
+        not_negative,
+    )
     weight_decay: float = setting(0.1, "weight decay, on matrices only", not_negative)
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0: no clipping", not_negative)
     max_steps: int = setting(2000, "steps in total, resumed ones included", whole)
@@ -208,7 +210,7 @@ CORPUS = (  # what `text.preparation.prepare_data` takes
 )
 FREE_ON_RESUME = {  # they change nothing that the model learns: no warning of a change
     *("device", "threads", "data_path", "tokenizer_path", "prepared_tokens", "shard_optimizer"),
-    *("eval_interval", "sample_tokens", "checkpoint_interval"),
+    *("eval_interval", "eval_iters", "sample_tokens", "checkpoint_interval"),
 }
 
 
@@ -255,7 +257,7 @@ def resolve(args, resumed=None):
         kept = {name: resumed.get(name, older[name]) for name in SETTINGS}
         if "data_path" in given:  # the text itself instead of token files
             kept["prepared_tokens"] = None
-        return kept | given
+        return _with_minimum_rate(kept, given)
     dataset = given.get("dataset", DEFAULTS["dataset"])
     config = DEFAULTS | given
     kind = "vanilla" if config["model_type"] == "vanilla" else config["law"]
@@ -265,6 +267,21 @@ def resolve(args, resumed=None):
     config |= {"recipe": recipe} | given
     if "mlp_dim" not in given:
         config["mlp_dim"] = _mlp_dim(config, given, kind, PRESETS[dataset]["mlp_dim"])
+    return config | {"min_learning_rate": given.get("min_learning_rate", _tenth_of_peak(config))}
+
+
+def _tenth_of_peak(config):
+    peak = config["learning_rate"] or config["matrix_learning_rate"] or 0.0
+    return float(f"{peak / 10:.12g}")  # 6e-05 and not 5.9999999999999995e-05
+
+
+def _with_minimum_rate(resumed, given):
+    """The settings of a resumed run with what was given: its minimum was chosen, or it follows."""
+    config, before = resumed | given, resumed["min_learning_rate"]
+    if "min_learning_rate" not in given and before in (None, _tenth_of_peak(resumed)):
+        config["min_learning_rate"] = after = _tenth_of_peak(config)
+        if after != before:
+            warn(f"--min-learning-rate changes from {before} to {after}, a tenth of the highest")
     return config
 
 
@@ -327,6 +344,22 @@ def described(config):
         words += [name.replace("_", " ") for name in ("background", "mass_in_value") if c[name]]
     words += [c["recipe"]] if c["recipe"] != "gpt2" else []
     return f"{c['model_type']} ({', '.join(words)})"
+
+
+def warn_of_rates(config):
+    """Warn if the learning rate cannot fall to its minimum, or only rises."""
+    peak, low = config["learning_rate"], config["min_learning_rate"]
+    if config["use_cosine_schedule"] and 0 < peak < low:
+        warn(
+            f"--min-learning-rate {low} is above --learning-rate {peak}: the learning rate stays "
+            f"at {peak} after the warm-up; give a smaller minimum, or none for a tenth"
+        )
+    warmup, steps = config["warmup_steps"], config["max_steps"]
+    if warmup >= steps:
+        warn(
+            f"--warmup-steps {warmup:,} takes all of --max-steps {steps:,}: the learning rate only "
+            f"rises, to {peak * steps / warmup:.3g} of {peak}; give fewer"
+        )
 
 
 def warn_of_no_effect(args, config):

@@ -7,11 +7,14 @@ import time
 
 from tqdm import tqdm
 
-from system.durations import short_duration
+from system.durations import duration, short_duration
 
 COLUMNS = {"step": 7, "train": 8, "val": 8, "ppl": 9, "bits/byte": 9, "repulsion": 9}
 COLUMNS |= {"tokens/s": 9, "left": 9}
 SECONDS_BETWEEN_LINES = 60  # if the output is no terminal, where no line can be updated
+# The first steps compile and record what later ones only repeat: they say nothing about the rest.
+STEPS_TO_SKIP = 10
+STEPS_TO_ESTIMATE = 20  # after so many the time of the rest is printed
 
 
 def _cells(row, seconds_left):
@@ -96,7 +99,8 @@ class TrainingDisplay:
     """The output of a training, a context manager.
 
     In a terminal one line shows step, loss, speed and time left, and evaluations are written above
-    it. Elsewhere evaluations are plain lines, with one line per minute between them.
+    it. Elsewhere evaluations are plain lines, with one line per minute between them. The table of
+    evaluations begins with the first of them, so that the expected time can stand above it.
 
     Args:
         total: steps of the run.
@@ -106,11 +110,12 @@ class TrainingDisplay:
     """
 
     def __init__(self, total, initial, tokens_per_step, shown=True):
-        self.total, self.done, self.tokens_per_step = total, initial, tokens_per_step
+        self.total, self.initial, self.done = total, initial, initial
+        self.tokens_per_step = tokens_per_step
         self.shown = shown
         self._titles = None
-        self._first = None  # (steps done, clock) after the first step, which may have compiled
-        self._seconds_per_step = None  # a running average, so that a change of speed shows
+        self._first = None  # the clock after the first step
+        self._seconds_per_step = 0.0  # a running average, so that a change of speed shows
         self._seconds_stepping = 0.0
         self._last_line_at = time.monotonic()
         terminal = next((s for s in (sys.stderr, sys.stdout) if s.isatty()), None)
@@ -125,7 +130,6 @@ class TrainingDisplay:
         self._line.forms = (f"step {initial:,}/{total:,}",)
 
     def __enter__(self):
-        self._write_header()
         self._line.refresh()
         return self
 
@@ -137,23 +141,39 @@ class TrainingDisplay:
         now = time.monotonic()
         self.done += 1
         if self._first is None:
-            self._first, self._seconds_per_step = (self.done, now), seconds
+            self._first = now
         else:
             self._seconds_stepping += seconds
-        self._seconds_per_step += 0.1 * (seconds - self._seconds_per_step)
+        steps = self.done - self.initial
+        # so long as the average counts few steps it is their mean
+        weight = max(0.1, 1 / max(1, steps - STEPS_TO_SKIP))
+        self._seconds_per_step += weight * (seconds - self._seconds_per_step)
+        if steps == STEPS_TO_ESTIMATE and self._titles is None:  # later the table says it
+            self._say_expected_time()
         self._line.forms = self._wordings(loss, now)
         self._line.update()
         if self._line.disable and self.shown and now - self._last_line_at > SECONDS_BETWEEN_LINES:
             self._last_line_at = now
             print(self._line.forms[0], file=sys.stderr, flush=True)
 
+    def _say_expected_time(self):
+        left = self.total - self.done
+        seconds = left * self._seconds_per_step
+        if round(seconds / 60):
+            self.say(
+                f"expected: {duration(seconds, to_the_minute=True)} for the {left:,} steps that "
+                "are left, plus evaluations"
+            )
+
+    def _seconds_left(self, now):
+        # evaluations and checkpoints take time too: their average per step is added
+        other_seconds = max(0.0, now - self._first - self._seconds_stepping)
+        pace = self._seconds_per_step + other_seconds / max(1, self.done - self.initial - 1)
+        return (self.total - self.done) * pace
+
     def _wordings(self, loss, now):
         """The line in four lengths, for terminals of any width."""
-        first_step, started = self._first
-        # evaluations and checkpoints take time too: their average per step is added
-        other_seconds = now - started - self._seconds_stepping
-        pace = self._seconds_per_step + max(0.0, other_seconds) / max(1, self.done - first_step)
-        left = short_duration((self.total - self.done) * pace)
+        left = short_duration(self._seconds_left(now))
         speed = self.tokens_per_step / self._seconds_per_step
         short = tqdm.format_sizeof(speed)
         share = f"{100 * self.done // self.total}%"
@@ -166,16 +186,17 @@ class TrainingDisplay:
         )
 
     def _write_header(self):
-        """Write the table's header at the start, and again if the terminal changed its width."""
+        """Write the table's header above its first row, and if the terminal changed its width."""
         titles = _fitting_columns()
         if titles != self._titles:
             self.say(_aligned({title: title for title in titles}, titles))
             self._titles = titles
 
-    def row(self, row, seconds_left):
+    def row(self, row):
         """Write an evaluation into the table."""
         self._write_header()
-        self.say(_aligned(_cells(row, seconds_left), self._titles))
+        left = self._seconds_left(time.monotonic())
+        self.say(_aligned(_cells(row, left), self._titles))
 
     def say(self, line):
         """Write a line above the one that is updated."""

@@ -20,6 +20,7 @@ from system.errors import UserError
 from system.files import write_whole
 
 FRAME = struct.Struct("<QI")  # a record's length and its checksum; data and its checksum follow
+OURS = b"bits_per_byte"  # a tag that every event file of this program has named, since the first
 
 
 def append_whole(path, data):
@@ -47,21 +48,27 @@ def append_whole(path, data):
         ) from None
 
 
+def is_own_event_file(path):
+    """Whether this program wrote an event file: other programs give theirs the same names."""
+    return OURS in path.read_bytes()
+
+
 class EventFile:
     """The events of a run, in one file of the directory.
 
     Args:
-        directory: a `Path`; event files in it are merged into the new one.
+        directory: a `Path`; this program's event files in it are merged into the new one.
         head: summaries at the start of the file; older events with their tags are dropped.
         is_kept: called with tag and step of every older event; returns whether it is kept.
     """
 
     def __init__(self, directory, head, is_kept):
-        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.0"
+        # PyTorch's writer, which a user may have in the same process, ends its names in a number
+        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.ngt"
         self.path = directory / name
         self._head = [Event(summary=summary) for summary in head]
         replaced = {value.tag for event in self._head for value in event.summary.value}
-        old = sorted(directory.glob("events.out.tfevents.*"))
+        old = sorted(filter(is_own_event_file, directory.glob("events.out.tfevents.*")))
         kept = {}
         for path in old:
             for event in read_events(path):

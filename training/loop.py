@@ -5,15 +5,12 @@ import shlex
 import time
 
 from engine.checkpoint import save_checkpoint
-from system.durations import duration
 from system.errors import UserError, warn
 from system.machine import peak_memory_bytes
 from training.display import TrainingDisplay, above_the_line
 from training.run_files import flag
 from training.stop_request import StopRequest
 from training.validation import evaluate
-
-STEPS_TO_ESTIMATE = 20  # after so many the time of the rest is estimated
 
 
 def loop(trainer, log, files):
@@ -40,7 +37,7 @@ def loop(trainer, log, files):
     if log is not None:
         log.dashboard.projector(trainer.raw_model, trainer.data.tokenizer, trainer.iter)
         log.dashboard.finish(trainer.iter)
-        if trainer.best_val < math.inf:
+        if trainer.best_val < math.inf and files.best.exists():
             print(f"best validation loss {trainer.best_val:.4f} in {files.best}")
             command = ["python", "chat.py", *flag("--checkpoint-path", files.best)]
             print(f"chat with it: {shlex.join(command)}")
@@ -53,8 +50,7 @@ class _Loop:
     def __init__(self, trainer, log, files, display, stop):
         self.trainer, self.log, self.files = trainer, log, files
         self.display, self.stop = display, stop
-        self.first_step, self.saved_at = trainer.iter, trainer.iter
-        self.seconds_before = trainer.progress["wall_time"]
+        self.saved_at = trainer.iter
         self.steps, self.seconds = 0, 0.0  # since the last evaluation
         self.save_asked = False
         self.skipped_before = 0  # steps in a row, at the last look
@@ -91,39 +87,29 @@ class _Loop:
 
     def show(self, loss):
         """Update the display; stop if too many steps were skipped."""
-        if self.trainer.iter == self.first_step + STEPS_TO_ESTIMATE:
-            self._say_expected_time()
         self.display.step(loss, self.step_seconds)
         check_skipped(self.trainer, self.files, self.skipped_before)
         self.skipped_before = self.trainer.progress["skipped_in_a_row"]
-
-    def _say_expected_time(self):
-        """Print how long the rest takes if its steps take as long as those so far."""
-        left = self.trainer.config["max_steps"] - self.trainer.iter
-        seconds = self.trainer.progress["wall_time"] - self.seconds_before
-        seconds *= left / (self.trainer.iter - self.first_step)
-        if round(seconds / 60):
-            self.display.say(
-                f"expected: {duration(seconds, to_the_minute=True)} for the {left:,} steps that "
-                "are left, plus evaluations"
-            )
 
     def evaluate(self, norm):
         """Evaluate, write the row everywhere, and keep the best checkpoint."""
         trainer = self.trainer
         row = evaluation_row(trainer, norm, self.steps, self.seconds)  # all ranks share the windows
-        steps_left = trainer.config["max_steps"] - trainer.iter
-        self.display.row(row, steps_left * self.seconds / self.steps)
+        self.display.row(row)
         if self.log is not None:
             self.log.evaluation(row)
             self.log.dashboard.learned(trainer.raw_model, trainer.data, trainer.iter)
         self.steps, self.seconds = 0, 0.0
         # a step's loss is that of the weights before the step: it can be finite when they are not
         self.is_sound = self.is_sound and math.isfinite(row["val_loss"])
-        if self.is_sound and row["val_loss"] < trainer.best_val:
+        if self.is_sound and (row["val_loss"] < trainer.best_val or self._best_is_gone()):
             trainer.best_val = row["val_loss"]
             save(trainer, self.files, self.files.best)
         self.save_asked |= self.stop.agree(trainer.ranks)  # an evaluation may take long
+
+    def _best_is_gone(self):
+        """Whether somebody deleted PATH_best.pt, or copied only PATH_last.pt to this machine."""
+        return self.trainer.ranks.gathered(not self.files.best.exists())[0]  # as the main rank sees
 
     def save_if_due(self):
         """Write PATH_last.pt if it is time, somebody asked, or the run stops here."""

@@ -3,9 +3,9 @@
 from collections import defaultdict
 from pathlib import Path
 
-from engine.checkpoint import read_checkpoint
+from engine.checkpoint import read_checkpoint, tokenizer_of
 from engine.first_release import is_first_release
-from system.errors import UserError
+from system.errors import UserError, warn
 from system.settings import objection
 from training.config import DEFAULTS, SETTINGS
 
@@ -67,13 +67,21 @@ def _is_acceptable(name, value):
     return len(str(value)) <= LONGEST_SETTING and objection(SETTINGS[name], value) is None
 
 
-def check_tokenizer_is_here(args, config):
-    """Raise `UserError` if the checkpoint's tokenizer was a file that is gone.
+def tokenizer_to_resume(args, checkpoint, path):
+    """The BPE tokenizer in a checkpoint, so that no file of it is needed; None if there is none, or
+    if the user names a file that exists.
 
-    Without it a new tokenizer would be trained, with other ids.
+    Args:
+        path: of the checkpoint, for messages.
+
+    Raises:
+        UserError: if it is damaged.
     """
-    path = config["tokenizer_path"]
-    if args.tokenizer_path is not None or config["prepared_tokens"] is not None:
-        return
-    if path is not None and not Path(path).exists():
-        raise UserError(f"the tokenizer {path} is not here: say where with --tokenizer-path")
+    if checkpoint is None or checkpoint["config"].get("tokenizer") != "bpe":
+        return None
+    named = args.tokenizer_path
+    if named is not None and Path(named).exists():
+        return None
+    if named is not None:  # a new run would train it
+        warn(f"--tokenizer-path {named} does not exist: using the tokenizer in {path}")
+    return tokenizer_of(checkpoint, path)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from data import check_long_enough
+from data import check_long_enough, eval_windows
 from engine.checkpoint import check_writable
 from engine.models import model_config
 from system.cli import choose_device
@@ -15,11 +15,18 @@ from system.machine import code_version, machine
 from system.threads import choose_threads
 from text.preparation import check_tokenizer_file, prepare_data
 from text.token_files import TokenFilesError, open_token_data
-from training.config import CORPUS, DEFAULTS, described, resolve, warn_of_no_effect
+from training.config import (
+    CORPUS,
+    DEFAULTS,
+    described,
+    resolve,
+    warn_of_no_effect,
+    warn_of_rates,
+)
 from training.loop import loop
 from training.precision import uses_amp_by_default
 from training.ranks import is_restarted
-from training.resume import check_tokenizer_is_here, read_to_resume
+from training.resume import read_to_resume, tokenizer_to_resume
 from training.run_files import RunFiles
 from training.run_log import RunLog
 from training.trainer import Trainer
@@ -52,12 +59,14 @@ def run(args, ranks, words):
     if not args.overwrite:
         files.check_nothing_is_lost(source, args.resume)
     warn_of_no_effect(args, config)
-    trainer = _set_up(config, ranks)
+    warn_of_rates(config)
+    trainer = _set_up(config, ranks, tokenizer_to_resume(args, checkpoint, source))
     _check_same_files(trainer, checkpoint)
     _choose_threads(trainer, args.threads, checkpoint)
     if checkpoint is not None:
         trainer.restore(checkpoint, source)
-        if not files.is_own(source):  # its best checkpoint is not among this run's files
+        # another run's best checkpoint is not among this run's files
+        if not files.is_own(source) or _windows_changed(trainer, checkpoint["config"], files.best):
             trainer.best_val = math.inf
     _announce(trainer)
     ranks.wait()  # no rank writes before every rank has looked at what is on disk
@@ -96,7 +105,6 @@ def _check(args, config, checkpoint, ranks):
     """Refuse flags that cannot work here, before any text is fetched."""
     check_tokenizer_file(args.tokenizer_path, args.bpe_vocab_size)
     if checkpoint is not None:
-        check_tokenizer_is_here(args, config)
         other_end = config["max_steps"] != checkpoint["config"]["max_steps"]
         if other_end and config["use_cosine_schedule"]:
             warn("another --max-steps changes the learning-rate cosine from here on")
@@ -108,23 +116,23 @@ def _check(args, config, checkpoint, ranks):
     model_config(config | {"vocab_size": 1})  # refuses impossible sizes
 
 
-def _set_up(config, ranks):
-    """The trainer of a run, before its first step."""
+def _set_up(config, ranks, tokenizer):
+    """The trainer of a run, before its first step; `tokenizer` is the checkpoint's, or None."""
     device = choose_device(config["device"])
     if config["use_amp"] is None:
         config["use_amp"] = uses_amp_by_default(device)
-    data = _token_data(config)
+    data = _token_data(config, tokenizer)
     for split in ("train", "valid"):
         check_long_enough(data.splits[split], config["block_size"], split, data)
     _set_up_torch(config)
     return Trainer(config, data, device, ranks)
 
 
-def _token_data(config):
+def _token_data(config, tokenizer):
     """The `TokenData` of the text, or of --token-directory."""
     directory = config["prepared_tokens"]
     if directory is None:
-        return prepare_data(**{name: config[name] for name in CORPUS})
+        return prepare_data(**{name: config[name] for name in CORPUS}, given=tokenizer)
     try:
         data = open_token_data(directory)
     except TokenFilesError as error:
@@ -141,6 +149,26 @@ def _set_up_torch(config):
     if config["deterministic"]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+
+
+def _windows_changed(trainer, before, best):
+    """Whether --eval-iters makes a resumed run evaluate on other windows; says so in one line.
+
+    Args:
+        before: the config of the checkpoint.
+        best: the path of the best checkpoint so far.
+    """
+    c, valid = trainer.config, trainer.data.valid
+    earlier = before.get("eval_iters", DEFAULTS["eval_iters"])
+    counts = [len(eval_windows(valid, c["block_size"], n)) for n in (earlier, c["eval_iters"])]
+    if counts[0] == counts[1]:
+        return False
+    warn(
+        f"--eval-iters changes from {earlier} to {c['eval_iters']}, and losses on {counts[1]:,} "
+        f"windows do not compare with those on {counts[0]:,}: the best starts anew"
+        + (f" ({best} becomes {best}.old)" if best.exists() else "")
+    )
+    return True
 
 
 def _choose_threads(trainer, given, checkpoint):
@@ -208,6 +236,8 @@ def _train(trainer, files, source, words):
         "processes": trainer.ranks.size,
         "checkpoint_path": files.path,
     }
+    if files.is_own(source) and trainer.best_val == math.inf:
+        files.keep_best()
     log = RunLog(files.directory, description, trainer.iter)
     files.begin()
     try:

@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from engine.checkpoint import best_path, last_path
 from system.errors import UsageError, UserError
+from training.tensorboard_log import dashboard_files
 
 DEFAULT_PATH = "checkpoints/shakespeare.pt"
 BEGUN = ".launch"  # a file in the run's directory: the torchrun launch that began the run
@@ -43,7 +44,7 @@ class RunFiles:
         return None
 
     def check_nothing_is_lost(self, source, is_resumed):
-        """Refuse to write over checkpoints or metrics of another run.
+        """Refuse to write over checkpoints or metrics of another run, or another program's files.
 
         Args:
             source: the checkpoint that is being resumed, or None.
@@ -59,6 +60,11 @@ class RunFiles:
                     f"{file} exists already: continue it with --resume, give another "
                     f"--checkpoint-path, {remedy}"
                 )
+        if not self.is_own(source):
+            for file in self._foreign():
+                raise UsageError(
+                    f"{file} was written by another program: give another --run-name, {remedy}"
+                )
         metrics = self.directory / "metrics.jsonl"
         if not metrics.exists() or not metrics.stat().st_size:
             return
@@ -70,6 +76,12 @@ class RunFiles:
             raise UsageError(
                 f"{metrics} holds the metrics of {whose}: give another --run-name, {remedy}"
             )
+
+    def _foreign(self):
+        """What a run would write over, or mix with its own curves, and what no run has written."""
+        _, foreign = dashboard_files(self.directory)
+        config = self.directory / "config.json"
+        return foreign + [config] * (config.exists() and self._owner() is None)
 
     def _owner(self):
         """The --checkpoint-path of the run whose metrics are here; None if it is unknown."""
@@ -130,6 +142,11 @@ class RunFiles:
                 path.replace(old)
             if old.exists():
                 self._aside[path] = old
+
+    def keep_best(self):
+        """Rename a PATH_best.pt that the next best cannot be compared with to PATH_best.pt.old."""
+        if self.best.exists():
+            self.best.replace(self.best.with_name(self.best.name + ".old"))
 
     def forget_earlier(self):
         """Delete what was set aside; called when the new run is on disk."""

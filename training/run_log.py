@@ -3,13 +3,12 @@
 import contextlib
 import json
 import math
-import shutil
 from pathlib import Path
 
 from system.errors import UserError, warn
 from system.files import write_whole
 from training.event_file import append_whole
-from training.tensorboard_log import Dashboard
+from training.tensorboard_log import Dashboard, dashboard_files
 
 
 class RunLog:
@@ -42,13 +41,12 @@ class RunLog:
 
     def _clear(self):
         """Delete the TensorBoard files of the run that was here before."""
-        for path in self.directory.glob("events.out.tfevents.*"):
+        own, _ = dashboard_files(self.directory)
+        for path in own:
             path.unlink()
-        (self.directory / "projector_config.pbtxt").unlink(missing_ok=True)
-        for path in self.directory.iterdir():
-            # an older release kept the projector's files in folders named after the step
-            if path.name == "projector" or (path / "token_embedding").is_dir():
-                shutil.rmtree(path)
+            for folder in path.relative_to(self.directory).parents[:-1]:
+                with contextlib.suppress(OSError):  # it is not empty yet
+                    (self.directory / folder).rmdir()
 
     def _cut_rows(self, start_step):
         """Keep only the rows up to `start_step`; returns them."""

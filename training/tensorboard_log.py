@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 import textwrap
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from engine.generation import TokenStream, sample
 from engine.models import model_fields
 from model import NGT
 from system.files import write_whole
-from training.event_file import EventFile
+from training.event_file import EventFile, is_own_event_file
 
 MOST_ROWS = 1000  # TensorBoard's page draws no more points of a curve
 MOST_HISTOGRAMS = 16_000  # per run, half a kilobyte each
@@ -26,6 +27,9 @@ PROMPT_TOKENS = 16
 SAMPLE_WIDTH = 100  # columns
 PROJECTOR_LIMIT = 10_000  # labels; with more, TensorBoard's page becomes slow
 PROJECTOR_NUMBERS = 1 << 21  # in an embedding's file, about ten bytes each
+LISTING = "projector_config.pbtxt"
+# The projector's files, and those of the first release, which PyTorch wrote.
+POINTS = re.compile(r"(projector/\d+/[^/]+|\d+/token_embedding)/(tensors|metadata)\.tsv")
 COMPARED = {"val_loss": "validation loss", "perplexity": "perplexity", "bits_per_byte": "bits/byte"}
 REWRITTEN = ("_hparams_", "by_tokens", "by_seconds")  # tags that a resumed run writes again
 AGAINST = {"": "steps", "by_tokens/": "tokens", "by_seconds/": "seconds of training"}
@@ -41,6 +45,21 @@ HYPERPARAMETERS = (
 )
 HISTOGRAMS = ("radius", "time_scale", "time_offset", "window", "retardation", "background")
 SHOWN_FIRST = ("model", "law", "pos", "recipe", "parameters", "learning_rate")
+
+
+def dashboard_files(directory):
+    """The files of TensorBoard in a run's directory: `(those of this program, those of others)`."""
+    names = ("events.out.tfevents.*", LISTING, "projector", "projector/**/*", "*/token_embedding/*")
+    found = sorted(path for name in names for path in directory.glob(name) if path.is_file())
+    own = [path for path in found if _is_own(path, path.relative_to(directory).as_posix())]
+    return own, [path for path in found if path not in own]
+
+
+def _is_own(path, name):
+    if name == LISTING:
+        listed = re.findall('_path: "(.*)"', path.read_text(encoding="utf-8", errors="replace"))
+        return bool(listed) and all(map(POINTS.fullmatch, listed))
+    return bool(POINTS.fullmatch(name)) or ("/" not in name and is_own_event_file(path))
 
 
 class Dashboard:
@@ -215,7 +234,7 @@ def write_projector(directory, embeddings, columns, step):
         embeddings: name to (N, dim).
         columns: title to N strings; the label first, then values to colour points by.
     """
-    listing = directory / "projector_config.pbtxt"
+    listing = directory / LISTING
     config = ProjectorConfig()
     if listing.exists():
         with contextlib.suppress(text_format.ParseError, UnicodeDecodeError):

@@ -13,6 +13,7 @@ import pytest
 
 import report
 from conftest import BROWSER, error_line, run
+from reporting.plots import AXES, _points, curves_to_draw
 from reporting.runs import find_runs, group
 from reporting.tables import result_table
 from run_folders import CONFIG, cells, write_run
@@ -67,6 +68,53 @@ def test_seeds_are_mean_and_spread(in_tmp):
     assert line[2] == f"{np.mean(losses):.4f} ± {np.std(losses, ddof=1):.4f}"
     perplexities = np.exp(losses)
     assert line[3] == f"{perplexities.mean():.2f} ± {perplexities.std(ddof=1):.2f}"
+
+
+@pytest.mark.parametrize(
+    "other, words",
+    [
+        ({"machine": "a slow machine"}, "a slow machine"),
+        ({"threads": 4}, "a machine, 4 threads"),
+    ],
+    ids=str,
+)
+def test_times_of_other_machines_and_threads_are_left_out(other, words, in_tmp, capsys):
+    """Their losses are compared, and the report says whose times are not; `d` says nothing."""
+    here = {"threads": 1, "processes": 1}
+    write_run("a", [5.0, 4.0, 3.0], 3.0, model="vanilla", **here)
+    write_run("b", [4.8, 3.7], 0.25, **here | other)
+    write_run("c1", [4.6, 3.6], 2.0, exponent=3, **here)
+    write_run("c2", [4.4, 3.4], 0.5, exponent=3, seed=2, **here | other)
+    write_run("d", [4.9, 3.9], 2.0, exponent=4)
+    _, parts = make_report("a", "b", "c1", "c2", "d")
+    speed = cells(parts["Speed and memory"])
+    assert speed["vanilla (learned)"][4] == "1.000"
+    assert [speed["ngt (newton), c1"][n] for n in (0, 1, 4)] == ["0.50", "50", "1.500"]
+    assert speed["ngt (newton), d"][1] == "50" and "ngt (newton), b" not in speed
+    in_time = cells(parts["At equal training time (40.0 s)"])
+    assert "ngt (newton), b" not in in_time and in_time["vanilla (learned)"][0] == "10"
+    assert in_time["ngt (newton), c1"][2] == "3.6000"
+    equal = cells(parts["At equal steps"])
+    assert equal["ngt (newton), b"][:3] == ["20", "", "3.7000"]
+    assert equal["ngt (newton), c1 (2 seeds)"][1] == "40.0 s"
+    assert equal["ngt (newton), c1 (2 seeds)"][2].startswith("3.5000")
+    why = f"here a machine. Left out: b ({words}), c2 ({words})."
+    screen = capsys.readouterr().out
+    assert why in parts["Speed and memory"] and why in parts["At equal training time (40.0 s)"]
+    assert why in screen and screen.count("a machine") == 1 + (why.count("a machine") - 1)
+    lines = {line.split("  ")[0]: line.split() for line in screen.splitlines()}
+    assert lines["ngt (newton), b"][-1] == f"{np.exp(3.7):.3f}"  # the perplexity, and no speed
+    assert lines["ngt (newton), c1"][-2:] == ["0.50", "50"]
+
+
+def test_curves_by_time_are_of_one_machine(in_tmp):
+    write_run("a", [5.0, 4.0])
+    write_run("b", [4.5, 3.5], exponent=3, machine="another")
+    write_run("c", [4.5, 3.5], exponent=4, processes=1)  # `a` does not say how many it had
+    write_run("d", [4.5, 3.5], exponent=4, processes=2)
+    curves = curves_to_draw({v.label: v.runs for v in group(find_runs(["c", "b", "a", "d"]))})
+    by_step, by_time = ([len(_points(r, key, 1)[0]) for _, _, r in curves] for key, *_ in AXES)
+    assert (by_step, by_time) == ([2, 2, 2, 2], [2, 0, 2, 0])
 
 
 @pytest.mark.parametrize("lost", [None, float("nan")])
@@ -194,7 +242,7 @@ def test_what_strangers_write_is_text(trap, in_tmp, capfd):
     shown = capfd.readouterr().out
     assert all(c == "\n" or c.isprintable() for c in shown)
     assert all(c == "\n" or c.isprintable() for c in text)
-    assert shown.count("\n") == 3 + 1 + 2 + 1  # the table, the text, a line a run, what was written
+    assert shown.count("\n") == 3 + 1 + 1  # the table, the text, what was written
     page = markdown.markdown(text, extensions=["tables", "fenced_code"])
     assert not re.search("<(script|b)[> ]", page)
     assert re.findall("<(?:img|a) [^>]*>", page) == [

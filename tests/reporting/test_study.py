@@ -135,6 +135,30 @@ def test_paired_ratios_by_hand(in_tmp):
     assert Path("reports/s.png").exists()
 
 
+def test_times_of_two_machines_are_not_compared(in_tmp):
+    """Seed 2 of NGT ran elsewhere: its losses count, its speed and its time do not."""
+    for seed, machine in ((1, "one"), (2, "two")):
+        write_run(f"s/headline/rotary_{seed}", [5.0, 4.0], seed=seed, machine="one", **ROTARY)
+        where = SHAPE | {"seed": seed, "machine": machine}
+        write_run(f"s/headline/ngt_{seed}", [4.0, 3.0], 2.0 * seed, **where)
+        write_run(f"s/ablations/default_{seed}", [4.0, 3.0], seed, **where)
+        write_run(f"s/sizes/ngt_{seed}", [4.0, 3.0], seed, **where)
+    report.main(["--study", "s", "--output", "reports/s.md"])
+    parts = parts_of(Path("reports/s.md").read_text())
+    headline = cells(parts["Headline"])
+    assert headline["ngt (newton)"][2] == "3.0000"
+    assert headline["ngt (newton)"][-2:] == ["50", "40.0 s"]
+    # at step 10 NGT of seed 1 was as good as rotary at its end, after 20 seconds as well
+    steps, time, _, loss = cells(parts["At equal cost"])["ngt (newton)"]
+    assert (steps, time, loss) == ("10", "1.00", "4.0000")
+    assert cells(parts["Ablations"])["default"][-1] == "100"
+    sizes = cells(parts["Other sizes"])
+    assert sizes["ngt_1"][-2:] == ["100", "20.0 s"] and sizes["ngt_2"][-1] == "20.09"
+    for title, run in (("Headline", "headline/ngt"), ("Ablations", "ablations/default")):
+        assert f"here one. Left out: s/{run}_2 (two)." in parts[title]
+    assert "here one. Left out: s/sizes/ngt_2 (two)." in parts["Other sizes"]
+
+
 def test_the_strongest_control_comes_first(in_tmp):
     """All models are compared with the vanilla transformer that has the modern recipe and a sink,
     and with plain rotary of 2019; p is Student's, integrated numerically here."""

@@ -34,14 +34,34 @@ def test_through_a_pipe_lines_are_plain(capsys, monkeypatch):
             clock[0] += 10
             display.step(2.5, 10.0)
             if step == 5010:
-                display.row(evaluation(step, 2.0), 50)
+                display.row(evaluation(step, 2.0))
     output, errors = capsys.readouterr()
     assert not set("\r\x1b") & set(output + errors)
     header, row = output.splitlines()
     assert header.split()[:3] == ["step", "train", "val"] and row.split()[0] == "5010"
-    assert row.split()[-1] == "50s"
+    assert row.split()[-1] == "1d03h"
     (line,) = errors.splitlines()
     assert line == "step 5,007/15,000 (33%)  loss 2.5000  77 tokens/s  1d03h left"
+
+
+@pytest.mark.parametrize("evaluated_at", [15, 30])
+def test_the_expected_time_is_that_of_the_steps_to_come(evaluated_at, capsys, monkeypatch):
+    """What is compiled and recorded once does not count, nor does it stand inside the table."""
+    clock = [1000.0]
+    monkeypatch.setattr(training_display.time, "monotonic", lambda: clock[0])
+    with TrainingDisplay(1000, 0, 768) as display:
+        for step in range(1, 31):
+            seconds = {1: 600.0, 3: 30.0}.get(step, 2.0)
+            clock[0] += seconds
+            display.step(2.5, seconds)
+            if step == evaluated_at:
+                display.row(evaluation(step, 2.0))
+    *above, header, row = capsys.readouterr().out.splitlines()
+    assert header.split()[0] == "step" and row.split()[0] == str(evaluated_at)
+    left = {15: "32m50s", 30: "32m20s"}  # 985 and 970 steps of 2 seconds
+    assert row.split()[-1] == left[evaluated_at]
+    expected = "expected: 33 min for the 980 steps that are left, plus evaluations"  # 1960 seconds
+    assert above == ([expected] if evaluated_at == 30 else [])
 
 
 @pytest.fixture

@@ -12,8 +12,13 @@ import time
 
 import pytest
 import torch
+from torch.utils.tensorboard import SummaryWriter
 
+import chat
+import evaluate
+import report
 import train_shakespeare
+import visualize_coords
 from conftest import ROOT
 from engine.checkpoint import read_checkpoint
 from system.errors import UserError
@@ -74,6 +79,38 @@ def test_a_forgotten_run_name_is_noticed(finished):
     assert steps("a") == [10, 20] and steps("other") == [10, 20, 30]
 
 
+def test_files_of_other_programs_are_kept(finished):
+    """A run is refused beside them; --overwrite and --resume leave them as they are."""
+    folder = finished / "runs/b"
+    with SummaryWriter(folder) as writer:
+        writer.add_scalar("loss", 1.0, 1)
+        writer.add_embedding(torch.eye(3), tag="theirs", global_step=7)
+    (folder / "events.out.tfevents.1.other").write_text("keep")
+    (folder / "projector").mkdir()
+    (folder / "projector/notes.txt").write_text("keep")
+    (folder / "config.json").write_text('{"epochs": 3}')
+    theirs = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    refused_for = {path for path in theirs if path.parent.name != "theirs"}
+    for n, path in enumerate(refused_for):
+        alone = finished / f"runs/alone{n}" / path.relative_to(folder)
+        alone.parent.mkdir(parents=True)
+        alone.write_bytes(theirs[path])
+        name = alone.relative_to(finished)
+        with pytest.raises(UserError, match=f"{name} was written by another .* --run-name"):
+            train("--checkpoint-path", f"c/alone{n}", "--max-steps", 10)
+        assert alone.read_bytes() == theirs[path]
+    assert n == 4 and not list(finished.glob("c/alone*.pt"))
+    (folder / "config.json").unlink()
+    del theirs[folder / "config.json"]
+    for flags in (("--overwrite", 20), ("--overwrite", 10), ("--resume", 15)):
+        train("--checkpoint-path", "c/b", flags[0], "--max-steps", flags[1])
+        listing = folder / "projector_config.pbtxt"
+        assert {path: path.read_bytes() for path in theirs} | {listing: theirs[listing]} == theirs
+        assert "7/theirs/tensors.tsv" in listing.read_text()
+    assert steps("b") == [10, 15] and len(list(folder.glob("events.*"))) == 3
+    assert {path.name for path in folder.glob("projector/*")} == {"notes.txt", "00010", "00015"}
+
+
 def test_overwrite_keeps_the_earlier_run_until_it_has_saved(finished, monkeypatch):
     """If the new run fails at its first step, the earlier run is unchanged."""
     before = (finished / "c" / "a_last.pt").read_bytes()
@@ -113,6 +150,71 @@ def test_the_best_of_another_run_is_not_called_its_own(finished, capsys):
         "--resume-from", "c/b_last.pt", "--checkpoint-path", "c/a", "--max-steps", 40, "--overwrite"
     )
     assert read_checkpoint("c/a_best.pt")["iter"] == 40 and steps("a") == [40]
+
+
+DIVERGE = ("--learning-rate", 5, "--min-learning-rate", 5)  # whatever follows is worse
+
+
+def rows(name):
+    with open(f"runs/{name}/metrics.jsonl") as file:
+        return {row["step"]: row["val_loss"] for row in map(json.loads, file)}
+
+
+def test_the_best_starts_anew_if_its_file_is_gone(finished, capsys, monkeypatch):
+    """Also if it is deleted during the run; the end names no file that is not there."""
+    resume = ("--resume", "--checkpoint-path", "c/a", "--max-steps")
+    (finished / "c/a_best.pt").unlink()
+    train(*resume, 30, *DIVERGE)
+    assert rows("a")[30] > rows("a")[20]
+    best = read_checkpoint("c/a_best.pt")
+    assert (best["iter"], best["best_val"]) == (30, rows("a")[30])
+    assert f"loss {rows('a')[30]:.4f} in c/a_best.pt" in capsys.readouterr().out
+    monkeypatch.setattr(loop, "save", lambda *_: None)
+    (finished / "c/a_best.pt").unlink()
+    train(*resume, 40)
+    assert "c/a_best.pt" not in capsys.readouterr().out
+
+
+def test_the_best_starts_anew_on_other_windows(finished, capsys):
+    """The earlier one is kept. More windows than the text has are the same windows."""
+    capsys.readouterr()
+    resume = ("--resume", "--checkpoint-path", "c/a", "--max-steps")
+    train(*resume, 30, *DIVERGE, "--eval-iters", 10)
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "--eval-iters" in x]
+    assert "--eval-iters changes from 1 to 10" in line and "the best starts anew" in line
+    assert read_checkpoint("c/a_best.pt")["best_val"] == rows("a")[30] > rows("a")[20]
+    assert read_checkpoint("c/a_best.pt.old")["iter"] == 20
+    train(*resume, 40, "--learning-rate", 50, "--min-learning-rate", 50, "--eval-iters", 11)
+    assert "--eval-iters" not in capsys.readouterr().err
+    assert rows("a")[40] > rows("a")[30] and read_checkpoint("c/a_best.pt")["iter"] == 30
+
+
+def test_what_a_stopped_run_left_is_read(finished, capsys):
+    """PATH is enough for every script; without a best checkpoint it is the last one."""
+    scripts = {
+        chat: ("--prompt", "The", "--max-new-tokens", 3),
+        evaluate: ("--context-lengths", 16, "--num-windows", 2, "--json", "e.json"),
+        visualize_coords: ("--text", "The quick brown fox"),
+    }
+
+    def read(path):
+        """The checkpoint that each script names on stderr."""
+        for script, flags in scripts.items():
+            capsys.readouterr()
+            assert script.main(["--checkpoint-path", path, *map(str, flags)]) == 0
+            yield capsys.readouterr().err.split("reading ")[-1].split()[0]
+
+    assert {*read("c/a")} == {"c/a_best.pt"}
+    before = (finished / "c/a_best.pt").read_bytes()
+    with pytest.raises(UserError, match="--png"):
+        visualize_coords.main(["--checkpoint-path", "c/a", "--png", "c/a_best.pt"])
+    assert (finished / "c/a_best.pt").read_bytes() == before
+    (finished / "c/a_best.pt").unlink()
+    for path in ("c/a", "c/a_best.pt"):
+        assert {*read(path)} == {"c/a_last.pt"}
+    assert json.loads((finished / "e.json").read_text())["checkpoint"] == "c/a_last.pt"
+    report.main(["--runs", "a", "--output", "r.md"])
+    assert "From `c/a_last.pt`." in (finished / "r.md").read_text()
 
 
 def test_the_name_of_a_file_of_the_run_is_accepted_as_its_path(finished):

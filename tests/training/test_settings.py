@@ -1,6 +1,7 @@
 """Every setting stands in one dataclass field, and its flag and its checks come from there."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from training.config import (
     resolve,
     warn_of_no_effect,
 )
+from training.optimizer import learning_rate, set_learning_rates
 from training.options import train_parser
 from training.precision import uses_amp_by_default
 from training.resume import check_saved_settings
@@ -144,6 +146,71 @@ def test_a_new_run_has_the_newest_law_and_a_checkpoint_its_own():
     assert {name: new[name] for name in newest} == newest
     assert {name: published[name] for name in older} == older
     assert {name: resumed[name] for name in older} == older
+
+
+@pytest.mark.parametrize(
+    "flags, minimum",
+    [
+        ((), 1e-4),
+        (("--dataset", "text"), 8e-4),
+        (("--dataset", "text", "--recipe", "gpt2"), 4e-4),
+        (("--dataset", "wikitext103"), 6e-5),
+        (("--learning-rate", 5e-5), 5e-6),
+        (("--dataset", "wikitext103", "--learning-rate", 1e-5), 1e-6),
+        (("--learning-rate", 5e-5, "--min-learning-rate", 3e-5), 3e-5),
+        (("--learning-rate", 0), 0),
+    ],
+)
+def test_the_minimum_rate_follows_the_peak_unless_it_is_given(flags, minimum):
+    config = resolved(*flags)
+    assert config["min_learning_rate"] == minimum
+    low = min(
+        learning_rate(step, config) for step in (config["max_steps"], config["max_steps"] + 1)
+    )
+    assert low == pytest.approx(minimum)
+
+
+def test_the_minimum_rate_of_a_resumed_run(capsys):
+    """A changed peak takes it along; what was chosen, and what an older run had, stays."""
+    saved = resolved()
+    assert resolved(resumed=saved)["min_learning_rate"] == 1e-4 and not capsys.readouterr().err
+    assert resolved("--learning-rate", 5e-5, resumed=saved)["min_learning_rate"] == 5e-6
+    assert "--min-learning-rate changes from 0.0001 to 5e-06" in capsys.readouterr().err
+    older = saved | {"learning_rate": 5e-5}  # its minimum was the default of its time
+    assert resolved(resumed=older) == older
+    chosen = resolved("--min-learning-rate", 3e-5)
+    assert resolved("--learning-rate", 5e-5, resumed=chosen)["min_learning_rate"] == 3e-5
+    both = ("--learning-rate", 5e-5, "--min-learning-rate", 1e-5)
+    assert resolved(*both, resumed=saved)["min_learning_rate"] == 1e-5
+    # a file of a stranger
+    assert resolved(resumed=saved | {"min_learning_rate": None})["min_learning_rate"] == 1e-4
+
+
+@pytest.mark.parametrize("peak, lowest", [(1e-4, [1e-5, 2e-3]), (0, [0, 2e-3])])
+def test_muons_minimum_is_a_tenth_of_its_own_peak(peak, lowest):
+    rates = ("--learning-rate", peak, "--matrix-learning-rate", 0.02)
+    config = resolved("--recipe", "modern", *rates)
+    optimizer = SimpleNamespace(param_groups=[{"lr": 1.0}, {"lr": 1.0, "adjust_lr_fn": ""}])
+    set_learning_rates(optimizer, config["max_steps"], config)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(lowest)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ((), None),
+        (("--learning-rate", 5e-5), None),
+        (("--learning-rate", 5e-5, "--min-learning-rate", 1e-4), "stays at 5e-05"),
+        (("--min-learning-rate", 1, "--no-use-cosine-schedule"), None),
+        (("--warmup-steps", 99, "--max-steps", 100), None),
+        (("--max-steps", 100), "rises, to 0.001 of 0.001"),
+        (("--warmup-steps", 400, "--max-steps", 100), "rises, to 0.00025 of 0.001"),
+    ],
+)
+def test_a_schedule_that_is_none_is_one_warning(flags, words, capsys):
+    module.warn_of_rates(resolved(*flags))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (words is not None) and (words is None or words in lines[0])
 
 
 def test_a_preset_may_have_rates_by_recipe_and_kind(monkeypatch):

@@ -154,7 +154,8 @@ def test_what_an_older_release_left_is_taken_in(in_tmp):
     (in_tmp / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
     with SummaryWriter(in_tmp) as writer:
         for row in written:
-            writer.add_scalar("val_loss", row["val_loss"], row["step"])
+            for name in ("val_loss", "bits_per_byte"):
+                writer.add_scalar(name, row[name], row["step"])
     RunLog(in_tmp, CONFIG, start_step=20)
     events = read(in_tmp)
     assert steps(events, "val_loss") == [10, 20]

@@ -50,6 +50,23 @@ def test_it_is_the_same_training(tokens):
     assert_same_run(read_checkpoint("c/text_last.pt"), read_checkpoint("c/tokens_last.pt"))
 
 
+def test_the_tokenizer_in_the_checkpoint_is_enough(in_tmp, small_text, capsys):
+    """Its file was moved and the token files are gone: the run goes on as if they were there."""
+    bpe = ("--data-path", small_text, "--tokenizer", "bpe", "--bpe-vocab-size", 270)
+    for name, path in (("one", "one.json"), ("two", "two.json")):
+        assert train(*bpe, "--tokenizer-path", path, "--checkpoint-path", f"c/{name}") == 0
+    assert train("--resume", "--checkpoint-path", "c/one", "--max-steps", 8) == 0
+    Path("two.json").rename("moved.json")
+    shutil.rmtree("data")
+    resume = ("--resume", "--checkpoint-path", "c/two")
+    assert train(*resume, "--max-steps", 7) == 0 and "two.json" not in capsys.readouterr().err
+    assert train(*resume, "--max-steps", 8, "--tokenizer-path", "two.json") == 0
+    line = "--tokenizer-path two.json does not exist: using the tokenizer in c/two_last.pt"
+    assert line in capsys.readouterr().err and not Path("two.json").exists()
+    assert_same_run(read_checkpoint("c/one_last.pt"), read_checkpoint("c/two_last.pt"))
+    assert train(*resume, "--max-steps", 10, "--tokenizer-path", "moved.json") == 0
+
+
 def test_what_cannot_be_used_is_one_line(tokens, capsys):
     small = Path("other.txt")
     small.write_text("other letters: xyz. " * 400)
