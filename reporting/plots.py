@@ -2,6 +2,7 @@
 
 import html
 import io
+import math
 
 import matplotlib
 import plotly.graph_objects as go
@@ -9,6 +10,7 @@ from matplotlib import pyplot as plt
 from plotly.subplots import make_subplots
 
 from system.markdown import to_page
+from system.numbers import limited
 
 matplotlib.use("Agg")  # it draws files only, and needs no display
 
@@ -60,7 +62,8 @@ def page_of_curves(curves, title):
     figure = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.04)
     named = set()
     for label, name, rows in curves:
-        perplexities = [row["perplexity"] for row in rows if row["val_loss"] is not None]
+        evaluated = [row["perplexity"] for row in rows if row["val_loss"] is not None]
+        perplexities = [limited(math.inf if x is None else x, ".2f") for x in evaluated]
         for column, (key, scale, axis) in enumerate(AXES, 1):
             x, y = _points(rows, key, scale)
             curve = go.Scatter(
@@ -74,7 +77,7 @@ def page_of_curves(curves, title):
                 customdata=perplexities,
                 hovertemplate=(
                     f"{html.escape(name)}<br>{axis} %{{x:,.0f}}<br>loss %{{y:.4f}}"
-                    "<br>perplexity %{customdata:.2f}<extra></extra>"
+                    "<br>perplexity %{customdata}<extra></extra>"
                 ),
             )
             figure.add_trace(curve, 1, column)

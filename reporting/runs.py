@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from system.errors import UserError
+from system.numbers import LARGEST, limited
 from system.safe_text import one_line
 from training.config import described
 from training.run_log import read_metrics
@@ -206,6 +207,13 @@ def mean(values, form):
     if len(set(values)) == 1:  # ± 0 would say nothing
         return format(values[0], form)
     return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"
+
+
+def mean_perplexity(values, form):
+    """`mean` of perplexities or their ratios, `> 1e6` if it is larger."""
+    if values and None not in values and statistics.mean(values) > LARGEST:
+        return limited(math.inf, form)
+    return mean(values, form)
 
 
 def all_values(runs, key):

@@ -14,6 +14,7 @@ from small_runs import TINY, evaluation
 from system.durations import duration, short_duration
 from training import display as training_display
 from training.display import TrainingDisplay
+from training.validation import perplexity
 
 LIVE = re.compile(r"/100,?000\b.* loss ")
 
@@ -42,6 +43,20 @@ def test_through_a_pipe_lines_are_plain(capsys, monkeypatch):
     assert row.split()[-1] == "50s"
     (line,) = errors.splitlines()
     assert line == "step 5,007/15,000 (33%)  loss 2.5000  77 tokens/s  1d03h left"
+
+
+def test_columns_stay_apart_at_any_perplexity(capsys):
+    """A perplexity that its column cannot hold loses its decimals, then its digits."""
+    losses = [2.0, 11.0, 12.0, 13.5, 14.0, 138.0, 701.0]
+    with TrainingDisplay(100, 0, 768) as display:
+        for step, loss in enumerate(losses):
+            display.row(evaluation(step, loss) | {"perplexity": perplexity(loss)}, 50)
+    header, *rows = capsys.readouterr().out.splitlines()
+    end = header.index("ppl") + len("ppl")
+    shown = [row[end - 9 : end].strip() for row in rows]
+    assert shown == ["7.389", "59874.142", "162755", "729416", "> 1e6", "> 1e6", "> 1e6"]
+    assert {row[end - 10] for row in rows} | {row[end] for row in rows} == {" "}
+    assert {len(row) for row in rows} == {len(header)}
 
 
 @pytest.fixture
