@@ -1,5 +1,6 @@
 """Draws the map that the flags of visualize_coords.py ask for."""
 
+import logging
 from pathlib import Path
 
 from coords.data import align, measure, project
@@ -147,6 +148,8 @@ def write_files(args, runs, layer):
         "open it in a browser"
     )
     if args.png is not None or args.heads_png is not None:
+        # matplotlib reports on its own folders there
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)
         from coords.still import heads_still, still  # takes a second to import
     if args.png is not None:
         write_whole(Path(args.png), still(runs, layer))

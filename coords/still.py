@@ -7,6 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
+from system.fonts import fonts_for
+
 NAMED = 10  # the heaviest tokens of the text have their names written beside them
 LONGEST_NAME = 24  # characters
 # colours that colour-blind people can tell apart (Okabe and Ito 2008), as on the page
@@ -63,8 +65,7 @@ def heads_still(runs):
             color=INK,
             parse_math=False,
         )
-        figure.tight_layout()
-        return _png(figure)
+        return _png(figure, is_tight=True)
 
 
 def _draw_heads(axes, back, curves):
@@ -81,9 +82,12 @@ def _draw_heads(axes, back, curves):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _png(figure):
+def _png(figure, is_tight=False):
     png = io.BytesIO()
-    figure.savefig(png, format="png", bbox_inches="tight", pad_inches=0.15)
+    with fonts_for(figure):
+        if is_tight:
+            figure.tight_layout()
+        figure.savefig(png, format="png", bbox_inches="tight", pad_inches=0.15)
     return png.getvalue()
 
 

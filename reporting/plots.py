@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from matplotlib import pyplot as plt
 from plotly.subplots import make_subplots
 
+from system.fonts import fonts_for
 from system.markdown import to_page
 from system.numbers import limited
 
@@ -103,10 +104,11 @@ def _png(figure, panel):
     """The figure as the bytes of a PNG, with the legend in `panel`."""
     for text in panel.legend().get_texts():
         text.set_parse_math(False)  # a label with a dollar sign is not a formula
-    figure.tight_layout()
     png = io.BytesIO()
     try:
-        figure.savefig(png, dpi=110, format="png")
+        with fonts_for(figure):
+            figure.tight_layout()
+            figure.savefig(png, dpi=110, format="png")
     finally:
         plt.close(figure)  # matplotlib would keep it in memory
     return png.getvalue()
