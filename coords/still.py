@@ -108,7 +108,7 @@ def _draw(figure, axes, run, layer):
         depthshade=False,
         zorder=2,
     )
-    for token in _to_name(run.labels, mass):
+    for token in _to_name(run.measured.tokens, mass):
         axes.text(
             *points[token],
             "  " + run.labels[token][:LONGEST_NAME],
@@ -152,7 +152,7 @@ def _set_axes(axes, run, layer):
     axes.view_init(elev=22, azim=45)
 
 
-def _to_name(labels, mass):
-    """Places of the heaviest tokens, one per label: its last in the text."""
-    last = {label: n for n, label in enumerate(labels)}
+def _to_name(tokens, mass):
+    """Places of the heaviest tokens, each its last in the text."""
+    last = {token: n for n, token in enumerate(tokens)}
     return sorted(last.values(), key=lambda n: -mass[n])[:NAMED]

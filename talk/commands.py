@@ -95,7 +95,7 @@ class Chat:
             return
         if len(tokens) > SHOWN_TOKENS and not everything:
             tokens, hidden = tokens[:SHOWN_TOKENS], len(tokens) - SHOWN_TOKENS
-        labels = [self.conversation.label(token) for token in tokens]
+        labels, _ = self.conversation.labels(tokens)
         for line in token_lines(tokens, labels, self.conversation.masses(tokens)):
             say(line)
         if hidden:
@@ -120,12 +120,12 @@ class Chat:
             return
         weights, tokens = newest_pulls(stream)
         settings = {"has_background": config.background}
-        labels = [self.conversation.label(token) for token in tokens]
+        labels, texts = self.conversation.labels(tokens)
         say(f"{labels[-1]} was pulled by, of the last {len(labels):,} tokens:", "dim")
         if what is None:
             shares = weights.mean((0, 1))
             lines = (
-                *strip_lines(shares, labels),
+                *strip_lines(shares, texts),
                 *pull_lines(shares, labels, full=float(shares.max()) or 1.0, **settings),
             )
         elif what == "heads":

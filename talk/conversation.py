@@ -15,6 +15,7 @@ from model import NGT
 from system.safe_text import printable
 from talk.events import Token, notice
 from talk.line_input import BROKEN
+from text.labels import labels_in_text, unknown_characters
 from text.tokenizer import CharTokenizer, TextStream
 
 # settings with which tokens are drawn
@@ -97,6 +98,13 @@ class Conversation:
         """A token id for people to read, escaped and cut short."""
         return printable(self.tokenizer.label(token)[:LONGEST_LABEL])
 
+    def labels(self, tokens):
+        """`labels_in_text` of token ids, escaped and cut short."""
+        return (
+            [printable(label[:LONGEST_LABEL]) for label in found]
+            for found in labels_in_text(self.tokenizer, tokens)
+        )
+
     @torch.inference_mode()
     def masses(self, tokens):
         """The masses of token ids as a list; None if the model has none."""
@@ -154,11 +162,8 @@ class Conversation:
     def read(self, text, stopped):
         """Let the model read what the user wrote."""
         text = BROKEN.sub("\ufffd", text)
-        if isinstance(self.tokenizer, CharTokenizer):
-            unknown = self.tokenizer.num_unknown(text)
-            if unknown:
-                are = "character is" if unknown == 1 else "characters are"
-                yield notice(f"{unknown:,} {are} new to this model's vocabulary")
+        if unknown := unknown_characters(self.tokenizer, text):
+            yield notice(unknown)
         tokens = self.tokenizer.encode(text)
         # a model predicts from at least one token
         if not tokens and not self.can_go_on:

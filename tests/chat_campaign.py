@@ -53,7 +53,18 @@ EVERYTHING = (
     PLAIN + RTL + EMOJI + BIDI + ODD + WIDE + "".join(map(chr, [*range(32), *range(127, 160)]))
 )
 COMMANDS = (
-    *("help", "retry", "more", "tokens", "tokens all", "pull", "pull heads", "pull 1", "pull 2"),
+    *(
+        "help",
+        "retry",
+        "undo",
+        "more",
+        "tokens",
+        "tokens all",
+        "pull",
+        "pull heads",
+        "pull 1",
+        "pull 2",
+    ),
     *("save", "set", "set temperature", "set top_k", "set top_p", "set seed", "reset", "", "quit?"),
 )
 MODELS = {
