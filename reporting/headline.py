@@ -5,7 +5,7 @@ import statistics
 
 from engine.flops import training_flops
 from engine.models import weightless_model
-from reporting.runs import NOT_RUN, label_of, loss_or_worst, mean, mean_perplexity
+from reporting.runs import NOT_RUN, label_of, loss_or_worst, mean
 from system.durations import duration
 from system.markdown import markdown_table, markdown_text
 
@@ -83,11 +83,11 @@ def headline_table(headline):
                 f"{runs[0].config['parameters']:,}",
                 ", ".join(str(run.config["seed"]) for run in runs),
                 mean([row["val_loss"] for row in last], ".4f"),
-                mean_perplexity([row["perplexity"] for row in last], ".2f"),
+                mean([row["perplexity"] for row in last], ".2f"),
                 mean([row.get("bits_per_byte") for row in last], ".4f"),
-                mean_perplexity(ratios, ".4f") if ratios else "",
+                mean(ratios, ".4f") if ratios else "",
                 _p_value(ratios),
-                mean_perplexity(to_plain, ".4f") if to_plain else "",
+                mean(to_plain, ".4f") if to_plain else "",
                 mean([run.median("tokens_per_s") for run in runs], ",.0f"),
                 duration(statistics.mean(row["wall_time"] for row in last)),
             ]

@@ -200,20 +200,17 @@ def mean(values, form):
 
     Args:
         values: numbers; None stands for one that is not finite.
-        form: a format specification, such as ".4f".
+        form: a format specification, such as ".4f". If it has no separators of thousands, a mean
+            above a million is `> 1e6`: a perplexity may have hundreds of digits.
     """
     if not values or None in values:
         return "not finite" if values else NOT_RUN
+    average = statistics.mean(values)
+    if average > LARGEST and "," not in form:
+        return limited(average, form)
     if len(set(values)) == 1:  # ± 0 would say nothing
         return format(values[0], form)
-    return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"
-
-
-def mean_perplexity(values, form):
-    """`mean` of perplexities or their ratios, `> 1e6` if it is larger."""
-    if values and None not in values and statistics.mean(values) > LARGEST:
-        return limited(math.inf, form)
-    return mean(values, form)
+    return f"{average:{form}} ± {statistics.stdev(values):{form}}"
 
 
 def all_values(runs, key):

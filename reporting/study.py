@@ -13,13 +13,11 @@ from reporting.runs import (
     find_runs,
     loss_or_worst,
     mean,
-    mean_perplexity,
 )
 from system.durations import duration
 from system.errors import UserError
 from system.files import write_whole
 from system.markdown import markdown_block, markdown_code, markdown_table, markdown_text
-from system.numbers import limited
 from system.safe_text import one_line
 
 STAGES = ("rates", "ablations", "sketches", "ablations_before", "headline", "full", "sizes")
@@ -147,7 +145,7 @@ def _commands(runs):
 
 
 def _last(run, key, form):
-    return (mean_perplexity if key == "perplexity" else mean)([run.rows[-1][key]], form)
+    return mean([run.rows[-1][key]], form)
 
 
 def _rate_table(runs):
@@ -200,7 +198,7 @@ def _ablation_table(runs):
                 _change(same[0].config, defaults[0].config),
                 f"{same[0].config['parameters']:,}",
                 mean([row["val_loss"] for row in last], ".4f"),
-                mean_perplexity([row["perplexity"] for row in last], ".2f"),
+                mean([row["perplexity"] for row in last], ".2f"),
                 ", ".join(str(run.config["seed"]) for run in same),
                 ", ".join(f"{difference:+.4f}" for difference in differences),
                 mean([row.get("repulsion") or 0 for row in last], ".4f"),
@@ -233,7 +231,7 @@ def _full_table(runs, headline):
                 run.config["seed"],
                 _last(run, "val_loss", ".4f"),
                 _last(run, "perplexity", ".2f"),
-                limited(pairs[0][0] / pairs[0][1], ".4f") if pairs else "",
+                mean([pairs[0][0] / pairs[0][1]], ".4f") if pairs else "",
             ]
         )
     return markdown_table(["name", "seed", "val loss", "perplexity", "perplexity / control"], lines)

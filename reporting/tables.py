@@ -2,10 +2,9 @@
 
 import statistics
 
-from reporting.runs import NOT_RUN, mean, mean_perplexity
+from reporting.runs import NOT_RUN, mean
 from system.durations import duration
 from system.markdown import markdown_table
-from system.numbers import limited
 from system.terminal import cells
 
 SETTINGS = {  # keys of a config.json, and their titles in the table
@@ -48,7 +47,7 @@ def terminal_table(variants):
                 # one seed may be further than another
                 f"{min(row['step'] for row in last):,}" if last else "",
                 mean([row["val_loss"] for row in last], ".4f") if last else "",
-                mean_perplexity([row["perplexity"] for row in last], ".3f") if last else "",
+                mean([row["perplexity"] for row in last], ".3f") if last else "",
                 mean([run.median("steps_per_s") for run in v.runs], ".2f") if last else "",
                 mean([run.median("tokens_per_s") for run in v.runs], ",.0f") if last else "",
             )
@@ -88,9 +87,9 @@ def result_table(variants, choose):
                 mean([row["step"] for row in rows], ",.0f"),
                 duration(statistics.mean(row["wall_time"] for row in rows)),
                 mean([row["val_loss"] for row in rows], ".4f"),
-                mean_perplexity(perplexities, ".2f"),
+                mean(perplexities, ".2f"),
                 mean([row.get("bits_per_byte") for row in rows], ".4f"),
-                limited(statistics.mean(perplexities) / baseline, ".3f") if finite else "",
+                mean([statistics.mean(perplexities) / baseline], ".3f") if finite else "",
             ]
         )
     return markdown_table(head, lines)
