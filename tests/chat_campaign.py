@@ -53,19 +53,9 @@ EVERYTHING = (
     PLAIN + RTL + EMOJI + BIDI + ODD + WIDE + "".join(map(chr, [*range(32), *range(127, 160)]))
 )
 COMMANDS = (
-    *(
-        "help",
-        "retry",
-        "undo",
-        "more",
-        "tokens",
-        "tokens all",
-        "pull",
-        "pull heads",
-        "pull 1",
-        "pull 2",
-    ),
-    *("save", "set", "set temperature", "set top_k", "set top_p", "set seed", "reset", "", "quit?"),
+    *("help", "retry", "more", "tokens", "tokens all", "pull", "pull heads", "pull 1", "pull 2"),
+    *("save", "set", "set temperature", "set top_k", "set top_p", "set seed", "reset", ""),
+    *("quit?", "undo"),
 )
 MODELS = {
     "NGT": {},
