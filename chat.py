@@ -1,8 +1,8 @@
 """Chat with a checkpoint. It continues your text in the style of the text it was trained on.
 
-Commands: /help, /retry, /more, /tokens, /pull, /save FILE, /set NAME VALUE, /reset, /quit. Ctrl-C
-stops an answer, Ctrl-D leaves. --serve opens the chat on a local web page that shows what pulls
-each token. Arrow up brings back what you wrote, also in earlier sessions: the history is kept
+Commands: /help, /retry, /undo, /more, /tokens, /pull, /save FILE, /set NAME VALUE, /reset, /quit.
+Ctrl-C stops an answer, Ctrl-D leaves. --serve opens the chat on a local web page that shows what
+pulls each token. Arrow up brings back what you wrote, also in earlier sessions: the history is kept
 in ~/.local/state/newton-gravity/chat_history, or under XDG_STATE_HOME. NO_COLOR=1 turns colour off.
 """
 
@@ -28,7 +28,7 @@ from talk.settings import SETTINGS
 EXAMPLES = """examples:
   python chat.py --checkpoint-path checkpoints/shakespeare.pt_best.pt
   python chat.py --prompt "ROMEO:" --seed 1 --max-new-tokens 300
-  echo "ROMEO:" | python chat.py --temperature 0
+  echo "ROMEO:" | python chat.py --temperature 0 --stop "JULIET:"
   python chat.py --serve
 """
 DEFAULT_CHECKPOINT = "checkpoints/shakespeare.pt_best.pt"
@@ -66,12 +66,32 @@ def make_parser():
         help="draw from the likeliest tokens that together have this probability (default: all)",
     )
     add(
+        "--min-p",
+        type=SETTINGS["min_p"],
+        help="draw from the tokens that are at least this share as probable as the likeliest, "
+        "0 to 1 (default: all)",
+    )
+    add(
+        "--repetition-penalty",
+        type=SETTINGS["repetition_penalty"],
+        help="make tokens that occurred in the conversation less likely: their logits are divided "
+        "by this number, negative ones multiplied; 1 changes nothing (default: off)",
+    )
+    add(
         "--max-new-tokens",
         type=whole,
         default=300,
         help="length of an answer (default: %(default)s)",
     )
     add("--seed", type=random_seed, help="the same seed gives the same answer (default: random)")
+    add(
+        "--stop",
+        type=SETTINGS["stop"],
+        action="append",
+        metavar="TEXT",
+        help="end an answer once it contains this text, which is still written; \\n stands for a "
+        "line end; may be given several times (default: none)",
+    )
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
     add("--threads", type=thread_count, help=THREADS_HELP)
     add(

@@ -9,8 +9,9 @@ import math
 from pathlib import Path
 
 from system.cli import choose_device, script_parser, thread_count, whole, whole_list
-from system.errors import run_script
+from system.errors import UsageError, run_script
 from system.files import write_whole
+from system.numbers import limited
 from system.threads import HELP as THREADS_HELP
 from system.threads import choose_threads
 
@@ -35,7 +36,7 @@ def make_parser():
         "--context-lengths",
         type=whole_list,
         default=[64, 128, 256, 512, 1024, 2048, 4096],
-        help="tokens, separated by commas (default: 64,128,256,512,1024,2048,4096)",
+        help="tokens, at least 64, separated by commas (default: 64,128,256,512,1024,2048,4096)",
     )
     add(
         "--num-windows",
@@ -61,7 +62,10 @@ def make_parser():
 
 def show(result, targets):
     """Print the tables; losses by length are those of the last `targets` tokens."""
-    print(f"\nloss of the last {targets} tokens after a context of")
+    if result["by_length"]:
+        print(f"\nloss of the last {targets} tokens after a context of")
+    else:
+        print("\nloss by length of the context: left out, the validation text is too short")
     for row in result["by_length"]:
         shown = "longer than its positions" if row["loss"] is None else f"{row['loss']:8.4f}"
         print(f"  {row['context']:>6,} tokens  {shown}")
@@ -73,11 +77,15 @@ def show(result, targets):
         print(
             f"  {row['first']:>6} to {row['last']:<6} {row['loss']:8.4f}  {row['tokens']:,} tokens"
         )
-    print("\nloss of a repeated string (of the same string, not repeated)")
+    if result["repeats"]:
+        print("\nloss of a repeated string (of the same string, not repeated)")
+    else:
+        print("\nloss of a repeated string: left out, a window is too short for two of them")
     for row in result["repeats"]:
+        times = limited(math.exp(min(50, row["once"] - row["again"])), ",.1f")
         print(
             f"  {row['text']:>6}, after {row['gap']:<4} {row['again']:8.4f}  ({row['once']:.4f})"
-            f"  a probability {math.exp(min(50, row['once'] - row['again'])):,.1f} times as large"
+            f"  a probability {times} times as large"
         )
 
 
@@ -115,6 +123,11 @@ def main(argv=None):
     from engine.evaluation import TARGETS, evaluation
     from engine.losses import TOKENS_AT_ONCE
 
+    if min(args.context_lengths) < TARGETS:
+        raise UsageError(
+            f"--context-lengths {min(args.context_lengths)}: give at least {TARGETS}, since the "
+            f"loss is that of the last {TARGETS} tokens"
+        )
     path = find_checkpoint(args.checkpoint_path)
     model, tokenizer, checkpoint = load_model(path, choose_device(args.device))
     choose_threads(args.threads, model, TOKENS_AT_ONCE)

@@ -105,7 +105,7 @@ class Run {
   twins(token) {
     const same = [];
     for (let n = 0; n < this.count; n++)
-      if (n !== token && this.labels[n] === this.labels[token]) same.push(n);
+      if (n !== token && this.tokens[n] === this.tokens[token]) same.push(n);
     return same;
   }
 

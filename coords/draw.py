@@ -1,5 +1,6 @@
 """Draws the map that the flags of visualize_coords.py ask for."""
 
+import logging
 from pathlib import Path
 
 from coords.data import align, measure, project
@@ -9,6 +10,7 @@ from coords.vocabulary import frequencies, training_text_or_none, vocabulary
 from engine.checkpoint import load_model
 from system.errors import UsageError, UserError, warn
 from system.files import write_whole
+from text.labels import labels_in_text, unknown_characters
 from text.token_files import data_of_checkpoint
 from text.tokenizer import TextStream
 
@@ -46,9 +48,9 @@ def tokens_to_show(args, tokenizer, checkpoint):
             raise UserError(
                 f"--text-file {args.text_file} cannot be read as UTF-8 text: {error}"
             ) from None
-        every, source = tokenizer.encode(text), Path(args.text_file).name
+        every, source = encode(tokenizer, text), Path(args.text_file).name
     elif args.text is not None:
-        every, source = tokenizer.encode(args.text), "the text given"
+        every, source = encode(tokenizer, args.text), "the text given"
     else:
         data = data_of_checkpoint(checkpoint, tokenizer, "give --text or --text-file")
         split = args.split or "valid"
@@ -59,6 +61,13 @@ def tokens_to_show(args, tokenizer, checkpoint):
     if args.offset:
         source += f", from token {args.offset:,}"
     return tokens, source
+
+
+def encode(tokenizer, text, who="this model"):
+    """The ids of a text, with a warning if the vocabulary lacks some of its characters."""
+    if unknown := unknown_characters(tokenizer, text):
+        warn(unknown.replace("this model", who))
+    return tokenizer.encode(text)
 
 
 def check_enough(tokens):
@@ -89,6 +98,7 @@ def read_run(loaded, path, tokens, source, method):
     check_enough(tokens)
     measured = measure(model, tokens)
     points, axes = project(measured.z, method)
+    labels, texts = labels_in_text(tokenizer, tokens)
     data = training_text_or_none(checkpoint, tokenizer)
     counts, counted = frequencies(data, tokens, model.config.vocab_size)
     return Run(
@@ -96,7 +106,8 @@ def read_run(loaded, path, tokens, source, method):
         step=checkpoint.get("iter", 0),
         law=model.config.law,
         source=source,
-        labels=[tokenizer.label(token) for token in tokens],
+        labels=labels,
+        texts=texts,
         guesses=[[tokenizer.label(int(guess)) for guess in row] for row in measured.guesses],
         starts=character_starts(tokenizer, tokens),
         measured=measured,
@@ -129,7 +140,7 @@ def read_runs(args, paths, loaded):
     for flag, path in paths.items():
         own = loaded[flag][1]
         is_same = own.fingerprint == tokenizer.fingerprint
-        ids = tokens if is_same else own.encode(tokenizer.decode(tokens))
+        ids = tokens if is_same else encode(own, tokenizer.decode(tokens), path)
         runs.append(read_run(loaded[flag], path, ids, source, args.method))
     first, second = runs[0], runs[-1]  # with one run both are the same, and nothing is mirrored
     if first.measured.tokens == second.measured.tokens:
@@ -147,6 +158,8 @@ def write_files(args, runs, layer):
         "open it in a browser"
     )
     if args.png is not None or args.heads_png is not None:
+        # matplotlib reports on its own folders there
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)
         from coords.still import heads_still, still  # takes a second to import
     if args.png is not None:
         write_whole(Path(args.png), still(runs, layer))

@@ -26,8 +26,9 @@ LARGEST_COORDINATE = 32767  # the largest coordinate, stored as a signed one
 class Run:
     """One checkpoint on one text: all that the page shows of it.
 
-    `labels` and `guesses` are tokens as people read them, `starts` the character of the text at
-    which each token begins, `counts` how often each occurs in the text that `counted` names;
+    `labels` and `texts` come from `labels_in_text`, `guesses` are tokens as people read them,
+    `starts` the character of the text at which each token begins, `counts` how often each occurs
+    in the text that `counted` names;
     `is_corpus` says whether that is the training text. `points` and `axes` come from
     `data.project`, `heads`, `field` and `pull` from coords/heads.py.
     """
@@ -37,6 +38,7 @@ class Run:
     law: str
     source: str
     labels: list
+    texts: list
     guesses: list
     starts: list
     measured: Measured
@@ -62,7 +64,9 @@ def run_data(run):
         "step": run.step,
         "law": run.law,
         "source": run.source,
+        "tokens": measured.tokens,
         "labels": run.labels,
+        "texts": run.texts,
         "guesses": run.guesses,
         "chances": _rounded(measured.chances, 4),
         "starts": run.starts,

@@ -10,19 +10,22 @@ class Side {
     this.text = root.querySelector(".text");
     this.spoken = root.querySelector(".spoken");
     this.prefix = `text-${RUNS.indexOf(run)}-`;
-    this.spans = run.labels.map((label, token) => {
+    this.spans = run.texts.map((text, token) => {
       const span = element(
         "span",
         { id: this.prefix + token, className: "token", dataset: { token } },
-        ...tokenText(label),
+        ...tokenText(text),
       );
+      // a token that only continues a character is a dot
+      span.classList.toggle("part", text === "");
       span.setAttribute("role", "option");
+      if (text !== run.labels[token]) span.setAttribute("aria-label", run.labels[token]);
       span.setAttribute("aria-selected", "false");
       return span;
     });
     for (const [token, span] of this.spans.entries()) {
       this.text.append(span);
-      if (run.labels[token].endsWith("⏎")) this.text.append(element("br"));
+      if (run.texts[token].endsWith("⏎")) this.text.append(element("br"));
     }
     this.text.addEventListener("click", (event) => {
       const span = event.target.closest(".token");
@@ -85,19 +88,19 @@ class Side {
 
   // A token after the text before it, to find it there.
   #context(token, room = CONTEXT) {
-    const { labels } = this.run;
+    const { labels, texts } = this.run;
     let first = token;
     for (
       let left = room - labels[token].length;
-      first > 0 && left >= labels[first - 1].length;
+      first > 0 && left >= texts[first - 1].length;
       first--
     )
-      left -= labels[first - 1].length;
+      left -= texts[first - 1].length;
     return element(
       "span",
       { className: "context" },
       first ? "…" : "",
-      ...labels.slice(first, token).flatMap(tokenText),
+      ...texts.slice(first, token).flatMap(tokenText),
       element("mark", {}, ...tokenText(labels[token])),
     );
   }
@@ -105,7 +108,7 @@ class Side {
   #overview() {
     const { run } = this;
     const places = [...run.labels.keys()];
-    const first = new Map(places.toReversed().map((token) => [run.labels[token], token]));
+    const first = new Map(places.toReversed().map((token) => [run.tokens[token], token]));
     const heaviest = [...first.values()].sort((a, b) => run.mass[b] - run.mass[a]).slice(0, LISTED);
     const hardest = places
       .slice(1)

@@ -7,6 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
+from system.fonts import fonts_for
+
 NAMED = 10  # the heaviest tokens of the text have their names written beside them
 LONGEST_NAME = 24  # characters
 # colours that colour-blind people can tell apart (Okabe and Ito 2008), as on the page
@@ -63,8 +65,7 @@ def heads_still(runs):
             color=INK,
             parse_math=False,
         )
-        figure.tight_layout()
-        return _png(figure)
+        return _png(figure, is_tight=True)
 
 
 def _draw_heads(axes, back, curves):
@@ -81,9 +82,12 @@ def _draw_heads(axes, back, curves):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _png(figure):
+def _png(figure, is_tight=False):
     png = io.BytesIO()
-    figure.savefig(png, format="png", bbox_inches="tight", pad_inches=0.15)
+    with fonts_for(figure):
+        if is_tight:
+            figure.tight_layout()
+        figure.savefig(png, format="png", bbox_inches="tight", pad_inches=0.15)
     return png.getvalue()
 
 
@@ -104,7 +108,7 @@ def _draw(figure, axes, run, layer):
         depthshade=False,
         zorder=2,
     )
-    for token in _to_name(run.labels, mass):
+    for token in _to_name(run.measured.tokens, mass):
         axes.text(
             *points[token],
             "  " + run.labels[token][:LONGEST_NAME],
@@ -148,7 +152,7 @@ def _set_axes(axes, run, layer):
     axes.view_init(elev=22, azim=45)
 
 
-def _to_name(labels, mass):
-    """Places of the heaviest tokens, one per label: its last in the text."""
-    last = {label: n for n, label in enumerate(labels)}
+def _to_name(tokens, mass):
+    """Places of the heaviest tokens, each its last in the text."""
+    last = {token: n for n, token in enumerate(tokens)}
     return sorted(last.values(), key=lambda n: -mass[n])[:NAMED]

@@ -22,8 +22,8 @@ def training_flops(model, tokens):
     """Flops of training a model on so many tokens, in windows of its `block_size`.
 
     Args:
-        model: an NGT or a Vanilla; one on the device "meta" will do. A weight that needs no gradient
-            is not counted.
+        model: an NGT or a Vanilla; one on the device "meta" will do. A weight that needs no
+            gradient is not counted.
     """
     c = model.config
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]

@@ -13,7 +13,7 @@ PREFILL_CHUNK = 512  # tokens per forward pass of a long prompt, which bounds it
 COLDEST = 1e-6  # lower temperatures take the likeliest token
 
 
-def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None, min_p=None):
     """Draw one token from logits (vocab_size,).
 
     Args:
@@ -22,6 +22,8 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         top_p: keep the likeliest tokens whose probabilities add up to p (nucleus sampling,
             Holtzman et al. 2020, https://arxiv.org/abs/1904.09751).
         generator: a `torch.Generator` on the CPU.
+        min_p: keep the tokens that are at least this share as probable as the likeliest (Nguyen et
+            al. 2024, https://arxiv.org/abs/2407.01082).
 
     Returns:
         The token id, an int.
@@ -44,7 +46,26 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         dropped = ordered.cumsum(0) - ordered >= top_p
         dropped[0] = False
         probabilities[index[dropped]] = 0
+    if min_p is not None:
+        probabilities[probabilities < min_p * probabilities.max()] = 0
     return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def penalize(logits, seen, penalty):
+    """Logits with those of tokens that occurred made smaller (Keskar et al. 2019, CTRL).
+
+    As in other programs, a positive logit is divided by the penalty and a negative one multiplied
+    (https://arxiv.org/abs/1909.05858, section 4.1, divides both).
+
+    Args:
+        logits: (vocab_size,).
+        seen: (vocab_size,) bool, the tokens that occurred.
+        penalty: above 0; 1 changes nothing.
+    """
+    logits = logits.float().cpu()
+    largest = torch.finfo(logits.dtype).max  # an extreme penalty makes no infinity
+    smaller = torch.where(logits > 0, logits / penalty, logits * penalty).clamp(-largest, largest)
+    return torch.where(seen, smaller, logits)
 
 
 class TokenStream:
@@ -56,6 +77,7 @@ class TokenStream:
     Attributes:
         logits: (vocab_size,), the prediction of the next token; None before anything was fed.
         context: ids of the tokens that the model remembers, and at most as many older ones.
+        seen: (vocab_size,) bool, the tokens fed since the start.
         slides: how often the context has slid.
         before_newest: a snapshot of the cache before the newest token, or None.
     """
@@ -69,24 +91,27 @@ class TokenStream:
         """Forget everything."""
         self.cache, self.before_newest = KVCache(), None
         self.context = []
+        self.seen = torch.zeros(self.model.config.vocab_size, dtype=torch.bool)
         self.logits = None
         self.slides = 0
 
     def copy_of_state(self):
         """The state of the stream, for `return_to`."""
-        return copy.deepcopy(self.cache), list(self.context), self.logits, self.slides
+        caches = copy.deepcopy((self.cache, self.before_newest))  # at once: they share memory
+        return *caches, list(self.context), self.seen.clone(), self.logits, self.slides
 
     def return_to(self, state):
         """Go back to a state from `copy_of_state`, which can be used again afterwards."""
-        cache, context, self.logits, self.slides = state
-        self.cache, self.context = copy.deepcopy(cache), list(context)
-        self.before_newest = None
+        *caches, context, seen, self.logits, self.slides = state
+        self.cache, self.before_newest = copy.deepcopy(caches)
+        self.context, self.seen = list(context), seen.clone()
 
     @torch.inference_mode()
     def feed(self, tokens):
         """Let the model read token ids, and update `logits`."""
         adapt_waiting()
         tokens = list(tokens)
+        self.seen[tokens] = True
         if self.model.max_context is not None:
             tokens = self._slide(tokens, self.model.max_context)
         while tokens:
@@ -119,10 +144,12 @@ class TokenStream:
         self.cache, self.context = KVCache(), []
         return tokens
 
-    def generate(self, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
+    def generate(self, max_new_tokens, repetition_penalty=None, **settings):
         """Yield new token ids one by one, each already fed to the model.
 
-        Settings as in `sample`.
+        Args:
+            repetition_penalty: as in `penalize`; None for none.
+            settings: those of `sample`.
 
         Raises:
             ValueError: if nothing was fed yet.
@@ -130,6 +157,9 @@ class TokenStream:
         if self.logits is None:
             raise ValueError("feed at least one token first")
         for _ in range(max_new_tokens):
-            token = sample(self.logits, temperature, top_k, top_p, generator)
+            logits = self.logits
+            if repetition_penalty is not None:
+                logits = penalize(logits, self.seen, repetition_penalty)
+            token = sample(logits, **settings)
             self.feed([token])
             yield token

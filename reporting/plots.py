@@ -2,6 +2,7 @@
 
 import html
 import io
+import math
 
 import matplotlib
 import plotly.graph_objects as go
@@ -9,7 +10,9 @@ from matplotlib import pyplot as plt
 from plotly.subplots import make_subplots
 
 from reporting.runs import same_conditions
+from system.fonts import fonts_for
 from system.markdown import to_page
+from system.numbers import limited
 from system.safe_text import one_line
 
 matplotlib.use("Agg")  # it draws files only, and needs no display
@@ -81,7 +84,8 @@ def page_of_curves(curves, title):
     figure = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.04)
     named = set()
     for label, name, rows in curves:
-        perplexities = [row["perplexity"] for row in rows if row["val_loss"] is not None]
+        evaluated = [row["perplexity"] for row in rows if row["val_loss"] is not None]
+        perplexities = [limited(math.inf if x is None else x, ".2f") for x in evaluated]
         for column, (key, scale, axis) in enumerate(AXES, 1):
             x, y = _points(rows, key, scale)
             curve = go.Scatter(
@@ -95,7 +99,7 @@ def page_of_curves(curves, title):
                 customdata=perplexities,
                 hovertemplate=(
                     f"{html.escape(name)}<br>{axis} %{{x:,.0f}}<br>loss %{{y:.4f}}"
-                    "<br>perplexity %{customdata:.2f}<extra></extra>"
+                    "<br>perplexity %{customdata}<extra></extra>"
                 ),
             )
             figure.add_trace(curve, 1, column)
@@ -121,10 +125,11 @@ def _png(figure, panel):
     """The figure as the bytes of a PNG, with the legend in `panel`."""
     for text in panel.legend().get_texts():
         text.set_parse_math(False)  # a label with a dollar sign is not a formula
-    figure.tight_layout()
     png = io.BytesIO()
     try:
-        figure.savefig(png, dpi=110, format="png")
+        with fonts_for(figure):
+            figure.tight_layout()
+            figure.savefig(png, dpi=110, format="png")
     finally:
         plt.close(figure)  # matplotlib would keep it in memory
     return png.getvalue()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from system.errors import UserError
+from system.numbers import LARGEST, limited
 from system.safe_text import one_line
 from training.config import described
 from training.run_log import read_metrics
@@ -246,13 +247,17 @@ def mean(values, form):
 
     Args:
         values: numbers; None stands for one that is not finite.
-        form: a format specification, such as ".4f".
+        form: a format specification, such as ".4f". If it has no separators of thousands, a mean
+            above a million is `> 1e6`: a perplexity may have hundreds of digits.
     """
     if not values or None in values:
         return "not finite" if values else NOT_RUN
+    average = statistics.mean(values)
+    if average > LARGEST and "," not in form:
+        return limited(average, form)
     if len(set(values)) == 1:  # ± 0 would say nothing
         return format(values[0], form)
-    return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"
+    return f"{average:{form}} ± {statistics.stdev(values):{form}}"
 
 
 def all_values(runs, key):

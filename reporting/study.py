@@ -233,7 +233,7 @@ def _full_table(runs, headline):
                 run.config["seed"],
                 _last(run, "val_loss", ".4f"),
                 _last(run, "perplexity", ".2f"),
-                f"{pairs[0][0] / pairs[0][1]:.4f}" if pairs else "",
+                mean([pairs[0][0] / pairs[0][1]], ".4f") if pairs else "",
             ]
         )
     return markdown_table(["name", "seed", "val loss", "perplexity", "perplexity / control"], lines)

@@ -96,7 +96,7 @@ def result_table(variants, choose):
                 mean([row["val_loss"] for row in rows], ".4f"),
                 mean(perplexities, ".2f"),
                 mean([row.get("bits_per_byte") for row in rows], ".4f"),
-                f"{statistics.mean(perplexities) / baseline:.3f}" if finite else "",
+                mean([statistics.mean(perplexities) / baseline], ".3f") if finite else "",
             ]
         )
     return markdown_table(head, lines)

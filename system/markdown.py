@@ -52,6 +52,9 @@ def _longest_run(text):
 
 def markdown_table(head, lines):
     """A table of texts; the first column aligned left, the others right."""
-    lines = [[markdown_text(cell) for cell in line] for line in (head, *lines)]
+    # within a cell ">" starts nothing, and "&#62; 1e6" would be hard to read
+    lines = [
+        [markdown_text(cell).replace("&#62;", ">") for cell in line] for line in (head, *lines)
+    ]
     lines.insert(1, ["---", *["---:"] * (len(head) - 1)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

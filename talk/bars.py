@@ -4,13 +4,13 @@ import torch
 
 from engine.pulls import quietness
 from system.safe_text import printable
-from system.terminal import bar, cells, columns, encodable, fit, level, styled
+from system.terminal import bar, can_show, cells, columns, encodable, fit, level, styled
 
 SHOWN_PULLS = 8  # of one row of weights
 SHOWN_PULLS_OF_HEAD = 3  # if many heads are shown
 LONGEST_LABEL = 16  # columns
 SHORTEST_BAR = 6  # columns
-LONGEST_MASS = 24  # columns of the bar of the heaviest token
+LONGEST_MASS = 12  # columns of the bar of the mass farthest from 1, on either side
 
 
 def label_width(labels):
@@ -20,15 +20,33 @@ def label_width(labels):
 
 
 def token_lines(tokens, labels, masses):
-    """One line per token: id, label and, if `masses` is given, its mass as a number and a bar."""
+    """One line per token: id, label and, if `masses` is given, its mass as a number and a bar.
+
+    A bar begins at a mass of 1: heavier tokens have it on the right, lighter ones on the left.
+    """
     width = label_width(labels)
-    heaviest = max(masses or [1.0]) or 1.0  # masses may underflow to 0
-    room = min(columns() - 9 - width - 15, LONGEST_MASS)  # 9 for the id, 15 for "  (mass 1.234) "
+    farthest = max((abs(mass - 1) for mass in masses or ()), default=0) or 1.0
+    # 9 for the id, 15 for "  (mass 1.234) ", 1 for the line in the middle
+    room = min((columns() - 9 - width - 15 - 1) // 2, LONGEST_MASS)
     for n, (token, label) in enumerate(zip(tokens, labels, strict=True)):
         line = f"{token:>7}  {fit(label, width)}"
         if masses:
-            line += f"  (mass {masses[n]:.3f}) {bar(masses[n] / heaviest, room)}"
+            line += f"  (mass {masses[n]:.3f}) {_two_sided((masses[n] - 1) / farthest, room)}"
         yield line.rstrip()
+
+
+def _two_sided(share, width):
+    """A bar for a share from -1 to 1, to the left or right of a line with `width` columns beside
+    it."""
+    if width < 1:
+        return ""
+    middle = "│" if can_show("│") else "|"
+    if share >= 0:
+        return " " * width + middle + bar(share, width)
+    if not can_show("▐█"):
+        return bar(-share, width).rjust(width) + middle
+    whole, half = divmod(max(1, round(-share * width * 2)), 2)
+    return ("▐" * half + "█" * whole).rjust(width) + middle
 
 
 def pull_lines(shares, labels, count=SHOWN_PULLS, indent="", full=1.0, *, has_background=False):

@@ -16,14 +16,15 @@ from engine.pulls import newest_pulls
 from system.errors import warn
 from system.terminal import columns, say
 from talk.bars import head_lines, layer_lines, pull_lines, strip_lines, token_lines
-from talk.conversation import NO_ANSWER_YET, NO_TEXT_YET, READ_AT_ONCE
+from talk.conversation import NO_ANSWER_YET, NO_TEXT_YET, NOTHING_TO_UNDO, READ_AT_ONCE
 from talk.line_input import without_broken_bytes
-from talk.settings import OPTIONAL_SETTINGS, SETTINGS
+from talk.settings import OPTIONAL_SETTINGS, SETTINGS, shown
 
 SHOWN_TOKENS = 100
 COMMANDS = {
     "/help": "list the commands",
     "/retry": "generate a different answer",
+    "/undo": "bring back the answer before /retry",
     "/more": "continue the answer",
     "/tokens": "your last text as tokens, with their masses (/tokens all: also if it is long)",
     "/pull": "the tokens that pull the newest one hardest, mean over all layers and heads",
@@ -31,7 +32,7 @@ COMMANDS = {
     "/pull N": "the hardest pulls of every head of layer N",
     "/save FILE": "write the conversation to a new file",
     "/set": "show the settings",
-    "/set NAME VALUE": "change temperature, top_k, top_p, max_new_tokens or seed (off: no value)",
+    "/set NAME VALUE": f"change {', '.join(SETTINGS)} (off: no value)",
     "/reset": "forget the conversation",
     "/quit": "leave (also Ctrl-D)",
     "//TEXT": "send a text that starts with a slash",
@@ -57,6 +58,11 @@ class Chat:
             say(NO_ANSWER_YET)
             return False
         return self._print(self.conversation.retry)
+
+    def undo(self):
+        """Print the answer that the last retry replaced, and go on from there."""
+        can_undo = self.conversation.can_undo
+        say(self.conversation.undo() if can_undo else NOTHING_TO_UNDO)
 
     def more(self):
         """Print a continuation of the answer; returns whether Ctrl-C stopped it."""
@@ -89,7 +95,7 @@ class Chat:
             return
         if len(tokens) > SHOWN_TOKENS and not everything:
             tokens, hidden = tokens[:SHOWN_TOKENS], len(tokens) - SHOWN_TOKENS
-        labels = [self.conversation.label(token) for token in tokens]
+        labels, _ = self.conversation.labels(tokens)
         for line in token_lines(tokens, labels, self.conversation.masses(tokens)):
             say(line)
         if hidden:
@@ -114,12 +120,12 @@ class Chat:
             return
         weights, tokens = newest_pulls(stream)
         settings = {"has_background": config.background}
-        labels = [self.conversation.label(token) for token in tokens]
+        labels, texts = self.conversation.labels(tokens)
         say(f"{labels[-1]} was pulled by, of the last {len(labels):,} tokens:", "dim")
         if what is None:
             shares = weights.mean((0, 1))
             lines = (
-                *strip_lines(shares, labels),
+                *strip_lines(shares, texts),
                 *pull_lines(shares, labels, full=float(shares.max()) or 1.0, **settings),
             )
         elif what == "heads":
@@ -151,7 +157,7 @@ class Chat:
         settings = self.conversation.settings
         if not words:
             for key, value in settings.items():
-                say(f"{key:15} {'off' if value is None else value}")
+                say(f"{key:20} {shown(value)}")
             return
         key = words[0].replace("-", "_")
         if len(words) != 2 or key not in SETTINGS:
@@ -159,13 +165,14 @@ class Chat:
             return
         try:
             is_off = words[1] == "off" and key in OPTIONAL_SETTINGS
-            settings[key] = None if is_off else SETTINGS[key](words[1])
+            value = None if is_off else SETTINGS[key](words[1])
         except (ValueError, argparse.ArgumentTypeError) as error:
             say(f"{key} stays as it is: {str(error)[:200]}")
             return
+        settings[key] = [value] if key == "stop" and not is_off else value
         if key == "seed":
             self.conversation.reseed()
-        say(f"{key} is now {'off' if is_off else settings[key]}")
+        say(f"{key} is now {shown(settings[key])}")
 
     def reset(self):
         """Forget the conversation. Random numbers continue: the same text gets another answer."""
@@ -182,11 +189,12 @@ class Chat:
         actions = {
             "/help": show_help,
             "/retry": self.retry,
+            "/undo": self.undo,
             "/more": self.more,
             "/tokens": lambda: self.show_tokens(rest == "all"),
             "/pull": lambda: self.show_pull(rest or None),
             "/save": lambda: self.save(rest),
-            "/set": lambda: self.set(*rest.split()),
+            "/set": lambda: self.set(*rest.split(maxsplit=1)),
             "/reset": self.reset,
             "/quit": self.leave,
             "/exit": self.leave,
@@ -278,7 +286,13 @@ def converse(chat, lines):
 
 
 def turn(chat, line):
-    """Answer one line, or carry out its command; returns whether Ctrl-C stopped it."""
+    """Answer one line, or carry out its command; an empty one does nothing.
+
+    Returns:
+        Whether Ctrl-C stopped it.
+    """
     if line.startswith("/") and not line.startswith("//"):
         return chat.command(line)
+    if not line:
+        return False
     return chat.reply(line.removeprefix("/") + "\n")

@@ -5,6 +5,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -14,15 +15,19 @@ from model import NGT
 from system.safe_text import printable
 from talk.events import Token, notice
 from talk.line_input import BROKEN
+from text.labels import labels_in_text, unknown_characters
 from text.tokenizer import CharTokenizer, TextStream
 
+# settings with which tokens are drawn
+DRAWING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 READ_AT_ONCE = 512  # tokens, if none are kept
 KEPT_AT_ONCE = 256  # tokens, if some are kept
 # pulls take time and memory per pair: at most so many tokens read, times tokens remembered
 READ_PAIRS = 1 << 20
 LONGEST_LABEL = 200  # characters; any file may bring its own vocabulary
-# what the terminal and the page say if `can_go_on` or `can_retry` does not hold
+# what the terminal and the page say if `can_go_on`, `can_retry` or `can_undo` does not hold
 NO_TEXT_YET, NO_ANSWER_YET = "write something first", "there is no answer yet"
+NOTHING_TO_UNDO = "the answer was not retried"
 
 
 class Conversation:
@@ -33,7 +38,7 @@ class Conversation:
     call them; any may call `kept`.
 
     Args:
-        settings: a dict: `max_new_tokens`, `temperature`, `top_k`, `top_p`, `seed`; it may change.
+        settings: a dict by the names of talk/settings.py; it may change.
         kept_tokens: how many of the newest tokens are kept, with their masses and pulls. 0: none,
             and no pulls are recorded, which would cost about a forward pass per token; the
             transcript is kept instead.
@@ -54,7 +59,7 @@ class Conversation:
         self._take_pulls()
         self.prompt, self.transcript = [], io.StringIO()
         self.has_warned_of_sliding = False
-        self.before_answer = None
+        self.before_answer = self.before_retry = None
         with self._lock:
             self.tokens = deque(maxlen=self.kept_tokens)
             self.num_tokens = self.turn = 0
@@ -77,6 +82,10 @@ class Conversation:
         return self.before_answer is not None
 
     @property
+    def can_undo(self):
+        return self.before_retry is not None
+
+    @property
     def can_go_on(self):
         return self.stream.logits is not None
 
@@ -88,6 +97,13 @@ class Conversation:
     def label(self, token):
         """A token id for people to read, escaped and cut short."""
         return printable(self.tokenizer.label(token)[:LONGEST_LABEL])
+
+    def labels(self, tokens):
+        """`labels_in_text` of token ids, escaped and cut short."""
+        return (
+            [printable(label[:LONGEST_LABEL]) for label in found]
+            for found in labels_in_text(self.tokenizer, tokens)
+        )
 
     @torch.inference_mode()
     def masses(self, tokens):
@@ -104,35 +120,56 @@ class Conversation:
 
     def retry(self, stopped):
         """Generate a different answer to the last text; `can_retry` must hold."""
-        state, tokens, self.num_tokens, length = self.before_answer
-        self.stream.return_to(state)
-        self.transcript.seek(length)
-        self.transcript.truncate()
-        with self._lock:
-            self.tokens = deque(tokens, self.kept_tokens)
+        replaced = self._moment()
+        self._return_to(self.before_answer)
         yield {"type": "back", "position": self.num_tokens}
         yield from self.more(stopped)
+        self.before_retry = replaced
+
+    def undo(self):
+        """Bring back the answer that `retry` replaced; `can_undo` must hold.
+
+        The next `undo` brings back the one that it replaces now.
+
+        Returns:
+            The answer's text, empty if tokens are kept.
+        """
+        replaced = self._moment()
+        self._return_to(self.before_retry)
+        self.before_retry = replaced
+        start = len(self.before_answer.transcript)
+        return self.transcript.getvalue()[start:]
 
     def more(self, stopped):
         """Continue the text; `can_go_on` must hold."""
-        # `retry` returns to this moment
-        state, length = self.stream.copy_of_state(), self.transcript.tell()
-        self.before_answer = state, self.kept(), self.num_tokens, length
+        self.before_answer, self.before_retry = self._moment(), None
         yield from self.answer(stopped)
+
+    def _moment(self):
+        return _Moment(
+            *(self.stream.copy_of_state(), self.kept(), self.num_tokens),
+            self.transcript.getvalue(),
+        )
+
+    def _return_to(self, moment):
+        self.stream.return_to(moment.stream)
+        self.transcript = io.StringIO()
+        self.transcript.write(moment.transcript)
+        with self._lock:
+            self.tokens = deque(moment.tokens, self.kept_tokens)
+            self.num_tokens = moment.num_tokens
 
     def read(self, text, stopped):
         """Let the model read what the user wrote."""
         text = BROKEN.sub("\ufffd", text)
-        if isinstance(self.tokenizer, CharTokenizer):
-            unknown = self.tokenizer.num_unknown(text)
-            if unknown:
-                are = "character is" if unknown == 1 else "characters are"
-                yield notice(f"{unknown:,} {are} new to this model's vocabulary")
+        if unknown := unknown_characters(self.tokenizer, text):
+            yield notice(unknown)
         tokens = self.tokenizer.encode(text)
         # a model predicts from at least one token
         if not tokens and not self.can_go_on:
             tokens = self.tokenizer.encode("\n") or [0]
-        self.prompt, self.before_answer, self.turn = tokens, None, self.turn + 1
+        self.prompt, self.turn = tokens, self.turn + 1
+        self.before_answer = self.before_retry = None
         pieces, read = _Pieces(self.tokenizer), 0
         while read < len(tokens):
             chunk = tokens[read : read + self._read_at_once(len(tokens) - read)]
@@ -162,18 +199,19 @@ class Conversation:
         return max(1, min(KEPT_AT_ONCE, READ_PAIRS // (len(self.stream.context) + 1)))
 
     def answer(self, stopped):
-        """Generate `max_new_tokens` tokens."""
-        s, started, count = self.settings, time.perf_counter(), 0
-        pieces = _Pieces(self.tokenizer, self._write)
+        """Generate `max_new_tokens` tokens, or fewer if a text of the setting `stop` appears."""
+        started, count = time.perf_counter(), 0
+        said = _Said(self.settings.get("stop"))
+        pieces = _Pieces(self.tokenizer, lambda text: (self._write(text), said.add(text)))
         if self.record is not None:
             self.record.is_on = True
         drawn = self.stream.generate(
-            s["max_new_tokens"], s["temperature"], s["top_k"], s["top_p"], self.generator
+            **{name: self.settings.get(name) for name in DRAWING}, generator=self.generator
         )
         for token in drawn:
             count += 1
             yield self._keep([token], pieces, "model")
-            if stopped.is_set():
+            if stopped.is_set() or said.has_ended:
                 break
         yield from self._flush(pieces)
         yield {"type": "written", "count": count, "seconds": time.perf_counter() - started}
@@ -221,6 +259,29 @@ class Conversation:
             with self._lock:
                 self.tokens[-1] = replace(self.tokens[-1], text=self.tokens[-1].text + text)
         yield {"type": "rest", "text": text}
+
+
+class _Moment(NamedTuple):
+    """What a conversation needs to return to a moment."""
+
+    stream: tuple  # of `TokenStream.copy_of_state`
+    tokens: list
+    num_tokens: int
+    transcript: str
+
+
+class _Said:
+    """Watches an answer for the texts that end it, also across tokens."""
+
+    def __init__(self, stops):
+        self._stops, self._newest = stops or [], ""
+        self._kept = max(map(len, self._stops), default=1) - 1
+        self.has_ended = False
+
+    def add(self, text):
+        text = self._newest + text
+        self.has_ended = self.has_ended or any(stop in text for stop in self._stops)
+        self._newest = text[max(0, len(text) - self._kept) :]
 
 
 class _Pieces:

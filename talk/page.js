@@ -10,6 +10,7 @@ const state = {
   settings: {},
   isBusy: false, // an answer is being written, in this tab or another
   canRetry: false,
+  canUndo: false,
   canGoOn: false,
   pinned: null, // the selected position
   hovered: null,
@@ -124,8 +125,9 @@ function goBackTo(position) {
 }
 
 function load(given) {
-  const { tokens: list, version, settings, isBusy, canRetry, canGoOn, ...about } = given;
-  Object.assign(state, { about, version, isBusy, canRetry, canGoOn, pinned: null, hovered: null });
+  const { tokens: list, version, settings, isBusy, canRetry, canUndo, canGoOn, ...about } = given;
+  Object.assign(state, { about, version, isBusy, canRetry, canUndo, canGoOn });
+  state.pinned = state.hovered = null;
   tokens.clear();
   dropped.clear();
   state.lit = [];
@@ -250,14 +252,20 @@ async function stop() {
   }
 }
 
-async function reset() {
+// Let the server change the conversation as a whole, and show the result.
+async function change(path) {
   try {
-    load(await askForJson("/reset", {}));
+    load(await askForJson(path, {}));
     notify("");
     $("prompt").focus();
   } catch (error) {
     notify(error.message, true);
   }
+}
+
+function reset() {
+  if (!tokens.size || confirm("Forget the conversation? It cannot be brought back."))
+    change("/reset");
 }
 
 // Show what another tab did, and wait while it is answered.
@@ -286,36 +294,10 @@ function showButtons() {
   $("send").disabled = state.isBusy;
   $("stop").disabled = !state.isBusy;
   $("retry").disabled = state.isBusy || !state.canRetry;
+  $("undo").disabled = state.isBusy || !state.canUndo;
   $("more").disabled = state.isBusy || !state.canGoOn;
   $("reset").disabled = state.isBusy;
   document.body.dataset.busy = state.isBusy ? "yes" : "no";
-}
-
-// Settings.
-
-const settingInputs = () => [...document.querySelectorAll(".settings input[name]")];
-
-function showSettings(settings) {
-  state.settings = settings;
-  for (const input of settingInputs()) input.value = settings[input.name] ?? "";
-  describeSettings();
-}
-
-function describeSettings() {
-  $("settings-now").textContent = settingInputs()
-    .filter((input) => input.value !== "")
-    .map((input) => `${input.name} ${input.value}`)
-    .join(", ");
-}
-
-// Only what was changed: a seed from the command line may be too long for a JavaScript number.
-function changedSettings() {
-  const changed = settingInputs().filter(
-    (input) => input.value !== String(state.settings[input.name] ?? ""),
-  );
-  return Object.fromEntries(
-    changed.map((input) => [input.name, input.value === "" ? null : Number(input.value)]),
-  );
 }
 
 // Listening.
@@ -338,6 +320,7 @@ function listen() {
   $("stop").onclick = stop;
   $("retry").onclick = () => talk("retry");
   $("more").onclick = () => talk("more");
+  $("undo").onclick = () => change("/undo");
   $("reset").onclick = reset;
   $("head").onchange = update;
   $("settings").addEventListener("input", describeSettings);

@@ -21,6 +21,7 @@ FILES = {
     "/page.css": ("talk/page.css", "text/css; charset=utf-8"),
     "/shared.js": ("web/shared.js", "text/javascript; charset=utf-8"),
     "/details.js": ("talk/details.js", "text/javascript; charset=utf-8"),
+    "/settings.js": ("talk/settings.js", "text/javascript; charset=utf-8"),
     "/page.js": ("talk/page.js", "text/javascript; charset=utf-8"),
 }
 POLICY = (
@@ -74,7 +75,8 @@ class Handler(BaseHTTPRequestHandler):
         raise Refused(404, "there is no such page")
 
     def _post(self):
-        actions = {"/stop": self.server.stop, "/reset": self.server.reset}
+        server = self.server
+        actions = {"/stop": server.stop, "/reset": server.reset, "/undo": server.undo}
         if self.path not in (*actions, "/talk"):
             raise Refused(404, "there is no such page")
         request = self._request()

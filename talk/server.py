@@ -17,7 +17,7 @@ from http.server import ThreadingHTTPServer
 
 from system.errors import UserError, warn
 from system.safe_text import one_line, printable
-from talk.conversation import NO_ANSWER_YET, NO_TEXT_YET
+from talk.conversation import NO_ANSWER_YET, NO_TEXT_YET, NOTHING_TO_UNDO
 from talk.requests import Handler, Refused
 from talk.settings import OPTIONAL_SETTINGS, SETTINGS
 
@@ -143,8 +143,7 @@ class ChatServer(ThreadingHTTPServer):
             "version": self.version,
             "isBusy": self.job is not None,
             "settings": conversation.settings,
-            "canRetry": conversation.can_retry,
-            "canGoOn": conversation.can_go_on,
+            **self._abilities(),
             "keptTokens": conversation.kept_tokens,
             "tokens": conversation.kept(),
         }
@@ -206,8 +205,7 @@ class ChatServer(ThreadingHTTPServer):
             yield {
                 "type": "end",
                 "version": self.version,
-                "canRetry": conversation.can_retry,
-                "canGoOn": conversation.can_go_on,
+                **self._abilities(),
             }
 
         return self.begin(make_events, check)
@@ -221,16 +219,46 @@ class ChatServer(ThreadingHTTPServer):
 
     def reset(self):
         """Forget the conversation."""
+        return self._do(self._restart)
+
+    def undo(self):
+        """Bring back the answer before the last retry.
+
+        Raises:
+            Refused: if there is none.
+        """
+
+        def check():
+            if not self.conversation.can_undo:
+                raise Refused(409, NOTHING_TO_UNDO)
+
+        def change():
+            self.conversation.undo()
+            self.version += 1
+
+        return self._do(change, check)
+
+    def _do(self, change, check=lambda: None):
+        """Change the conversation; returns the state afterwards."""
 
         def make_events(_):
-            self._restart()
+            change()
             yield {}  # no page reads it
 
         # only the model's thread may touch the model, so it does the work, and we wait for it
-        job = self.begin(make_events)
+        job = self.begin(make_events, check)
         while job.events.get() is not None:
             pass
         return self.state()
+
+    def _abilities(self):
+        """What the page's buttons can do now."""
+        conversation = self.conversation
+        return {
+            "canRetry": conversation.can_retry,
+            "canUndo": conversation.can_undo,
+            "canGoOn": conversation.can_go_on,
+        }
 
     def _change(self, settings):
         """Use new settings; a different seed restarts the random numbers."""
@@ -261,10 +289,14 @@ class ChatServer(ThreadingHTTPServer):
             if value is None and name in OPTIONAL_SETTINGS:
                 settings[name] = None
                 continue
-            if type(value) not in (int, float):
+            if name == "stop":
+                if type(value) is not list or not all(type(text) is str for text in value):
+                    raise Refused(400, "stop must be a list of texts")
+            elif type(value) not in (int, float):
                 raise Refused(400, f"{name} must be a number")
             try:
-                settings[name] = SETTINGS[name](str(value))
+                read = SETTINGS[name]
+                settings[name] = [*map(read, value)] if name == "stop" else read(str(value))
             except (ValueError, OverflowError, argparse.ArgumentTypeError) as error:
                 raise Refused(400, f"{name}: {one_line(str(error))[:200]}") from None
             if isinstance(settings[name], float) and not math.isfinite(settings[name]):

@@ -54,7 +54,8 @@ EVERYTHING = (
 )
 COMMANDS = (
     *("help", "retry", "more", "tokens", "tokens all", "pull", "pull heads", "pull 1", "pull 2"),
-    *("save", "set", "set temperature", "set top_k", "set top_p", "set seed", "reset", "", "quit?"),
+    *("save", "set", "set temperature", "set top_k", "set top_p", "set seed", "reset", ""),
+    *("quit?", "undo"),
 )
 MODELS = {
     "NGT": {},

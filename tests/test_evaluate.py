@@ -13,6 +13,9 @@ import evaluate
 from conftest import error_line, run
 from engine import evaluation
 from engine.checkpoint import load_model
+from small_models import make_checkpoint
+from system.errors import UsageError
+from text.preparation import prepare_data
 from text.token_files import open_token_data
 
 TRAIN = (
@@ -113,6 +116,24 @@ def test_repeats_of_a_model_that_copies():
     for row in rows:
         assert row["once"] > 5 and row["again"] < 2, row
     assert rows[0]["again"] < 0.01
+
+
+def test_a_table_without_lines_says_why(in_tmp, small_text, capsys):
+    """A context shorter than the tokens that are judged, a short text, a short window."""
+    with pytest.raises(UsageError, match="--context-lengths 10: give at least 64"):
+        evaluate.main(["--checkpoint-path", "no.pt", "--context-lengths", "128,10"])
+    prepared = prepare_data("text", small_text, tokenizer="char", say=lambda line: None)
+    make_checkpoint("x.pt", prepared.tokenizer, token_directory=str(prepared.directory))
+    flags = ["--checkpoint-path", "x.pt", "--num-windows", "2", "--context-lengths"]
+    assert evaluate.main([*flags, "9999"]) == 0
+    told = capsys.readouterr().out
+    assert "loss by length of the context: left out, the validation text is too short" in told
+    assert "loss of a repeated string: left out, a window is too short" in told
+    rows = {"text": "real", "gap": 20, "again": 1.0, "once": 60.0}
+    empty = {"by_length": [], "by_place": [], "by_frequency": []}
+    evaluate.show(empty | {"repeats": [rows, rows | {"once": 3.0}]}, 64)
+    told = capsys.readouterr().out
+    assert "a probability > 1e6 times as large" in told and "a probability 7.4 times" in told
 
 
 def test_ranks():

@@ -48,6 +48,12 @@ def _byte_of_letter():
 BYTE_OF_LETTER = _byte_of_letter()
 
 
+def marked(text):
+    """The text with visible spaces and line ends, and in hex what cannot be printed."""
+    shown = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown)
+
+
 class _Tokenizer:
     """What the three have in common."""
 
@@ -61,14 +67,13 @@ class _Tokenizer:
         """A token as a short label: spaces and line ends visible, broken bytes in hex."""
         text = self.decode([token])
         if UNKNOWN in text:
-            text = self._raw(token)
-        shown = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
-        shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown) or "∅"
+            text = self.bytes_of(token).decode("utf-8", errors="backslashreplace")
+        shown = marked(text) or "∅"
         return shown if len(shown) <= LONGEST_LABEL else shown[: LONGEST_LABEL - 1] + "…"
 
-    def _raw(self, token):
-        """The text of a token that is no whole character, with its bytes in hex."""
-        return UNKNOWN
+    def bytes_of(self, token):
+        """The bytes that a token stands for."""
+        return self.decode([token]).encode("utf-8", errors="replace")
 
 
 class CharTokenizer(_Tokenizer):
@@ -175,10 +180,10 @@ class BPETokenizer(_Tokenizer):
         with _failures_named():
             return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
-    def _raw(self, token):
+    def bytes_of(self, token):
         piece = self._tokenizer.id_to_token(token) or UNKNOWN
-        data = bytes(BYTE_OF_LETTER.get(letter, ord("?")) for letter in piece)
-        return data.decode("utf-8", errors="backslashreplace")
+        is_of_bytes = BYTE_OF_LETTER.keys() >= {*piece}  # an added token may be any text
+        return bytes(map(BYTE_OF_LETTER.get, piece)) if is_of_bytes else piece.encode()
 
     def to_vocab(self):
         return {"type": "bpe", "tokenizer_json": self._json}
@@ -299,16 +304,13 @@ class TiktokenTokenizer(_Tokenizer):
         return np.concatenate([np.array(ids, dtype=np.int64) for ids in batch])
 
     def decode(self, ids):
-        return b"".join(map(self._bytes, ids)).decode("utf-8", errors="replace")
+        return b"".join(map(self.bytes_of, ids)).decode("utf-8", errors="replace")
 
-    def _bytes(self, token):
+    def bytes_of(self, token):
         try:
             return self._encoding.decode_single_token_bytes(token)
         except KeyError:  # encodings have gaps below n_vocab
             return UNKNOWN.encode()
-
-    def _raw(self, token):
-        return self._bytes(token).decode("utf-8", errors="backslashreplace")
 
     def to_vocab(self):
         return {"type": "tiktoken", "encoding_name": self.encoding_name}

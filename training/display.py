@@ -8,6 +8,7 @@ import time
 from tqdm import tqdm
 
 from system.durations import duration, short_duration
+from system.numbers import limited
 
 COLUMNS = {"step": 7, "train": 8, "val": 8, "ppl": 9, "bits/byte": 9, "repulsion": 9}
 COLUMNS |= {"tokens/s": 9, "left": 9}
@@ -28,7 +29,7 @@ def _cells(row, seconds_left):
         "step": str(row["step"]),
         "train": f"{row['train_loss']:.4f}",
         "val": f"{row['val_loss']:.4f}",
-        "ppl": f"{row['perplexity']:.3f}",
+        "ppl": limited(row["perplexity"], ".3f" if row["perplexity"] < 1e5 else ".0f"),
         "bits/byte": f"{row['bits_per_byte']:.4f}",
         "repulsion": repulsion,
         "tokens/s": f"{row['tokens_per_s']:,.0f}",

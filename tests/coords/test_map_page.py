@@ -182,6 +182,28 @@ def test_select_slide_play_and_colour(open_map):
     assert np.allclose(trails[:, :3].astype(float).transpose(1, 0, 2), points)
 
 
+def test_whole_characters_of_a_byte_level_vocabulary(open_map):
+    """Korean at a small vocabulary reads as it was written; a part is named by the whole."""
+    text = "옛날 옛적에, 옛날"
+    bpe = BPETokenizer.train(["plain English\n"] * 3, 256)
+    make_checkpoint("x.pt", bpe)
+    page, (run,) = open_map("--text", text)
+    ids = bpe.encode(text)
+    assert page.text_content(".text") == text.replace(" ", "␣") and len(ids) == 24
+    assert page.locator(".token").count() == 24 and page.locator(".token.part").count() == 14
+    page.locator(".token").nth(1).click()
+    assert page.inner_text(".title .chip") == "옛(2/3)"
+    assert page.locator(".token").nth(1).get_attribute("aria-label") == "옛(2/3)"
+    assert page.locator(".token").nth(1).bounding_box()["width"] > 2  # there is a dot to point at
+    # the same token is the same byte, in whatever character
+    twins = [n for n, token in enumerate(ids) if token == ids[1] and n != 1]
+    assert page.locator(".token.twin").count() == len(twins) > 1
+    pulled = page.locator(".pulls .chip").all_inner_texts()
+    assert pulled == [run["labels"][source] for source, _ in strongest(run, 2, 2, 1)]
+    shown = page.inner_text(".details").split("top guesses")[0]
+    assert "\\x" not in shown + page.inner_text(".spoken") + page.inner_text(".text")
+
+
 def test_heads_and_masses(open_map):
     model = make_checkpoint("x.pt", num_heads=3, hidden_dim=24)
     page, (run,) = open_map("--text", TEXT)

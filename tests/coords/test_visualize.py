@@ -23,7 +23,7 @@ from small_models import (
 from system.errors import UserError
 from system.markdown import json_for_script
 from text.preparation import prepare_data
-from text.tokenizer import BPETokenizer
+from text.tokenizer import BPETokenizer, CharTokenizer
 
 
 def write_map(*flags, expect=0):
@@ -284,6 +284,24 @@ def test_two_runs_of_one_text(in_tmp):
     assert len(two["labels"]) < len(one["labels"]) and two["numLayers"] == 3
     for label, start in zip(two["labels"], two["starts"], strict=True):
         assert TEXT[start : start + len(label)] == label.replace("␣", " ")
+
+
+def test_characters_that_it_never_saw_are_reported(in_tmp, capsys):
+    """As chat.py says it; with --compare also those that the other vocabulary lacks."""
+    make_checkpoint("x.pt")
+    make_checkpoint("y.pt", CharTokenizer.train("the quick"))
+    (in_tmp / "text.txt").write_text("añ한b the")
+    for flags, expected in (
+        (("--text", "añ한b the"), ["2 characters are new to this model's vocabulary"]),
+        (("--text-file", "text.txt"), ["2 characters are new to this model's vocabulary"]),
+        (("--text", "the quick"), []),
+        (("--text", "the fox", "--compare", "y.pt"), ["3 characters are new to y.pt's vocabulary"]),
+    ):
+        write_map("--output", "map.html", *flags)
+        told = capsys.readouterr().err.splitlines()
+        assert [line for line in told if "warning" in line and "frequencies" not in line] == [
+            f"warning: {line}" for line in expected
+        ]
 
 
 def test_two_runs_of_the_same_tokens_face_the_same_way(in_tmp):

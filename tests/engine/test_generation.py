@@ -57,17 +57,52 @@ def test_tiny_temperatures_are_greedy(temperature):
         ({"temperature": 0.5, "top_p": 0.5}, {1}),
         ({"temperature": 0.5, "top_p": 0.87}, {1, 3}),
         ({"temperature": 0.5, "top_p": 0.93}, {1, 3, 5}),
+        # shares of the likeliest: 0.25, 1, 0.05, 0.75, 0.125, 0.325, and their squares
+        ({"min_p": 0.0}, {0, 1, 2, 3, 4, 5}),
+        ({"min_p": 0.24}, {0, 1, 3, 5}),
+        ({"min_p": 0.26}, {1, 3, 5}),
+        ({"min_p": 1.0}, {1}),
+        ({"min_p": 0.26, "temperature": 0.5}, {1, 3}),
+        ({"min_p": 0.1, "top_k": 3}, {1, 3, 5}),
+        ({"min_p": 0.5, "top_p": 0.95}, {1, 3}),
     ],
     ids=str,
 )
 def test_what_is_drawn_from(settings, kept):
-    """top_k and top_p keep the sets computed by hand, with unchanged proportions."""
+    """top_k, top_p and min_p keep the sets computed by hand, with unchanged proportions."""
     found = draws(LOGITS, **settings)
     assert set(found.nonzero().flatten().tolist()) == kept
     expected = torch.zeros(6)
     for token in kept:
         expected[token] = PROBABILITIES[token] ** (1 / settings.get("temperature", 1))
     assert (found - expected / expected.sum()).abs().max() < 0.05
+
+
+@torch.no_grad()
+def test_repetition_penalty():
+    """The likeliest token of full passes, after each logit of a token so far became smaller.
+
+    Also of tokens that no head reaches any more, and after a return to an earlier state.
+    """
+    model = lively("newton soft")
+    stream, tokens = TokenStream(model), [1, 2, 3]
+    stream.feed(tokens)
+    start = stream.copy_of_state()
+    for _ in range(40):
+        logits = model(torch.tensor([tokens]))[0, -1].tolist()
+        for token in set(tokens):
+            x = logits[token]
+            logits[token] = x / 1.7 if x > 0 else x * 1.7
+        tokens.append(max(range(len(logits)), key=logits.__getitem__))
+    for _ in range(2):
+        found = stream.generate(40, temperature=0, repetition_penalty=1.7)
+        assert list(found) == tokens[3:] and len(stream.context) < len(tokens)
+        stream.return_to(start)
+    plain = list(stream.generate(40, temperature=0))
+    assert plain != tokens[3:]
+    for penalty, seen in ((1e-45, {1, 2, 3}), (1e38, {*range(4, 29), 0})):
+        stream.return_to(start)
+        assert next(stream.generate(1, repetition_penalty=penalty, temperature=0)) in seen
 
 
 def test_the_same_seed_draws_the_same():

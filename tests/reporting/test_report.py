@@ -138,6 +138,21 @@ def test_a_perplexity_that_overflows(in_tmp):
     assert cells(parts["At equal steps"])["ngt (newton)"][2:4] == ["800.0000", "not finite"]
 
 
+def test_a_perplexity_of_many_digits(in_tmp, capsys):
+    """More than a million is said as that: at the terminal, in tables, ratios and the curves."""
+    write_run("good", [4.0, 3.0])
+    for seed, losses in ((1, [138.0, 140.0]), (2, [500.0, 600.0])):
+        write_run(f"bad_{seed}", losses, exponent=7, seed=seed)
+    text, parts = make_report("good", "bad_1", "bad_2")
+    shown = cells(parts["At equal steps"])["ngt (newton), bad_1 (2 seeds)"]
+    assert shown[3] == shown[5] == "> 1e6" and shown[2].startswith("370.0000 ± ")
+    assert cells(parts["At equal steps"])["ngt (newton), good"][3] == "20.09"
+    printed = capsys.readouterr().out
+    page = Path("reports/r.html").read_text()
+    for place in (text, printed, page.split("<body", 1)[1].rsplit("Plotly.newPlot", 1)[1]):
+        assert "1e6" in place and not re.search(r"\d{20}", place)
+
+
 def test_every_number_is_of_the_files(in_tmp):
     """Every loss printed is in a metrics.jsonl or in the reference, or is computed from those."""
     write_run("vanilla", [5.1234, 4.4321], model="vanilla")

@@ -15,7 +15,7 @@ import torch
 
 import chat
 from conftest import ROOT, error_line, run
-from engine.checkpoint import save_checkpoint
+from engine.checkpoint import load_model, save_checkpoint
 from small_models import (
     LETTERS,
     make_checkpoint,
@@ -52,6 +52,85 @@ def test_the_seed_decides(in_tmp, capsys):
     flags = ("--checkpoint-path", "x.pt", "--prompt", "a", "--max-new-tokens", 40)
     one, two, other = (answer(capsys, *flags, "--seed", seed).out for seed in (1, 1, 2))
     assert one == two != other
+
+
+def test_min_p_and_repetition_penalty(in_tmp, capsys):
+    """A min-p of 1 leaves the likeliest token; a penalty is the same from a flag and from /set."""
+    make_checkpoint("x.pt")
+    flags = ("--checkpoint-path", "x.pt", "--prompt", "a\n", "--max-new-tokens", 40, "--seed", 1)
+    drawn, greedy, likeliest, same, penalized = (
+        answer(capsys, *flags, *more).out
+        for more in (
+            (),
+            ("--temperature", 0),
+            ("--min-p", 1),
+            ("--min-p", 0, "--repetition-penalty", 1),
+            ("--repetition-penalty", 1.5),
+        )
+    )
+    assert likeliest == greedy != drawn == same != penalized
+    lines = ("/set min-p 0.5", "/set min_p off", "/set repetition-penalty 1.5", "a")
+    flags = ("--max-new-tokens", 40, "--seed", 1, "--temperature", 0.8)
+    *told, found = "\n".join(piped(in_tmp, *lines, flags=flags)).split("\n", 3)
+    assert found + "\n" == penalized
+    assert told[1:] == ["min_p is now off", "repetition_penalty is now 1.5"]
+
+
+def test_a_stop_text_ends_an_answer(in_tmp, capsys):
+    """Several; across tokens; with a line end; on the command line and by /set."""
+    model = make_checkpoint("x.pt")
+    tokens = LETTERS.encode("hello\n")
+    for _ in range(60):
+        tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    whole = LETTERS.decode(tokens[6:])
+    stops = [whole[20:23], "never said", whole[10:14]]
+    end = min(whole.index(stop) + len(stop) for stop in stops if stop in whole)
+    flags = ("--checkpoint-path", "x.pt", "--prompt", "hello\n", "--temperature", 0)
+    flags += ("--max-new-tokens", 60)
+    assert answer(capsys, *flags).out == printable(whole) + "\n"
+    given = [word for stop in stops for word in ("--stop", stop)]
+    assert answer(capsys, *flags, *given).out == printable(whole[:end]) + "\n"
+    lines = (f"/set stop {stops[0]}", "hello", "/set stop off", "/reset", "hello", "/set stop")
+    told = "\n".join(piped(in_tmp, *lines, flags=("--max-new-tokens", 60)))
+    end = whole.index(stops[0]) + 3
+    assert told.startswith(f"stop is now {stops[0]!r}\n")
+    assert f"\n{printable(whole[:end])}\nstop is now off\n" in told
+    assert f"(forgotten)\n{printable(whole)}\n/set NAME VALUE" in told
+    flags += ("--max-new-tokens", 300, "--temperature", 1.5, "--seed", 1)
+    first, rest = answer(capsys, *flags).out.split("\n", 1)
+    assert rest and answer(capsys, *flags, "--stop", "\\n").out == first + "\n\n"
+    make_checkpoint("x.pt", BPETokenizer.train(["some text"], 260))
+    said = answer(capsys, *flags).out
+    letter = next(n for n, c in enumerate(said) if ord(c) > 127 and c != "\ufffd")  # two tokens
+    cut = answer(capsys, *flags, "--stop", said[letter]).out
+    assert cut == said[: letter + 1] + "\n"
+
+
+def test_an_empty_line_is_no_text(in_tmp):
+    """Enter alone neither reads nor answers; there is nothing to go on from."""
+    make_checkpoint("x.pt")
+    flags = ("--max-new-tokens", 9)
+    assert piped(in_tmp, "", "hello", "", "", "/more", flags=flags) == piped(
+        in_tmp, "hello", "/more", flags=flags
+    )
+    assert piped(in_tmp, "", "/more") == ["write something first"]
+
+
+def test_a_wrong_setting_says_what_it_wants(in_tmp):
+    make_checkpoint("x.pt")
+    wanted = {
+        "temperature off": "from 0 (greedy) to a million",
+        "temperature nan": "from 0 (greedy) to a million",
+        "top_k off2": "whole number",
+        "max_new_tokens off": "whole number",
+        "min_p 1.5": "from 0 to 1",
+        "repetition_penalty 0": "above 0",
+    }
+    told = piped(in_tmp, *(f"/set {setting}" for setting in wanted), "/set")
+    for line, (setting, words) in zip(told, wanted.items(), strict=False):
+        assert line.startswith(f"{setting.split()[0]} stays as it is: ") and words in line
+        assert setting.split()[1] in line
+    assert "temperature          0.0" in told
 
 
 def test_past_block_size_newton_goes_on_and_vanilla_says_that_it_slides(in_tmp, capsys):
@@ -127,6 +206,30 @@ def test_more_goes_on_and_retry_answers_again(in_tmp):
     assert "no answer yet" in nothing and "write something" in early
 
 
+def test_undo_brings_back_the_answer_before_a_retry(in_tmp):
+    """And again the newer one; what follows goes on from the answer that is there."""
+    make_checkpoint("x.pt")
+    flags = ("--temperature", 1, "--seed", 3, "--max-new-tokens", 10)
+    lines = ("hello", "/save one", "/pull", "/retry", "/save two", "/undo", "/save three", "/pull")
+    lines += ("/undo", "/save four", "/undo", "/set temperature 0", "/more", "/save more", "/undo")
+    told = "\n".join(piped(in_tmp, *lines, flags=flags))
+    one, two, three, four, more = (
+        (in_tmp / name).read_text() for name in ("one", "two", "three", "four", "more")
+    )
+    assert one == three != two == four and len(one) == 16
+    assert f"\n{printable(one[6:])}\nsaved in three" in told
+    assert f"\n{printable(two[6:])}\nsaved in four" in told
+    pulls = told.split("was pulled by")
+    assert len(pulls) == 3 and pulls[1].split("%")[:8] == pulls[2].split("%")[:8]
+    model = load_model("x.pt", "cpu")[0]
+    tokens = LETTERS.encode(one)
+    for _ in range(10):
+        tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    assert more == LETTERS.decode(tokens)
+    assert told.splitlines()[-1] == "the answer was not retried"
+    assert "the answer was not retried" in piped(in_tmp, "hello", "/undo", flags=flags)
+
+
 def test_tokens_and_pull(in_tmp):
     """Each token of the text with its mass; shares of the pull equal the formula in float64."""
     model = make_checkpoint("x.pt")
@@ -136,6 +239,14 @@ def test_tokens_and_pull(in_tmp):
     assert [int(row[0]) for row in table] == ids
     for row, mass in zip(table, model.mass(torch.tensor(ids)), strict=True):
         assert float(row[3].rstrip(")")) == pytest.approx(mass.item(), abs=1e-3)
+    # bars begin at a mass of 1, in the middle: 12 columns for the farthest from it
+    farthest = max(abs(mass - 1) for mass in model.mass(torch.tensor(ids)).tolist())
+    bars = [line.split(") ")[1].split("│") for line in lines if "(mass" in line]
+    for (left, right), mass in zip(bars, model.mass(torch.tensor(ids)).tolist(), strict=True):
+        assert len(left) == 12
+        length = 12 * (mass - 1) / farthest
+        filled, empty = (right, left) if length > 0 else (left, right)
+        assert len(filled.strip()) == pytest.approx(abs(length), abs=1) and not empty.strip()
     (start,) = (n for n, line in enumerate(lines) if "was pulled by, of the last 7 tokens" in line)
     shares = {row.split()[2]: row.split()[0] for row in lines[start + 1 :] if "back" in row}
     tokens = torch.tensor([[*ids, LETTERS.encode(lines[0])[0] if lines[0] else ids[-1]]])

@@ -226,7 +226,7 @@ def test_campaign_of_random_prompts_in_short(tmp_path):
     only = [("vanilla-BPE", False), ("NGT-char", True)]
     result = campaign(tmp_path, 200, seed=1, long_prompts=2, longest=1 << 16, only=only)
     assert result["failures"] == [] and result["kinds"].total() == 200
-    assert len(result["kinds"]) == 11 and result["output_bytes"] > 9000
+    assert len(result["kinds"]) == 11 and result["output_bytes"] > 8000
 
 
 def test_ctrl_c_ends_a_pipe(tmp_path):

@@ -30,6 +30,7 @@ from text.tokenizer import BPETokenizer, CharTokenizer
 HOSTILE = ("<script>document.title='pwned'</script>", "<img src=x onerror=alert(1)>", "\u202e")
 LETTERS = CharTokenizer([*"abcdefghijklmnopqrstuvwxyz :\n\x1b", *HOSTILE])
 SETTINGS = {"temperature": 1.0, "top_k": None, "top_p": None, "max_new_tokens": 40, "seed": 5}
+SETTINGS |= {"min_p": None, "repetition_penalty": None, "stop": None}
 ENDLESS = {"max_new_tokens": 10**9}
 
 
@@ -168,13 +169,20 @@ def test_answers_are_the_terminals_and_pulls_are_the_formulas(server, capsys):
         assert_true_pulls(rows, reference, position)
         assert rows[-1] == tokens[position]["pulls"]
 
-    # a different answer, then a longer one; the prompt stays
+    # a different answer, back and forth, then a longer one; the prompt stays
     again = asker.talk("retry")
     assert again[1] == {"type": "back", "position": 11} and text_of(again) != text_of(events)
+    version = asker.get("/state")["version"]
+    for expected in (tokens, tokens[:11] + tokens_of(again)):
+        status, told = asker.post("/undo", {})
+        told, version = json.loads(told), version + 1
+        assert status == 200 and told == asker.get("/state")
+        assert told["tokens"] == expected and told["canUndo"] and told["version"] == version
     more = asker.talk("more", max_new_tokens=7)
     assert [token["position"] for token in tokens_of(more)] == list(range(51, 58))
     whole = tokens[:11] + tokens_of(again) + tokens_of(more)
     assert asker.get("/state")["tokens"] == whole
+    assert asker.post("/undo", {}) == (409, "the answer was not retried\n")
     # after a reset, the same seed gives the same conversation
     asker.post("/reset", {})
     assert text_of(asker.talk("send", "hello there", max_new_tokens=40)) == text_of(events)
@@ -226,6 +234,8 @@ def test_strangers_and_nonsense_are_refused_in_one_line(server):
         (403, ("POST", "/reset", {}, {"Origin": "null"})),
         (403, ("POST", "/reset", {}, {"Origin": f"http://localhost:{port}"})),
         (403, ("POST", "/stop", {}, {"Origin": f"https://127.0.0.1:{port}"})),
+        (403, ("POST", "/undo", {}, {"Origin": "http://evil.example"})),
+        (404, ("GET", "/undo", None, {})),
         (415, ("POST", "/reset", b"{}", {"Content-Type": "text/plain"})),
         (415, ("POST", "/reset", b"{}", {})),
         (405, ("PUT", "/talk", {}, {})),
@@ -270,6 +280,11 @@ def test_strangers_and_nonsense_are_refused_in_one_line(server):
         (400, setting(top_p=2)),
         (400, setting(max_new_tokens=0)),
         (400, setting(seed=1 << 63)),
+        (400, setting(min_p=1.5)),
+        (400, setting(repetition_penalty=0)),
+        (400, setting(stop="a")),
+        (400, setting(stop=["a", 1])),
+        (400, setting(stop=[""])),
         (400, setting(**{"\x1b[2J": 1})),
     ]
     before = asker.get("/state")
@@ -412,7 +427,16 @@ def new_page(server):
     sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright here")
     if BROWSER is None:
         pytest.skip("no chromium here")
-    wrong = []
+    wrong, answers = [], []  # what was not expected; what the page's questions are answered with
+
+    def on_dialog(dialog):
+        if not answers:
+            wrong.append(dialog.message)
+        if answers and answers.pop(0):
+            dialog.accept()
+        else:
+            dialog.dismiss()
+
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=BROWSER, args=["--no-sandbox", "--disable-background-networking"]
@@ -423,7 +447,7 @@ def new_page(server):
             page = browser.new_context(viewport=size, **context).new_page()
             page.on("pageerror", lambda error: wrong.append(str(error)))
             page.on("console", lambda line: line.type == "error" and wrong.append(line.text))
-            page.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
+            page.on("dialog", on_dialog)
             page.on(
                 "request",
                 lambda request: request.url.startswith(at.url) or wrong.append(request.url),
@@ -432,6 +456,7 @@ def new_page(server):
             page.wait_for_selector("body[data-ready]")
             return page
 
+        new_page.answers = answers
         yield new_page
         browser.close()
     # a refusal is logged by the browser itself
@@ -558,9 +583,51 @@ def test_in_a_browser(server, new_page):
     page.wait_for_selector("#notice:has-text('another tab')")
     assert page.input_value("#prompt") == "stale"
     assert shown_text(page, "you") == shown_text(other, "you")
+    new_page.answers.append(True)
     page.click("#reset")
     page.wait_for_selector(".empty")
     assert page.locator(".token").count() == 0 and asker.get("/state")["tokens"] == []
+    page.click("#reset")  # there is nothing to ask about
+
+
+def test_retry_and_reset_lose_nothing_by_accident_in_a_browser(server, new_page):
+    """Undo brings the first answer back, Reset asks first; the settings of drawing are read."""
+    asker = server.asker
+    asker.post("/reset", {})
+    page = new_page()
+    page.click("summary")
+    settings = {"temperature": 1, "max_new_tokens": 300, "seed": 5, "min_p": 0.01}
+    for name, value in (settings | {"repetition_penalty": 1.1, "stop": "ab\n\\n\n"}).items():
+        page.fill(f"[name={name}]", str(value))
+    assert "min_p 0.01, repetition_penalty 1.1" in page.text_content("#settings-now")
+    assert "stop ab or \\n" in page.text_content("#settings-now")
+    page.fill("#prompt", "hello")
+    page.keyboard.press("Enter")
+    wait_until_written(page)
+    state = asker.get("/state")
+    assert state["settings"] == SETTINGS | settings | {
+        **{"repetition_penalty": 1.1, "stop": ["ab", "\n"]}
+    }
+    first = shown_text(page, "model")
+    assert first.endswith(("ab", "\n")) and len(first) < 300 and first.count("\n") <= 1
+    assert page.is_disabled("#undo")
+    page.fill("[name=stop]", "")
+    page.click("#retry")
+    wait_until_written(page)
+    second = shown_text(page, "model")
+    assert second != first and asker.get("/state")["settings"]["stop"] is None
+    for expected in (first, second, first):
+        page.click("#undo")
+        deadline = time.monotonic() + 20
+        while shown_text(page, "model") != expected:
+            assert time.monotonic() < deadline
+            page.wait_for_timeout(20)
+    new_page.answers[:] = [False, True]
+    page.click("#reset")
+    assert shown_text(page, "model") == first and new_page.answers == [True]
+    page.click("#reset")
+    page.wait_for_selector(".empty")
+    assert asker.get("/state")["tokens"] == [] and page.is_disabled("#undo")
 
 
 def test_a_background_in_a_browser(new_page, in_tmp):

@@ -14,6 +14,7 @@ from small_runs import TINY, evaluation
 from system.durations import duration, short_duration
 from training import display as training_display
 from training.display import TrainingDisplay
+from training.validation import perplexity
 
 LIVE = re.compile(r"/100,?000\b.* loss ")
 
@@ -62,6 +63,22 @@ def test_the_expected_time_is_that_of_the_steps_to_come(evaluated_at, capsys, mo
     assert row.split()[-1] == left[evaluated_at]
     expected = "expected: 33 min for the 980 steps that are left, plus evaluations"  # 1960 seconds
     assert above == ([expected] if evaluated_at == 30 else [])
+
+
+def test_columns_stay_apart_at_any_perplexity():
+    """A perplexity that its column cannot hold loses its decimals, then its digits."""
+    losses = [2.0, 11.0, 12.0, 13.5, 14.0, 138.0, 701.0]
+    titles = training_display.COLUMNS
+    lines = [dict(zip(titles, titles, strict=True))]
+    for loss in losses:
+        row = evaluation(1, 2.0) | {"perplexity": perplexity(loss)}
+        lines.append(training_display._cells(row, 50))
+    header, *rows = (training_display._aligned(cells, titles) for cells in lines)
+    end = header.index("ppl") + len("ppl")
+    shown = [row[end - 9 : end].strip() for row in rows]
+    assert shown == ["7.389", "59874.142", "162755", "729416", "> 1e6", "> 1e6", "> 1e6"]
+    assert {row[end - 10] for row in rows} | {row[end] for row in rows} == {" "}
+    assert {len(row) for row in rows} == {len(header)}
 
 
 @pytest.fixture
