@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from gravity.newton import GravityAttention
 from gravity.published import PublishedGravityAttention
 from layers.config import NGTConfig as NGTConfig
+from layers.head_loss import head_loss
 from layers.parts import (
     FeedForward,
     check_context,
@@ -132,13 +133,14 @@ class NGT(nn.Module):
         """The largest mass of any token of the vocabulary, ()."""
         return F.softplus(self.mass_emb.weight.max().float())
 
-    def forward(self, tokens, kv_cache=None, return_geometry=False):
+    def forward(self, tokens, kv_cache=None, return_geometry=False, targets=None):
         """Logits of the next token after each, (B, T, vocab_size).
 
         Args:
             tokens: ids, (B, T).
             kv_cache: a `KVCache`; `tokens` then follow those that it has seen.
             return_geometry: return `(logits, Geometry)`.
+            targets: ids, (B, T); their mean cross-entropy then stands in place of the logits.
 
         Raises:
             ValueError: if the published law is given more than `block_size` tokens.
@@ -163,8 +165,12 @@ class NGT(nn.Module):
             path.append(z)
         if kv_cache is not None:
             kv_cache.length += tokens.shape[1]
-        logits = soft_cap(self.head(self.norm(h)), self.config.logit_softcap)  # (B, T, vocab_size)
-        return (logits, Geometry(mass, z, tuple(path))) if return_geometry else logits
+        h, cap = self.norm(h), self.config.logit_softcap
+        if targets is None:
+            result = soft_cap(self.head(h), cap)  # (B, T, vocab_size)
+        else:
+            result = head_loss(h, self.head, cap, targets)
+        return (result, Geometry(mass, z, tuple(path))) if return_geometry else result
 
 
 def repulsion_loss(z, mass, max_positions=MAX_POSITIONS, generator=None):

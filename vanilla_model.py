@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from gravity.heads import merge_heads, split_heads
 from gravity.retardation import mix_with_token_before
 from layers.config import VanillaConfig as VanillaConfig
+from layers.head_loss import head_loss
 from layers.parts import (
     FeedForward,
     RMSNorm,
@@ -176,12 +177,13 @@ class Vanilla(nn.Module):
         """How many tokens fit into one context: nothing was learned past the training length."""
         return self.config.block_size
 
-    def forward(self, tokens, kv_cache=None):
+    def forward(self, tokens, kv_cache=None, targets=None):
         """Logits of the next token after each, (B, T, vocab_size).
 
         Args:
             tokens: ids, (B, T).
             kv_cache: a `KVCache`; `tokens` then follow those that it has seen.
+            targets: ids, (B, T); their mean cross-entropy then stands in place of the logits.
 
         Raises:
             ValueError: if learned positions are given more than `block_size` tokens.
@@ -201,4 +203,7 @@ class Vanilla(nn.Module):
             first_values = v if first_values is None else first_values
         if kv_cache is not None:
             kv_cache.length += tokens.shape[1]
-        return soft_cap(self.head(self.norm(h)), self.config.logit_softcap)  # (B, T, vocab_size)
+        h, cap = self.norm(h), self.config.logit_softcap
+        if targets is not None:
+            return head_loss(h, self.head, cap, targets)
+        return soft_cap(self.head(h), cap)  # (B, T, vocab_size)

@@ -5,7 +5,6 @@ import dataclasses
 import math
 
 import torch
-import torch.nn.functional as F
 
 from data import get_batch
 from engine.checkpoint import FORMAT_VERSION
@@ -40,13 +39,10 @@ def forward(model, inputs, targets, with_geometry):
     Returns:
         `(cross-entropy, z, mass)`: a scalar in fp32, (B, T, coord_dim), (B, T).
     """
-    z = mass = None
-    if with_geometry:
-        logits, geometry = model(inputs, return_geometry=True)
-        z, mass = geometry.z, geometry.mass
-    else:
-        logits = model(inputs)
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()), z, mass
+    if not with_geometry:
+        return model(inputs, targets=targets), None, None
+    loss, geometry = model(inputs, targets=targets, return_geometry=True)
+    return loss, geometry.z, geometry.mass
 
 
 def maybe_compile(function, config, device):
