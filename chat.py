@@ -142,9 +142,6 @@ def main(argv=None):
     """Run the chat; returns the exit code."""
     args = make_parser().parse_args(argv)
     check_flags(args)
-    # a model may write characters that the terminal's encoding lacks
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
     # these import PyTorch, which takes a second: --help and a wrong flag do not wait for it
     from engine.checkpoint import load_model
     from talk.commands import Chat, completions, converse

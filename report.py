@@ -71,6 +71,8 @@ def main(argv=None):
 
     variants = group(find_runs(args.runs))
     runs = [run for v in variants for run in v.runs]
+    if args.output is not None:  # before anything is printed: the output may fail
+        write_report(Path(args.output), args.runs, variants, args.reference)
     print(terminal_table(variants))
     for source in dict.fromkeys(run.config["source"] for run in runs):
         print(one_line(f"text: {source}"))
@@ -78,7 +80,6 @@ def main(argv=None):
         machine, seed = run.config["machine"], run.config["seed"]
         print(one_line(f"{run.name}: {machine}, seed {seed}, {run.command()}"))
     if args.output is not None:
-        write_report(Path(args.output), args.runs, variants, args.reference)
         print(f"wrote {args.output}")
     return 0
 

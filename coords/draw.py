@@ -142,15 +142,16 @@ def write_files(args, runs, layer):
     title = " and ".join(run.name for run in runs)
     page = map_page([run_data(run) for run in runs], f"{title}: where the tokens are", layer)
     write_whole(Path(args.output), page.encode())
-    print(
+    written = [
         f"wrote {args.output}: {len(runs[0].labels)} tokens, {len(page.encode()) / 1e6:.1f} MB, "
         "open it in a browser"
-    )
+    ]
     if args.png is not None or args.heads_png is not None:
         from coords.still import heads_still, still  # takes a second to import
     if args.png is not None:
         write_whole(Path(args.png), still(runs, layer))
-        print(f"wrote {args.png}: layer {layer}")
+        written.append(f"wrote {args.png}: layer {layer}")
     if args.heads_png is not None:
         write_whole(Path(args.heads_png), heads_still(runs))
-        print(f"wrote {args.heads_png}: the field of each head")
+        written.append(f"wrote {args.heads_png}: the field of each head")
+    print("\n".join(written))  # after all is written: the output may fail

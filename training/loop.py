@@ -113,7 +113,7 @@ class _Loop:
         trainer = self.trainer
         row = evaluation_row(trainer, norm, self.steps, self.seconds)  # all ranks share the windows
         steps_left = trainer.config["max_steps"] - trainer.iter
-        self.display.row(row, steps_left * self.seconds / self.steps)
+        seconds_left = steps_left * self.seconds / self.steps
         if self.log is not None:
             self.log.evaluation(row)
             self.log.dashboard.learned(trainer.raw_model, trainer.data, trainer.iter)
@@ -123,17 +123,19 @@ class _Loop:
         if self.is_sound and row["val_loss"] < trainer.best_val:
             trainer.best_val = row["val_loss"]
             save(trainer, self.files, self.files.best)
+        self.display.row(row, seconds_left)  # after saving: the output may fail
         self.save_asked |= self.stop.agree(trainer.ranks)  # an evaluation may take long
 
     def save_if_due(self):
         """Write PATH_last.pt if it is time, somebody asked, or the run stops here."""
         trainer, last = self.trainer, self.files.last
-        if self.save_asked:
-            self.display.say(f"SIGUSR1 at step {trainer.iter}: {last}")
         is_due = self.is_due("checkpoint_interval") or self.stop.signal is not None
         if (is_due or self.save_asked) and self.is_sound and trainer.is_sound():
             save(trainer, self.files, last)
             self.saved_at = trainer.iter
+        if self.save_asked:
+            saved = last if self.saved_at == trainer.iter else "not saved, a number is not finite"
+            self.display.say(f"SIGUSR1 at step {trainer.iter}: {saved}")
 
     def how_to_continue(self):
         """What follows "stopped at step N": what was saved, and the command to continue."""
