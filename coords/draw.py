@@ -9,6 +9,7 @@ from coords.vocabulary import frequencies, training_text_or_none, vocabulary
 from engine.checkpoint import load_model
 from system.errors import UsageError, UserError, warn
 from system.files import write_whole
+from text.stream import plain_text, read_text
 from text.token_files import data_of_checkpoint
 from text.tokenizer import TextStream
 
@@ -40,15 +41,10 @@ def tokens_to_show(args, tokenizer, checkpoint):
     """
     stop = args.offset + args.num_tokens
     if args.text_file is not None:
-        try:
-            text = Path(args.text_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"--text-file {args.text_file} cannot be read as UTF-8 text: {error}"
-            ) from None
+        text = read_text(args.text_file, "--text-file")
         every, source = tokenizer.encode(text), Path(args.text_file).name
     elif args.text is not None:
-        every, source = tokenizer.encode(args.text), "the text given"
+        every, source = tokenizer.encode(plain_text(args.text)), "the text given"
     else:
         data = data_of_checkpoint(checkpoint, tokenizer, "give --text or --text-file")
         split = args.split or "valid"

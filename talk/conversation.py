@@ -14,6 +14,7 @@ from model import NGT
 from system.safe_text import printable
 from talk.events import Token, notice
 from talk.line_input import BROKEN
+from text.stream import plain_text
 from text.tokenizer import CharTokenizer, TextStream
 
 READ_AT_ONCE = 512  # tokens, if none are kept
@@ -122,7 +123,7 @@ class Conversation:
 
     def read(self, text, stopped):
         """Let the model read what the user wrote."""
-        text = BROKEN.sub("\ufffd", text)
+        text = plain_text(BROKEN.sub("\ufffd", text))
         if isinstance(self.tokenizer, CharTokenizer):
             unknown = self.tokenizer.num_unknown(text)
             if unknown:

@@ -18,9 +18,9 @@ from tokenizers import Tokenizer, models
 from conftest import ROOT
 from sample_texts import BPE_JSON, ENGLISH, HANGUL, OFFLINE, TEXTS
 from system.errors import UserError
+from text.byte_level import LONGEST_TOKEN
 from text.tokenizer import (
     LONGEST_LABEL,
-    LONGEST_TOKEN,
     BPETokenizer,
     CharTokenizer,
     TextStream,
