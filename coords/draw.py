@@ -9,7 +9,7 @@ from coords.vocabulary import frequencies, training_text_or_none, vocabulary
 from engine.checkpoint import load_model
 from system.errors import UsageError, UserError, warn
 from system.files import write_whole
-from text.stream import plain_text, read_text
+from text.stream import read_text, typed_text
 from text.token_files import data_of_checkpoint
 from text.tokenizer import TextStream
 
@@ -44,7 +44,7 @@ def tokens_to_show(args, tokenizer, checkpoint):
         text = read_text(args.text_file, "--text-file")
         every, source = tokenizer.encode(text), Path(args.text_file).name
     elif args.text is not None:
-        every, source = tokenizer.encode(plain_text(args.text)), "the text given"
+        every, source = tokenizer.encode(typed_text(args.text)), "the text given"
     else:
         data = data_of_checkpoint(checkpoint, tokenizer, "give --text or --text-file")
         split = args.split or "valid"
@@ -137,11 +137,10 @@ def write_files(args, runs, layer):
     """Write the page and the stills that the flags ask for, opened at a layer."""
     title = " and ".join(run.name for run in runs)
     page = map_page([run_data(run) for run in runs], f"{title}: where the tokens are", layer)
-    write_whole(Path(args.output), page.encode())
-    written = [
-        f"wrote {args.output}: {len(runs[0].labels)} tokens, {len(page.encode()) / 1e6:.1f} MB, "
-        "open it in a browser"
-    ]
+    write_whole(Path(args.output), page)
+    size = Path(args.output).stat().st_size / 1e6
+    tokens = len(runs[0].labels)
+    written = [f"wrote {args.output}: {tokens} tokens, {size:.1f} MB, open it in a browser"]
     if args.png is not None or args.heads_png is not None:
         from coords.still import heads_still, still  # takes a second to import
     if args.png is not None:

@@ -13,8 +13,7 @@ from engine.pulls import PullRecord
 from model import NGT
 from system.safe_text import printable
 from talk.events import Token, notice
-from talk.line_input import BROKEN
-from text.stream import plain_text
+from text.stream import typed_text
 from text.tokenizer import CharTokenizer, TextStream
 
 READ_AT_ONCE = 512  # tokens, if none are kept
@@ -123,7 +122,7 @@ class Conversation:
 
     def read(self, text, stopped):
         """Let the model read what the user wrote."""
-        text = plain_text(BROKEN.sub("\ufffd", text))
+        text = typed_text(text)
         if isinstance(self.tokenizer, CharTokenizer):
             unknown = self.tokenizer.num_unknown(text)
             if unknown:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import signal
 import sys
 import time
@@ -132,6 +133,24 @@ def test_the_best_is_saved_before_its_row_is_shown(make_trainer, monkeypatch):
         training_loop.loop(trainer, log, files)
     assert json.loads(Path("runs/x/metrics.jsonl").read_text())["step"] == 10
     assert load_model("x.pt_best.pt", trainer.device)[2]["iter"] == 10
+
+
+def printing_to_a_pipe():
+    os.dup2(os.open("pipe", os.O_WRONLY), 1)
+    printing_to_a_pipe.before = sys.stdout  # whose end would close the pipe
+    sys.stdout = os.fdopen(1, "w")
+
+
+def test_a_training_whose_output_fails_saves(in_tmp, small_text):
+    """As `| head` ends, the training saves and stops, as if its terminal was closed."""
+    flags = ("--data-path", small_text, "--checkpoint-path", "x.pt", "--max-steps", 1_000_000)
+    flags = (*TINY, *flags, "--checkpoint-interval", 1_000_000, "--eval-interval", 50)
+    os.mkfifo("pipe")
+    process = StartedScript("train_shakespeare.py", flags, in_tmp, prepare=printing_to_a_pipe)
+    with open("pipe") as pipe:
+        assert any(line.startswith("     50 ") for line in pipe)
+    assert process.wait(60) == 129
+    assert read_checkpoint("x.pt_last.pt")["iter"] > 50
 
 
 def test_closed_output_is_discarded(in_tmp, small_text, monkeypatch):

@@ -1,6 +1,6 @@
 """Reading, cutting and hashing text of any size: only one block at a time is in memory.
 
-All text enters here, files by `read_blocks` and what a user types by `plain_text`, so that a model
+All text enters here, files by `read_blocks` and what a user types by `typed_text`, so that a model
 reads what is like the text it was trained on.
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from system.errors import UserError
+from system.safe_text import BROKEN
 
 BLOCK_BYTES = 1 << 20
 PIECE_CHARS = 1 << 16
@@ -52,6 +53,11 @@ def plain_text(text, changed=None, is_start=True):
         changed.add("its line ends CRLF or CR were read as LF")
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     return text
+
+
+def typed_text(text):
+    """The `plain_text` of what a user typed; U+FFFD stands for each byte that was not UTF-8."""
+    return plain_text(BROKEN.sub("\ufffd", text))
 
 
 def say_what_changed(source, changed, say):

@@ -319,7 +319,7 @@ def _char_list(vocab):
 def load_bpe(path):
     """The `BPETokenizer` of a file; raises `UserError` if it is unreadable or of another kind."""
     try:
-        return BPETokenizer(Path(path).read_text(encoding="utf-8"))
+        return BPETokenizer(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"--tokenizer-path {path} cannot be read: {error}") from None
     except (UnicodeDecodeError, UserError) as error:
