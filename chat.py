@@ -7,7 +7,6 @@ in ~/.local/state/newton-gravity/chat_history, or under XDG_STATE_HOME. NO_COLOR
 """
 
 import argparse
-import sys
 
 from system.cli import (
     choose_device,
@@ -137,9 +136,6 @@ def main(argv=None):
     """Run the chat; returns the exit code."""
     args = make_parser().parse_args(argv)
     check_flags(args)
-    # a model may write characters that the terminal's encoding lacks
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
     # these import PyTorch, which takes a second: --help and a wrong flag do not wait for it
     from engine.checkpoint import find_checkpoint, load_model
     from talk.commands import Chat, completions, converse

@@ -136,11 +136,11 @@ def main(argv=None):
         *(model, tokenizer, checkpoint),
         *(args.context_lengths, args.num_windows, args.long_range),
     )
+    if args.json:  # before anything is printed: the output may fail
+        write_whole(Path(args.json), json.dumps(result, indent=1).encode())
     show(result, TARGETS)
     if args.long_range:
         show_long_range(result["long_range"])
-    if args.json:
-        write_whole(Path(args.json), json.dumps(result, indent=1).encode())
     return 0
 
 

@@ -71,13 +71,14 @@ def main(argv=None):
 
     variants = group(find_runs(args.runs))
     runs = [run for v in variants for run in v.runs]
+    if args.output is not None:  # before anything is printed: the output may fail
+        write_report(Path(args.output), args.runs, variants, args.reference)
     print(terminal_table(variants))
     for source in dict.fromkeys(run.config["source"] for run in runs):
         print(one_line(f"text: {source}"))
     if sentence := left_out(runs, runs[0]):
         print(sentence)
     if args.output is not None:
-        write_report(Path(args.output), args.runs, variants, args.reference)
         print(f"wrote {args.output}")
     return 0
 

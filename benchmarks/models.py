@@ -1,6 +1,5 @@
 """Makes the models and tokens that are timed: a checkpoint's, or fresh ones of a preset's size."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +12,7 @@ from model import NGT
 from system.errors import UsageError, UserError
 from system.settings import flag_of
 from system.threads import choose_threads
+from text.stream import read_text
 from text.token_files import data_of_checkpoint
 from training.config import SETTINGS, resolve
 
@@ -100,10 +100,7 @@ def some_tokens(args, network, tokenizer, checkpoint, count):
         generator = torch.Generator().manual_seed(1)
         return torch.randint(network.config.vocab_size, (count,), generator=generator)
     if getattr(args, "text", None) is not None:
-        try:
-            ids = tokenizer.encode(Path(args.text).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--text {args.text} cannot be read: {error}") from None
+        ids = tokenizer.encode(read_text(args.text, "--text"))
     else:
         remedy = "name a text with --text"
         ids = data_of_checkpoint(checkpoint, tokenizer, remedy).valid[:count]

@@ -9,9 +9,8 @@ from tokenizers import Tokenizer
 
 from benchmarks.timing import interleaved, spread
 from data import get_batch
-from system.errors import UserError
 from text.corpora import Corpus
-from text.stream import pieces
+from text.stream import pieces, read_text
 from text.token_files import BATCH_PIECES, write_token_files
 from text.tokenizer import BPETokenizer, CharTokenizer
 
@@ -53,13 +52,7 @@ def text_of(path):
         files = sorted([*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")])
         text = "\n".join(file.read_text(encoding="utf-8") for file in files)
         return "the sources of this repository", text
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--data-path {path} cannot be read: {error}") from None
-    if not text:
-        raise UserError(f"--data-path {path} is empty: name a file with text")
-    return path, text
+    return path, read_text(path, "--data-path")
 
 
 def functions_to_time(source, parts, bpe):

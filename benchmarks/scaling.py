@@ -75,7 +75,7 @@ def benchmark_scaling(args, device):
         ]
     )
     if args.output:
-        write_whole(Path(args.output), page.encode())
+        write_whole(Path(args.output), page)
         print(f"wrote {args.output}")
     else:
         print(page)

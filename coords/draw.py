@@ -11,6 +11,7 @@ from engine.checkpoint import load_model
 from system.errors import UsageError, UserError, warn
 from system.files import write_whole
 from text.labels import labels_in_text, unknown_characters
+from text.stream import read_text, typed_text
 from text.token_files import data_of_checkpoint
 from text.tokenizer import TextStream
 
@@ -42,15 +43,10 @@ def tokens_to_show(args, tokenizer, checkpoint):
     """
     stop = args.offset + args.num_tokens
     if args.text_file is not None:
-        try:
-            text = Path(args.text_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"--text-file {args.text_file} cannot be read as UTF-8 text: {error}"
-            ) from None
+        text = read_text(args.text_file, "--text-file")
         every, source = encode(tokenizer, text), Path(args.text_file).name
     elif args.text is not None:
-        every, source = encode(tokenizer, args.text), "the text given"
+        every, source = encode(tokenizer, typed_text(args.text)), "the text given"
     else:
         data = data_of_checkpoint(checkpoint, tokenizer, "give --text or --text-file")
         split = args.split or "valid"
@@ -152,18 +148,18 @@ def write_files(args, runs, layer):
     """Write the page and the stills that the flags ask for, opened at a layer."""
     title = " and ".join(run.name for run in runs)
     page = map_page([run_data(run) for run in runs], f"{title}: where the tokens are", layer)
-    write_whole(Path(args.output), page.encode())
-    print(
-        f"wrote {args.output}: {len(runs[0].labels)} tokens, {len(page.encode()) / 1e6:.1f} MB, "
-        "open it in a browser"
-    )
+    write_whole(Path(args.output), page)
+    size = Path(args.output).stat().st_size / 1e6
+    tokens = len(runs[0].labels)
+    written = [f"wrote {args.output}: {tokens} tokens, {size:.1f} MB, open it in a browser"]
     if args.png is not None or args.heads_png is not None:
         # matplotlib reports on its own folders there
         logging.getLogger("matplotlib").setLevel(logging.ERROR)
         from coords.still import heads_still, still  # takes a second to import
     if args.png is not None:
         write_whole(Path(args.png), still(runs, layer))
-        print(f"wrote {args.png}: layer {layer}")
+        written.append(f"wrote {args.png}: layer {layer}")
     if args.heads_png is not None:
         write_whole(Path(args.heads_png), heads_still(runs))
-        print(f"wrote {args.heads_png}: the field of each head")
+        written.append(f"wrote {args.heads_png}: the field of each head")
+    print("\n".join(written))  # after all is written: the output may fail

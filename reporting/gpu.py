@@ -90,7 +90,7 @@ def write_gpu_page(output, name):
         training_section(name),
         "The first run of the CUDA path, of an older version: [gpu_h200.md](gpu_h200.md).",
     ]
-    write_whole(output, ("\n\n".join(parts) + "\n").encode())
+    write_whole(output, "\n\n".join(parts) + "\n")
 
 
 def read_lines(path):

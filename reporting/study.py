@@ -62,7 +62,7 @@ def write_study(output, name):
         *("## What the geometry learned", *_geometry(headline, stages["ablations"])),
         *("## Commands", _commands(runs)),
     ]
-    write_whole(output, ("\n\n".join(parts) + "\n").encode())
+    write_whole(output, "\n\n".join(parts) + "\n")
 
 
 def _notes(name):

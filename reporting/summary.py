@@ -58,10 +58,10 @@ def write_report(output, names, variants, reference):
     curves = curves_to_draw({v.label: v.runs for v in variants})
     # the .md comes last: it links to the others
     for suffix, content in (
-        (".html", page_of_curves(curves, title).encode()),
+        (".html", page_of_curves(curves, title)),
         (".png", curves_png(curves)),
         (".csv", _csv(runs)),
-        (output.suffix, ("\n\n".join(parts) + "\n").encode()),
+        (output.suffix, "\n\n".join(parts) + "\n"),
     ):
         write_whole(output.with_suffix(suffix), content)
 
@@ -109,7 +109,7 @@ def reference_section(path):
         UserError: if the file is missing or not in the form of reports/first_release.json.
     """
     try:
-        reference = json.loads(Path(path).read_text(encoding="utf-8"))
+        reference = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         head = list(reference["rows"][0])
         lines = [[row[key] for key in head] for row in reference["rows"]]
         title, setting = reference["title"], reference["setting"]
@@ -139,4 +139,4 @@ def _csv(runs):
             "seed": run.config["seed"],
         }
         writer.writerows(same | row for row in run.rows)
-    return text.getvalue().encode()
+    return text.getvalue()

@@ -4,6 +4,7 @@ import os
 import sys
 
 from system.safe_text import one_line
+from system.terminal import print_whatever_comes
 from system.threads import sleep_while_waiting
 
 
@@ -39,6 +40,7 @@ def run_script(main):
     All scripts start here, before PyTorch is imported.
     """
     sleep_while_waiting()
+    print_whatever_comes()
     try:
         sys.exit(main())
     except UserError as error:

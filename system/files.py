@@ -6,14 +6,17 @@ from system.errors import UserError
 
 
 def write_whole(path, data):
-    """Write bytes to a file, all or none; missing folders are created.
+    """Write bytes, or a text as UTF-8, to a file, all or none; missing folders are created.
 
     Args:
         path: a `Path`; an older file there stays until the new one is complete.
+        data: characters that UTF-8 lacks, as file names may hold them, are escaped.
 
     Raises:
         UserError: if it cannot be written.
     """
+    if isinstance(data, str):
+        data = data.encode(errors="backslashreplace")
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

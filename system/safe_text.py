@@ -1,8 +1,10 @@
 """Text from strangers made safe to print: it cannot control a terminal or imitate other text."""
 
+import re
 import unicodedata
 
 JOINERS = "\u200c\u200d"  # emoji and Indic, Persian and Arabic letters need them
+BROKEN = re.compile("[\ud800-\udfff]")  # Python reads each byte that is not UTF-8 as one of these
 FILLERS = "\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0"  # invisible letters
 
 

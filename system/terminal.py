@@ -14,6 +14,19 @@ STYLES = {"dim": "2", "bold": "1"}
 WIDEST = 100  # columns; longer bars are hard to compare
 
 
+def print_whatever_comes():
+    """Let no character and no closed stream end a script that prints: output never decides.
+
+    What the encoding of the output lacks is escaped, and output that was closed is discarded.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # as after `>&-`: the next file opened would get its number
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def cells(text):
     """The number of columns that one line of printable text takes in a terminal."""
     total, before = 0, ""

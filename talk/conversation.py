@@ -14,8 +14,8 @@ from engine.pulls import PullRecord
 from model import NGT
 from system.safe_text import printable
 from talk.events import Token, notice
-from talk.line_input import BROKEN
 from text.labels import labels_in_text, unknown_characters
+from text.stream import typed_text
 from text.tokenizer import CharTokenizer, TextStream
 
 # settings with which tokens are drawn
@@ -161,7 +161,7 @@ class Conversation:
 
     def read(self, text, stopped):
         """Let the model read what the user wrote."""
-        text = BROKEN.sub("\ufffd", text)
+        text = typed_text(text)
         if unknown := unknown_characters(self.tokenizer, text):
             yield notice(unknown)
         tokens = self.tokenizer.encode(text)

@@ -2,15 +2,14 @@
 
 import contextlib
 import os
-import re
 import sys
 from pathlib import Path
 
 from system.errors import warn
+from system.safe_text import BROKEN
 from system.terminal import is_capable, styled
 
 HISTORY_LINES = 1000
-BROKEN = re.compile("[\ud800-\udfff]")  # Python reads each byte that is not UTF-8 as one of these
 
 
 def history_path():

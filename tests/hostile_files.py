@@ -26,9 +26,10 @@ from hostile_checkpoints import (
     error_of,
     train_a_little,
 )
+from text.byte_level import GPT4_WORDS
 from text.preparation import prepare_data
 from text.token_files import open_token_data
-from text.tokenizer import GPT4_WORDS, BPETokenizer, load_bpe
+from text.tokenizer import BPETokenizer, load_bpe
 
 
 def meta(**changes):

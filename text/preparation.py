@@ -2,18 +2,23 @@
 
 import contextlib
 import json
+import threading
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from system.errors import UsageError, UserError, warn
 from text.corpora import find_corpus
-from text.stream import pieces
+from text.stream import pieces, plain_text
 from text.token_files import TokenFilesError, byte_bar, open_token_data, write_token_files
 from text.tokenizer import BPETokenizer, CharTokenizer, TiktokenTokenizer, load_bpe
 
 TOKENS = Path("data") / "tokens"
 LOCKS = Path("data") / "locks"
+LOOKED_AT = 1 << 16  # tokens, whose text is looked at
+SECONDS_BETWEEN_SIGNS = 0.5  # of life, while a tokenizer is trained
+SECONDS_TO_STOP = 1.0
 
 
 def prepare_data(
@@ -59,6 +64,7 @@ def prepare_data(
         directory = _directory(corpus, tokenizer, bpe_vocab_size, given)
         ready, _ = _reusable(directory, corpus)
         if ready is not None:
+            _say_if_unchanged(ready, say)
             return ready
     with _one_process(f"{corpus.name}-{corpus.sha256[:12]}", say):
         if is_missing:
@@ -146,6 +152,18 @@ def _reusable(directory, corpus):
     return ready, None
 
 
+def _say_if_unchanged(data, say):
+    """Say so if token files of an earlier version hold what `plain_text` changes today."""
+    changed = set()
+    if "text_changes" not in data.meta:
+        plain_text(data.tokenizer.decode(data.train[:LOOKED_AT].tolist()), changed)
+    if changed:
+        say(
+            f"{data.directory} is of an earlier version, which made tokens of byte order marks and "
+            "CR: its checkpoints need it, but move it away for a new run"
+        )
+
+
 def _changed_source(directory, corpus):
     """A sentence if the same source had another content when it was last encoded; else None."""
     key = directory.name.removeprefix(f"{corpus.name}-{corpus.sha256[:12]}-")
@@ -196,11 +214,46 @@ def _make_tokenizer_file(corpus, vocab_size, path, say):
 def _train_bpe(corpus, vocab_size, size, say):
     """A tokenizer trained on the train split, whose `size` in bytes may be None."""
     say(f"training a BPE tokenizer of {vocab_size} tokens")
+    is_stopped = threading.Event()
 
-    def texts():
-        with byte_bar("reading train", size) as bar:
+    with byte_bar("training the tokenizer", size) as bar:
+
+        def texts():
             for piece in pieces(corpus.readers["train"]()):
+                if is_stopped.is_set():
+                    raise KeyboardInterrupt
                 yield piece
                 bar.update(len(piece.encode()))
+            bar.bar_format = "merging pairs: {elapsed}"  # how many there will be is not known
 
-    return BPETokenizer.train(texts(), vocab_size, show_progress=True)
+        return _watched(lambda: BPETokenizer.train(texts(), vocab_size), bar, is_stopped)
+
+
+def _watched(work, bar, is_stopped):
+    """What `work()` returns, called in another thread: Ctrl-C does not wait for its end.
+
+    The library merges pairs for seconds or minutes, in which it neither reports its progress nor
+    hears a signal. The thread is a daemon, which ends with the process.
+
+    Args:
+        bar: shown again and again, so that its clock goes on.
+        is_stopped: an event that is set if `work` is not to go on.
+    """
+    result = Future()
+
+    def call():
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    worker = threading.Thread(target=call, daemon=True)
+    worker.start()
+    try:
+        while not wait([result], timeout=SECONDS_BETWEEN_SIGNS).done:
+            bar.refresh()
+    except KeyboardInterrupt:
+        is_stopped.set()
+        worker.join(SECONDS_TO_STOP)  # while it reads text it stops at once
+        raise
+    return result.result()

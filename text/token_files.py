@@ -20,11 +20,12 @@ from tqdm import tqdm
 
 from system.errors import UserError
 from system.files import write_whole
-from text.stream import PIECE_CHARS, pieces
+from text.stream import PIECE_CHARS, pieces, say_what_changed
 from text.tokenizer import tokenizer_from_vocab
 
 FORMAT_VERSION = 1
 BATCH_PIECES = 32
+BATCH_CHARS = BATCH_PIECES * PIECE_CHARS  # pieces of long lines are larger: Ctrl-C must not wait
 NOTE_SECONDS = 5.0  # between notes of the progress on disk
 CHECKED_AT_ONCE = 1 << 22  # ids
 DTYPES = ("<u2", "<u4")
@@ -175,7 +176,7 @@ def write_token_files(directory, corpus, make_tokenizer, say):
         progress = _Progress(partial, corpus)
         if progress.tokenizer is None:
             sizes = _sizes(corpus)
-            progress.begin(sizes, make_tokenizer(sizes))
+            progress.begin(sizes, make_tokenizer(sizes), corpus.changed)
         elif progress.tokens():
             say(f"continuing {partial}, which has {progress.tokens():,} tokens already")
         for split, reader in corpus.readers.items():
@@ -189,6 +190,7 @@ def write_token_files(directory, corpus, make_tokenizer, say):
             "tokenizer_sha256": progress.tokenizer.fingerprint,
             "vocab_size": progress.tokenizer.vocab_size,
             "dtype": progress.dtype.str,
+            "text_changes": progress.text_changes,  # missing in older files, which changed nothing
             "splits": {
                 name: {"tokens": split["tokens"], "bytes": split["bytes"]}
                 for name, split in progress.splits.items()
@@ -210,6 +212,7 @@ def write_token_files(directory, corpus, make_tokenizer, say):
         shutil.rmtree(partial, ignore_errors=True)
         raise
     tokens = ", ".join(f"{name} {s['tokens']:,}" for name, s in meta["splits"].items())
+    say_what_changed(corpus.description, progress.text_changes, say)
     say(f"wrote {directory}: {tokens} tokens, vocabulary {progress.tokenizer.vocab_size:,}")
 
 
@@ -243,8 +246,9 @@ class _Progress:
             "source_sha256": corpus.sha256,
             "source_bytes": corpus.source_bytes,
             "piece_chars": PIECE_CHARS,
+            "line_ends": "LF",  # older versions kept those of the source
         }
-        self.tokenizer, self.splits = None, {}
+        self.tokenizer, self.splits, self.text_changes = None, {}, []
         try:
             noted = json.loads((directory / "progress.json").read_text(encoding="utf-8"))
             vocab = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
@@ -252,6 +256,7 @@ class _Progress:
             counts = [split[key] for split in noted["splits"].values() for key in COUNTS]
             are_counts = all(type(count) is int and count >= 0 for count in counts)
             if noted["source"] == self.source and is_same and are_counts:
+                self.text_changes = [str(change) for change in noted["text_changes"]]
                 self.tokenizer, self.splits = tokenizer_from_vocab(vocab), noted["splits"]
         except (OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError):
             pass  # nothing to continue: the encoding starts from the beginning
@@ -262,9 +267,9 @@ class _Progress:
     def dtype(self):
         return np.dtype("<u2" if self.tokenizer.vocab_size <= 1 << 16 else "<u4")
 
-    def begin(self, sizes, tokenizer):
+    def begin(self, sizes, tokenizer, changed):
         """Empty the directory and save the tokenizer, so that it is trained only once."""
-        self.tokenizer = tokenizer
+        self.tokenizer, self.text_changes = tokenizer, sorted(changed)
         self.splits = {s: dict.fromkeys(COUNTS, 0) | {"bytes": n} for s, n in sizes.items()}
         shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir(parents=True)
@@ -278,7 +283,11 @@ class _Progress:
 
     def note(self):
         """Write the progress to disk."""
-        noted = {"source": self.source, "splits": self.splits}
+        noted = {
+            "source": self.source,
+            "splits": self.splits,
+            "text_changes": self.text_changes,
+        }
         write_whole(self.directory / "progress.json", json.dumps(noted).encode())
 
 
@@ -318,11 +327,23 @@ def _to_disk(file):
     os.fsync(file.fileno())
 
 
+def _next_batch(texts):
+    """The next texts of an iterator, at most BATCH_PIECES and about BATCH_CHARS."""
+    batch, characters = [], 0
+    while len(batch) < BATCH_PIECES and characters < BATCH_CHARS:
+        text = next(texts, None)
+        if text is None:
+            break
+        batch.append(text)
+        characters += len(text)
+    return batch
+
+
 def _encoded(tokenizer, texts):
     """Yield (batch of texts, ids); the next batches are encoded while one is written."""
     workers, coming = ThreadPoolExecutor(2), deque()
     try:
-        while batch := list(itertools.islice(texts, BATCH_PIECES)):
+        while batch := _next_batch(texts):
             coming.append((batch, workers.submit(tokenizer.encode_array, batch)))
             if len(coming) > 2:  # more would only take memory
                 batch, ids = coming.popleft()

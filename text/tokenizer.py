@@ -16,36 +16,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from system.errors import UserError
 from system.files import write_whole
-from system.safe_text import shown_short
+from text.byte_level import (
+    BYTE_OF_LETTER,
+    LONGEST_TOKEN,
+    SHORT_WORDS,
+    byte_level_parts,
+    has_long_word,
+    split_into,
+)
 
 LONGEST_CHARACTER = 4  # bytes, in UTF-8
-LONGEST_TOKEN = 1000  # letters
 LONGEST_LABEL = 200  # letters
-LONGEST_SEQUENCE = 8  # normalizers or pre-tokenizers in a row
 UNKNOWN = "\ufffd"  # stands for a character that is not in the vocabulary
-NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase")
-# only known regular expressions are run: one in a stranger's file may never end, or lose text
-GPT4_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-BYTE_LEVEL_FLAGS = ("add_prefix_space", "trim_offsets", "use_regex")
-KNOWN_WORDS = {  # GPT-2; GPT-4 and Llama 3; Qwen 2: every character is in one of their pieces
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    GPT4_WORDS,
-    GPT4_WORDS.replace("{1,3}", ""),
-}
-
-
-def _byte_of_letter():
-    """Letter of byte-level BPE to byte: printable Latin-1 as itself, the rest from U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = {chr(byte): byte for byte in printable}
-    return letters | {chr(0x100 + n): byte for n, byte in enumerate(others)}
-
-
-BYTE_OF_LETTER = _byte_of_letter()
 
 
 def marked(text):
@@ -136,7 +118,7 @@ class BPETokenizer(_Tokenizer):
 
     def __init__(self, tokenizer_json):
         try:
-            used = json.dumps(_byte_level_parts(json.loads(tokenizer_json)))
+            used = json.dumps(byte_level_parts(json.loads(tokenizer_json)))
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"not a file of the tokenizers library: {error}") from None
         try:
@@ -151,19 +133,37 @@ class BPETokenizer(_Tokenizer):
             raise UserError(f"its {self.vocab_size:,} ids are not those from 0 on")
 
     @classmethod
-    def train(cls, texts, vocab_size, show_progress=False):
-        """A tokenizer trained on an iterable of texts; it can encode every UTF-8 text."""
+    def train(cls, texts, vocab_size):
+        """A tokenizer trained on an iterable of texts; it can encode every UTF-8 text.
+
+        Words longer than LONGEST_WORD are cut, here and when it encodes.
+        """
+        is_cut = False
+
+        def watched():
+            nonlocal is_cut
+            for text in texts:
+                is_cut = is_cut or has_long_word(text)
+                yield text
+
         tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                split_into(SHORT_WORDS),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             special_tokens=[],
             max_token_length=LONGEST_TOKEN,
-            show_progress=show_progress,
+            show_progress=False,
         )
-        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.train_from_iterator(watched(), trainer)
+        if not is_cut:  # then the tokenizer is the same as that of earlier versions
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         return cls(tokenizer.to_str())
 
     def encode(self, text):
@@ -202,74 +202,6 @@ def _failures_named():
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"the tokenizer failed on a text ({error}): use another") from None
-
-
-def _byte_level_parts(file):
-    """A new `tokenizers` file with the checked parts of another that turn text into ids.
-
-    Raises:
-        UserError: if it is not byte-level BPE.
-        KeyError, TypeError, AttributeError: if it is no such file.
-    """
-    model, added = file["model"], file.get("added_tokens") or []
-    if model.get("type", "BPE") != "BPE":
-        raise UserError(f"its model is {shown_short(model['type'])}, not BPE")
-    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(key):
-            raise UserError(f"it has {key}, which byte-level BPE does not have")
-    vocab, unknown = model["vocab"], model.get("unk_token")
-    contents = {token["content"] for token in added}
-    for token, i in (*vocab.items(), *((token["content"], token["id"]) for token in added)):
-        if type(i) is not int or not 0 <= i < 1 << 31:
-            raise UserError(f"its token {shown_short(token)} has no id of 0 or more")
-        if not 0 < len(token) <= LONGEST_TOKEN:
-            raise UserError(f"it has a token of {len(token):,} letters, not 1 to {LONGEST_TOKEN:,}")
-        if token not in contents and not BYTE_OF_LETTER.keys() >= {*token}:
-            raise UserError(f"its token {shown_short(token)} is not of byte-level BPE")
-    if unknown is not None and unknown not in vocab:
-        raise UserError(f"its unknown token {shown_short(unknown)} is not in its vocabulary")
-    for part in _sequence(file.get("normalizer"), "normalizers"):
-        if part["type"] not in NORMALIZERS:
-            raise UserError(
-                f"its normalizer is {shown_short(part['type'])}, not {_any(NORMALIZERS)}"
-            )
-    *before, last = _sequence(file.get("pre_tokenizer"), "pretokenizers") or [{"type": "none"}]
-    if last["type"] != "ByteLevel":
-        raise UserError(f"its pre-tokenizer is {shown_short(last['type'])}, not ByteLevel")
-    for part in before:
-        if part["type"] != "Digits" and not _is_known_split(part):
-            raise UserError(f"its pre-tokenizer {shown_short(part['type'])} is not a known one")
-    # a token that swallowed the spaces around it would lose text
-    added = [token | {"lstrip": False, "rstrip": False} for token in added]
-    return {
-        "version": "1.0",
-        "added_tokens": added,
-        "normalizer": file.get("normalizer"),
-        "pre_tokenizer": file["pre_tokenizer"],
-        "decoder": {"type": "ByteLevel", **dict.fromkeys(BYTE_LEVEL_FLAGS, True)},
-        "model": model | {"type": "BPE", "dropout": None},
-    }
-
-
-def _sequence(part, key):
-    """One normalizer or pre-tokenizer, or a sequence of them, as a list of dicts."""
-    if part is None:
-        return []
-    parts = part[key] if part["type"] == "Sequence" else [part]
-    if len(parts) > LONGEST_SEQUENCE:
-        raise UserError(f"it has {len(parts):,} {key}: more than {LONGEST_SEQUENCE}")
-    return parts
-
-
-def _is_known_split(part):
-    # ("Removed", inverted) removes what the expression does not match, which is nothing
-    how = part.get("behavior"), part.get("invert")
-    is_whole = how in (("Isolated", False), ("Removed", True))
-    return part["type"] == "Split" and is_whole and part["pattern"].get("Regex") in KNOWN_WORDS
-
-
-def _any(names):
-    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 class TiktokenTokenizer(_Tokenizer):
@@ -389,7 +321,7 @@ def _char_list(vocab):
 def load_bpe(path):
     """The `BPETokenizer` of a file; raises `UserError` if it is unreadable or of another kind."""
     try:
-        return BPETokenizer(Path(path).read_text(encoding="utf-8"))
+        return BPETokenizer(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"--tokenizer-path {path} cannot be read: {error}") from None
     except (UnicodeDecodeError, UserError) as error:

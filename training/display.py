@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 import time
 
@@ -9,6 +10,7 @@ from tqdm import tqdm
 
 from system.durations import duration, short_duration
 from system.numbers import limited
+from training.stop_request import discard_output
 
 COLUMNS = {"step": 7, "train": 8, "val": 8, "ppl": 9, "bits/byte": 9, "repulsion": 9}
 COLUMNS |= {"tokens/s": 9, "left": 9}
@@ -155,7 +157,8 @@ class TrainingDisplay:
         self._line.update()
         if self._line.disable and self.shown and now - self._last_line_at > SECONDS_BETWEEN_LINES:
             self._last_line_at = now
-            print(self._line.forms[0], file=sys.stderr, flush=True)
+            with _saving_if_it_fails():
+                print(self._line.forms[0], file=sys.stderr, flush=True)
 
     def _say_expected_time(self):
         left = self.total - self.done
@@ -202,8 +205,19 @@ class TrainingDisplay:
     def say(self, line):
         """Write a line above the one that is updated."""
         self._last_line_at = time.monotonic()
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        with _saving_if_it_fails():
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _saving_if_it_fails():
+    """A context for output: if it fails, the training does as if its terminal was closed."""
+    try:
+        yield
+    except OSError:  # the disk of a log is full, or the program that read it has ended
+        discard_output()
+        signal.raise_signal(signal.SIGHUP)
 
 
 def evaluation_bar(batches, count, shown=True):

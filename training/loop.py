@@ -95,7 +95,6 @@ class _Loop:
         """Evaluate, write the row everywhere, and keep the best checkpoint."""
         trainer = self.trainer
         row = evaluation_row(trainer, norm, self.steps, self.seconds)  # all ranks share the windows
-        self.display.row(row)
         if self.log is not None:
             self.log.evaluation(row)
             self.log.dashboard.learned(trainer.raw_model, trainer.data, trainer.iter)
@@ -105,6 +104,7 @@ class _Loop:
         if self.is_sound and (row["val_loss"] < trainer.best_val or self._best_is_gone()):
             trainer.best_val = row["val_loss"]
             save(trainer, self.files, self.files.best)
+        self.display.row(row)  # after saving: the output may fail
         self.save_asked |= self.stop.agree(trainer.ranks)  # an evaluation may take long
 
     def _best_is_gone(self):
@@ -114,12 +114,13 @@ class _Loop:
     def save_if_due(self):
         """Write PATH_last.pt if it is time, somebody asked, or the run stops here."""
         trainer, last = self.trainer, self.files.last
-        if self.save_asked:
-            self.display.say(f"SIGUSR1 at step {trainer.iter}: {last}")
         is_due = self.is_due("checkpoint_interval") or self.stop.signal is not None
         if (is_due or self.save_asked) and self.is_sound and trainer.is_sound():
             save(trainer, self.files, last)
             self.saved_at = trainer.iter
+        if self.save_asked:
+            saved = last if self.saved_at == trainer.iter else "not saved, a number is not finite"
+            self.display.say(f"SIGUSR1 at step {trainer.iter}: {saved}")
 
     def how_to_continue(self):
         """What follows "stopped at step N": what was saved, and the command to continue."""

@@ -53,7 +53,7 @@ class StopRequest:
 
     def _asked_to_stop(self, number, _frame):
         if number == getattr(signal, "SIGHUP", None):
-            _discard_terminal_output()
+            discard_output(terminals_only=True)
         if self._asked is None:
             self._asked, self._asked_at = number, time.monotonic()
         elif not self._is_echo():
@@ -89,11 +89,11 @@ class StopRequest:
         return 128 + self.signal
 
 
-def _discard_terminal_output():
-    """From now on discard what goes to the terminal: it is gone, and writing to it is an error."""
+def discard_output(terminals_only=False):
+    """From now on discard what is printed: its reader is gone, and writing to it is an error."""
     for number in (1, 2):
         with contextlib.suppress(OSError):
-            if stat.S_ISCHR(os.fstat(number).st_mode):
+            if not terminals_only or stat.S_ISCHR(os.fstat(number).st_mode):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, number)
                 os.close(nowhere)

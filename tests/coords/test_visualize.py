@@ -1,7 +1,10 @@
 """The map's numbers against numpy, and its flags. test_map_page.py tests the page itself."""
 
+import gzip
 import json
+import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,6 +48,26 @@ def test_page_is_whole_and_needs_no_network(in_tmp):
     first = (in_tmp / "map.png").read_bytes()
     write_map("--text", TEXT, "--output", "map.html", "--png", "map.png")
     assert (in_tmp / "map.png").read_bytes() != first
+
+
+def test_texts_are_read_as_a_training_reads_them(in_tmp, capsys):
+    """A Windows file, a compressed one and broken bytes give the tokens of the plain text."""
+    make_checkpoint("x.pt")
+    Path("win.txt").write_bytes(b"\xef\xbb\xbfab\r\ncd\r\n")
+    Path("win.txt.gz").write_bytes(gzip.compress(Path("win.txt").read_bytes()))
+    labels = [LETTERS.label(token) for token in LETTERS.encode("ab\ncd\n")]
+    for flags, expected in (
+        (("--text-file", "win.txt"), labels),
+        (("--text-file", "win.txt.gz"), labels),
+        (("--text", "\ufeffab\r\ncd\r"), labels),
+        (("--text", "ab\ncd\udce8"), [*labels[:-1], LETTERS.label(LETTERS.unknown)]),
+    ):
+        write_map(*flags, "--output", "map.html")
+        assert data_of(in_tmp / "map.html")[0]["labels"] == expected
+        assert ("CRLF" in capsys.readouterr().out) == (flags[0] == "--text-file")
+    os.link("x.pt", "x\udce8.pt")  # a name that is not UTF-8
+    visualize_coords.main(["--checkpoint-path", "x\udce8.pt", "--text", TEXT, "--output", "m.html"])
+    assert "<title>x\\udce8.pt" in Path("m.html").read_text("utf-8")
 
 
 def test_points_masses_and_losses(in_tmp):
@@ -360,7 +383,7 @@ def test_bad_input_is_one_line(in_tmp):
         write_map("--text", TEXT, "--offset", 99)
     with pytest.raises(UserError, match="--num-tokens"):
         write_map("--text", TEXT, "--num-tokens", 100_000)
-    with pytest.raises(UserError, match="--text-file"):
+    with pytest.raises(UserError, match=r"--text-file nothing\.txt cannot be read"):
         write_map("--text-file", "nothing.txt")
     before = (in_tmp / "x.pt").read_bytes()
     with pytest.raises(UserError, match="--output"):

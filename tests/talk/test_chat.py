@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 import time
 
 import pytest
@@ -23,6 +24,7 @@ from small_models import (
     pull_weights,
 )
 from system.safe_text import printable
+from talk.conversation import Conversation
 from text.tokenizer import BPETokenizer
 
 
@@ -158,6 +160,23 @@ def test_no_token_can_steer_the_terminal(in_tmp, capsys):
     save_checkpoint("x.pt", checkpoint)
     flags = ("--prompt", "a", "--temperature", 0, "--max-new-tokens", 3)
     assert answer(capsys, "--checkpoint-path", "x.pt", *flags).out == "\\x1b" * 3 + "\n"
+
+
+def test_windows_text_is_read_as_plain_text(in_tmp, capsys):
+    """A byte order mark and CRLF change neither the answer nor the tokens, wherever they come."""
+    make_checkpoint("x.pt")
+    flags = ("--checkpoint-path", "x.pt", "--temperature", 0, "--max-new-tokens", 9)
+    plain = answer(capsys, *flags, "--prompt", "ab\nc\n")
+    windows = answer(capsys, *flags, "--prompt", "\ufeffab\r\nc\r")
+    assert windows == plain and not windows.err
+    conversation = Conversation(load_model("x.pt", "cpu")[0], LETTERS, {"seed": 1})
+    for text in ("\ufeffab\r\n", "ab\n"):  # as the page sends it
+        list(conversation.read(text, threading.Event()))
+        assert conversation.prompt == LETTERS.encode("ab\n")
+    typed = [*map(str, flags)]
+    plain = run("chat.py", *typed, cwd=in_tmp, stdin="ab\nc\n", check=0)
+    windows = run("chat.py", *typed, cwd=in_tmp, stdin="\ufeffab\r\nc\r\n", check=0)
+    assert (windows.stdout, windows.stderr) == (plain.stdout, plain.stderr)
 
 
 def test_odd_prompts_never_crash(in_tmp, capsys):

@@ -6,11 +6,14 @@ import itertools
 import json
 import lzma
 import os
+import random
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -245,6 +248,51 @@ def test_data_that_is_no_directory(in_tmp, small_text):
     with pytest.raises(UserError, match="cannot be written"):
         prepare("text", str(small_text))
     assert Path("data").read_text() == "mine"
+
+
+def test_one_long_word_can_be_interrupted(in_tmp):
+    """3 MB of DNA: progress is shown within seconds, and Ctrl-C ends it while pairs are merged."""
+    rng = random.Random(2)
+    Path("dna.txt").write_text("".join(rng.choices("ACGT", k=3_000_000)))
+    command = ("--dataset", "text", "--data-path", "dna.txt", "--tokenizer", "bpe")
+    with open("errors", "wb") as errors:
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "prepare_data.py", *command, "--bpe-vocab-size", "20000"],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+    assert "corpus" in process.stdout.readline() and "training" in process.stdout.readline()
+    begun = time.monotonic()
+    while not Path("errors").read_bytes():
+        assert time.monotonic() - begun < 4  # 2 on a quiet machine
+        time.sleep(0.01)
+    while b"merging pairs" not in Path("errors").read_bytes():
+        assert process.poll() is None
+        time.sleep(0.01)
+    asked = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert time.monotonic() - asked < 3
+    assert process.returncode == 130
+    assert "Traceback" not in Path("errors").read_text() and not left_behind()
+
+
+def test_a_batch_of_long_lines_is_no_larger(in_tmp, monkeypatch):
+    """Lines of a million characters: what one call encodes stays small, as Ctrl-C waits for it."""
+    Path("train.txt").write_text(("x" * (1 << 20) + "\n") * 6)
+    Path("valid.txt").write_text("x\n")
+    sizes, encode = [], CharTokenizer.encode_array
+
+    def sized(self, texts):
+        sizes.append(sum(map(len, texts)))
+        return encode(self, texts)
+
+    monkeypatch.setattr(CharTokenizer, "encode_array", sized)
+    prepared = prepare("text", str(in_tmp))
+    assert len(prepared.train) == 6 * ((1 << 20) + 1)
+    assert max(sizes) < 2 * text_token_files.BATCH_CHARS == 1 << 22
 
 
 def test_memory_does_not_grow_with_the_text(in_tmp):

@@ -10,8 +10,9 @@ import tiktoken
 from data import check_long_enough
 from sample_texts import OFFLINE
 from system.errors import UserError
-from text import stream
+from text import stream, token_files
 from text.token_files import open_token_data
+from text.tokenizer import CharTokenizer
 from token_folders import TINY_SHA256, listing, prepare, read_text, read_tokens
 
 
@@ -71,7 +72,7 @@ def test_width_at_the_border(in_tmp, distinct, size):
 def test_bpe_token_files(in_tmp, monkeypatch):
     """A BPE corpus of many pieces and batches decodes to the text, in 16 bits."""
     monkeypatch.setattr(stream, "PIECE_CHARS", 50)
-    text = "".join(f"line {n * n} 멀리 é😀\r\n\n" for n in range(500))
+    text = "".join(f"line {n * n} 멀리 é😀\n\n" for n in range(500))
     Path("train.txt").write_bytes(text.encode())
     Path("valid.txt").write_bytes(b"never seen: \xe2\x82\xac \t ~~ \xef\xbf\xbd")
     prepared = prepare("text", str(in_tmp), "bpe", 300)
@@ -92,11 +93,83 @@ def test_bytes_per_token(in_tmp):
     assert prepared.bytes_per_token == 1
 
 
-def test_line_ends_are_kept(in_tmp):
-    """Windows line ends and a lone carriage return stay as they are."""
-    Path("train.txt").write_bytes(b"one\r\ntwo\rthree\n")
-    Path("valid.txt").write_bytes(b"one\r\n")
-    assert read_text(prepare("text", str(in_tmp)).directory, "train") == "one\r\ntwo\rthree\n"
+@pytest.mark.parametrize("dataset", ["shakespeare", "text", "wikitext103"])
+def test_windows_text_becomes_plain_text(in_tmp, dataset, monkeypatch):
+    """No byte order mark, LF alone: said once, recorded, also after an interruption."""
+    monkeypatch.setattr(token_files, "NOTE_SECONDS", 0)
+    text = "one\r\ntwo\rthree\n" * 200
+    content = b"\xef\xbb\xbf" + text.encode()
+    path = Path("own.txt")
+    if dataset == "wikitext103":
+        path = in_tmp
+        Path("wiki.valid.raw").write_bytes(content)
+    Path("own.txt").write_bytes(content)
+    Path("wiki.train.raw").write_bytes(content)
+    plain = "one\ntwo\nthree\n" * 200
+    lines = []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CharTokenizer, "encode_array", interrupt)
+        prepare(dataset, str(path), say=lines.append)
+    assert not any("CR" in line for line in lines)
+    prepared = prepare(dataset, str(path), say=lines.append)
+    whole = read_text(prepared.directory, "train")
+    assert whole == plain[: len(plain) * 9 // 10] if dataset != "wikitext103" else plain
+    (line,) = (line for line in lines if "CRLF" in line)
+    assert "byte order mark" in line and str(path) in line
+    meta = json.loads((prepared.directory / "meta.json").read_text())
+    assert len(meta["text_changes"]) == 2 and "CRLF" in " ".join(meta["text_changes"])
+    assert meta["source_sha256"] and prepare(dataset, str(path), say=lines.append)
+    assert sum("CRLF" in line for line in lines) == 1
+    Path("lf.txt").write_bytes(plain.encode())
+    assert prepare("text", "lf.txt", say=lines.append).meta["text_changes"] == []
+    assert sum("CRLF" in line for line in lines) == 1
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_token_files_of_an_earlier_version_stay(in_tmp):
+    """Those with CR as a token belong to their checkpoints: used as they are, and said so."""
+    Path("own.txt").write_bytes(b"one\r\ntwo\r\n" * 50)
+    directory = prepare("text", "own.txt").directory
+    meta = json.loads((directory / "meta.json").read_text())
+    del meta["text_changes"]
+    (directory / "meta.json").write_text(json.dumps(meta))
+    lines = []
+    prepare("text", "own.txt", say=lines.append)
+    assert not lines  # nothing was in it
+    earlier = CharTokenizer.train("one\r\ntwo")
+    vocab = json.dumps(earlier.to_vocab())
+    ids = earlier.encode_array(["one\r\ntwo\r\n" * 50]).astype("<u2")
+    for split in meta["splits"].values():
+        split |= {"tokens": len(ids), "bytes": len(ids)}
+    meta |= {"tokenizer_sha256": earlier.fingerprint, "vocab_size": earlier.vocab_size}
+    for name in meta["splits"]:
+        (directory / f"{name}.bin").write_bytes(ids.tobytes())
+    (directory / "vocab.json").write_text(vocab)
+    (directory / "meta.json").write_text(json.dumps(meta))
+    before = listing(in_tmp / "data")
+    data = prepare("text", "own.txt", say=lines.append)
+    assert data.directory == directory and read_text(directory, "train").startswith("one\r\n")
+    assert listing(in_tmp / "data") == before
+    assert len(lines) == 1 and str(directory) in lines[0] and "earlier version" in lines[0]
+
+
+def test_a_half_of_an_earlier_version_is_not_continued(in_tmp, monkeypatch):
+    """Its tokens have the line ends of the source: the rest would have others."""
+    monkeypatch.setattr(token_files, "NOTE_SECONDS", 0)
+    Path("own.txt").write_bytes(b"one\r\ntwo\r\n" * 50)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CharTokenizer, "encode_array", interrupt)
+        prepare("text", "own.txt")
+    (path,) = in_tmp.glob("data/tokens/*.partial/progress.json")
+    noted = json.loads(path.read_text())
+    del noted["source"]["line_ends"], noted["text_changes"]
+    path.write_text(json.dumps(noted))
+    vocab = json.dumps(CharTokenizer.train("one\r\ntwo").to_vocab())
+    path.with_name("vocab.json").write_text(vocab)
+    assert "\r" not in prepare("text", "own.txt").tokenizer.itos
 
 
 def test_too_short_a_text_is_not_called_damaged(in_tmp):

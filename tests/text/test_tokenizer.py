@@ -18,9 +18,9 @@ from tokenizers import Tokenizer, models
 from conftest import ROOT
 from sample_texts import BPE_JSON, ENGLISH, HANGUL, OFFLINE, TEXTS
 from system.errors import UserError
+from text.byte_level import LONGEST_TOKEN
 from text.tokenizer import (
     LONGEST_LABEL,
-    LONGEST_TOKEN,
     BPETokenizer,
     CharTokenizer,
     TextStream,
@@ -400,6 +400,8 @@ def test_tokenizer_file(tmp_path):
     again = load_bpe(path)
     assert again.encode(text) == tokenizer.encode(text)
     assert again.fingerprint == tokenizer.fingerprint
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as Windows editors save it
+    assert load_bpe(path).fingerprint == tokenizer.fingerprint
     assert [p.name for p in path.parent.iterdir()] == ["tokenizer.json"]
 
 

@@ -1,6 +1,7 @@
 """Files of the `tokenizers` library give the library's own ids and lose no text."""
 
 import json
+import random
 
 import pytest
 from tokenizers import (
@@ -17,7 +18,8 @@ from tokenizers import (
 
 from sample_texts import BPE_JSON, ENGLISH, HANGUL, TEXTS
 from system.errors import UserError
-from text.tokenizer import GPT4_WORDS, LONGEST_TOKEN, BPETokenizer, load_bpe, tokenizer_from_vocab
+from text.byte_level import GPT4_WORDS, LONGEST_TOKEN
+from text.tokenizer import BPETokenizer, load_bpe, tokenizer_from_vocab
 
 
 def test_what_would_cut_or_pad_a_text_is_not_used():
@@ -135,3 +137,50 @@ def test_a_panic_of_the_library_is_a_user_error(monkeypatch):
     for fails in (tokenizer.encode, tokenizer.encode_array, tokenizer.decode):
         with pytest.raises(UserError, match="failed on a text"):
             fails("e")
+
+
+def library_trained(texts, vocab_size):
+    """What the library alone makes of texts, as earlier versions asked it to."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        max_token_length=LONGEST_TOKEN,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def test_words_without_end_are_cut():
+    """Training and encoding see 1,000 characters at once: as if the text came in such parts."""
+    rng = random.Random(1)
+    for letters, space in (
+        ("ACGT", ""),
+        ("a", ""),
+        ("멀리가나다라마바사", " "),
+        ("?!-", ""),
+        ("\t ", ""),
+    ):
+        text = space + "".join(rng.choice(letters) for _ in range(4500))
+        starts = [0, *range(1000 + len(space), len(text), 1000)]
+        parts = [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
+        tokenizer, by_parts = BPETokenizer.train([text], 300), library_trained(parts, 300)
+        model = json.loads(tokenizer.to_vocab()["tokenizer_json"])["model"]
+        assert model == json.loads(by_parts.to_str())["model"]
+        ids = [i for part in parts for i in by_parts.encode(part).ids]
+        assert tokenizer.encode(text) == tokenizer.encode_array([text]).tolist() == ids
+        assert tokenizer.decode(ids) == text
+        again = tokenizer_from_vocab(tokenizer.to_vocab())
+        assert again.encode(text) == ids and again.fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("end", ["\n", "", ", "])
+def test_a_text_of_ordinary_words_gives_the_tokenizer_of_earlier_versions(end):
+    """To the letter, so that old token files and checkpoints agree with new ones."""
+    texts = ["".join(line.rstrip() + end for line in ENGLISH * 50), *HANGUL, " " * 1000]
+    texts += ["가나다라, 마바사! " * 500, "a1!" * 2000, "x" * 1000, " " + "y" * 1000]
+    expected = library_trained(texts, 400).to_str()
+    assert BPETokenizer.train(texts, 400).to_vocab()["tokenizer_json"] == expected
