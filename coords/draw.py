@@ -62,7 +62,7 @@ def tokens_to_show(args, tokenizer, checkpoint):
 def encode(tokenizer, text, who="this model"):
     """The ids of a text, with a warning if the vocabulary lacks some of its characters."""
     if unknown := unknown_characters(tokenizer, text):
-        warn(unknown.replace("this model", who))
+        warn(unknown.replace("this model", str(who)))
     return tokenizer.encode(text)
 
 

@@ -159,7 +159,8 @@ def _read_plain(path):
         raise UserError(f"checkpoint {path} is a directory: name the .pt file in it")
     if not path.exists():
         raise UserError(
-            f"checkpoint {path} does not exist: name yours, or train one with train_shakespeare.py"
+            f"checkpoint {path} does not exist: name yours, or train one with "
+            "python train_shakespeare.py"
         )
     if not path.is_file():  # reading from a pipe would wait for a writer
         raise UserError(f"checkpoint {path} is no ordinary file: name a .pt file")

@@ -125,7 +125,7 @@ def test_the_best_is_saved_before_its_row_is_shown(make_trainer, monkeypatch):
     trainer, files = make_trainer("--max-steps", 20, "--eval-interval", 10), RunFiles("x.pt", None)
     log = RunLog(files.directory, trainer.saved_config())
 
-    def fail(self, row, seconds_left):
+    def fail(self, row):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(training_loop.TrainingDisplay, "row", fail)

@@ -193,7 +193,7 @@ def test_what_a_stopped_run_left_is_read(finished, capsys):
     """PATH is enough for every script; without a best checkpoint it is the last one."""
     scripts = {
         chat: ("--prompt", "The", "--max-new-tokens", 3),
-        evaluate: ("--context-lengths", 16, "--num-windows", 2, "--json", "e.json"),
+        evaluate: ("--context-lengths", 64, "--num-windows", 2, "--json", "e.json"),
         visualize_coords: ("--text", "The quick brown fox"),
     }
 
