@@ -72,6 +72,11 @@ def add_train_flags(parser):
     )
     add("--steps", type=whole, default=10, help="timed steps of each model (default: 10)")
     add("--no-peak", action="store_true", help="do not start a process per model for its peak")
+    add(
+        "--profile",
+        action="store_true",
+        help="also print which operations a step of each model spends its time in",
+    )
     add("--peak-only", metavar="MODEL", help=argparse.SUPPRESS)  # for child_peak
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -76,7 +77,31 @@ def benchmark_train(args, device):
         rounds = numbers[f"{name.replace('-', '_')}_ratio_rounds"]
         print(f"ratio {spread(rounds, 3)}: tokens/s of ngt over those of {name}")
     print(f"peak of a matrix product {peak / 1e9:,.0f} GF/s")
+    if args.profile:
+        print_profiles(steps, device)
     return numbers
+
+
+def print_profiles(steps, device, count=3, longest=12):
+    """Print which operations take longest themselves, in `count` calls of each model's step."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler writes of itself
+    unit = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    for name, step in steps.items():
+        with torch.profiler.profile() as profile:
+            for _ in range(count):
+                step()
+        operations = sorted(profile.key_averages(), key=lambda x: -getattr(x, unit))
+        total = sum(getattr(x, unit) for x in operations)  # microseconds
+        calls = sum(x.count for x in operations) / count
+        print(
+            f"{name}: {calls:,.0f} operations a step, {total / count / 1e3:,.1f} ms while profiled"
+        )
+        for x in operations[:longest]:
+            milliseconds = getattr(x, unit) / count / 1e3
+            share = 100 * getattr(x, unit) / total
+            print(
+                f"  {x.key[:48]:<48} {milliseconds:9.2f} ms {share:4.0f}% {x.count / count:6.0f} x"
+            )
 
 
 def numbers_of(args, name, trainer, seconds, peak):

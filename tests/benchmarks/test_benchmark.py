@@ -58,8 +58,9 @@ def test_train_writes_what_was_promised(in_tmp, dtype):
         assert 13e6 + 1e8 < numbers[f"{name}_peak_bytes"] < 4e9
 
 
-def test_train_of_one_model_and_of_the_published_law(in_tmp):
-    numbers = numbers_of(in_tmp, "train", *TINY, "--model", "vanilla")
+def test_train_of_one_model_and_of_the_published_law(in_tmp, capfd):
+    numbers = numbers_of(in_tmp, "train", *TINY, "--model", "vanilla", "--profile")
+    assert "vanilla: " in capfd.readouterr().out
     assert "vanilla_tokens_per_s" in numbers and "ratio" not in numbers
     numbers = numbers_of(in_tmp, "train", *TINY, "--law", "published", "--against", "first-release")
     assert {"ratio", "first_release_tokens_per_s", "first_release_peak_bytes"} <= numbers.keys()
