@@ -24,9 +24,13 @@
 #                        BPE of 8192 tokens
 #   STEPS=15000          of each training, 16,384 tokens each
 #   EXTRA_FLAGS          added to both trainings
+#   TORCH=cpu            with TINY=1: install PyTorch without CUDA, as setup_venv.sh says
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./setup_venv.sh
+begin "$@"
+find_text
+seen_from_caller TOKEN_DIRECTORY
 
 TINY=${TINY:-}
 MINUTES=${MINUTES:-10}
@@ -58,7 +62,7 @@ corpus=(--dataset shakespeare)
 [ -z "${DATA_PATH:-}" ] || corpus=(--dataset text --data-path "$DATA_PATH")
 corpus+=(--tokenizer bpe --bpe-vocab-size 8192)
 [ -z "${TOKEN_DIRECTORY:-}" ] || corpus=(--dataset wikitext103 --token-directory "$TOKEN_DIRECTORY")
-read -r -a extra <<<"${EXTRA_FLAGS:-}"
+read_extra_flags
 
 # describe STAGE: sets `command` (what Python is called with) and `share` (percent of the time, at most)
 describe() {
