@@ -8,7 +8,7 @@ import json
 import math
 from pathlib import Path
 
-from system.cli import choose_device, script_parser, thread_count, whole, whole_list
+from system.cli import choose_device, file_path, script_parser, thread_count, whole, whole_list
 from system.errors import run_script
 from system.files import write_whole
 from system.threads import HELP as THREADS_HELP
@@ -25,7 +25,7 @@ def make_parser():
     """The parser of evaluate.py."""
     parser = script_parser(__doc__, EXAMPLES)
     add = parser.add_argument
-    add("--checkpoint-path", required=True, help="an NGT or a vanilla checkpoint")
+    add("--checkpoint-path", type=file_path, required=True, help="an NGT or a vanilla checkpoint")
     add(
         "--context-lengths",
         type=whole_list,
@@ -48,7 +48,7 @@ def make_parser():
         help="also ask for a pass key and for a string after up to 4,096 tokens, and for numbers "
         "of a phone book, each in so many trials (default: off; without a number: 100)",
     )
-    add("--json", metavar="FILE", help="also write the numbers to this file")
+    add("--json", type=file_path, metavar="FILE", help="also write the numbers to this file")
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
     add("--threads", type=thread_count, help=THREADS_HELP)
     return parser
@@ -109,8 +109,10 @@ def main(argv=None):
     from engine.checkpoint import load_model
     from engine.evaluation import TARGETS, evaluation
     from engine.losses import TOKENS_AT_ONCE
+    from gravity.trial import computes
 
-    model, tokenizer, checkpoint = load_model(args.checkpoint_path, choose_device(args.device))
+    device = choose_device(args.device, computes)
+    model, tokenizer, checkpoint = load_model(args.checkpoint_path, device)
     choose_threads(args.threads, model, TOKENS_AT_ONCE)
     result = {"checkpoint": str(args.checkpoint_path), "step": checkpoint.get("iter")}
     result |= evaluation(
