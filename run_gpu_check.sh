@@ -133,8 +133,9 @@ train() {
         --checkpoint-interval $((STEPS < 6 ? 1 : STEPS / 6)) --sample-tokens 0
         --checkpoint-path "checkpoints/$NAME/$model.pt" --run-name "$NAME/$model" --resume
         ${extra[@]+"${extra[@]}"})
-    # at the end of its time it saves and exits with 143, and timeout with 124
-    timeout --foreground -k 30 "$seconds" python train_shakespeare.py "${flags[@]}" \
+    # at the end of its time it saves and exits with 143, and timeout with 124. Without setsid Ctrl-C
+    # would reach it twice, from the terminal and from timeout: the second would end it unsaved.
+    timeout --foreground -k 30 "$seconds" setsid python train_shakespeare.py "${flags[@]}" \
         ${compile[@]+"${compile[@]}"} 2>&1 | tee -ia "logs/$NAME/$model.log" || code=$?
     [ "$code" != 130 ] || exit 130
     if [ "$code" = 1 ] && [ ${#compile[@]} != 0 ]; then

@@ -40,8 +40,8 @@ case "$*" in
         ;;
     *train_shakespeare.py*--resume*)
         if [ -n "$CTRL_C" ]; then
-            trap '' INT
-            kill -INT 0
+            trap 'echo SIGINT >>"$CALLS"' INT
+            kill -INT -- -"$TERMINAL"
             sleep 0.3
             exit 130
         fi
@@ -73,8 +73,10 @@ def call(tmp_path):
             **{"VIRTUAL_ENV": str(places.parent), "DRIVER": "1", "INDEX": "0", "CTRL_C": ""},
             **settings,
         }
+        name = os.path.relpath(repository / script, cwd)
         result = subprocess.run(
-            ["bash", os.path.relpath(repository / script, cwd), *words],
+            # Ctrl-C goes to all processes of the group whose number is in TERMINAL
+            ["bash", "-c", 'TERMINAL=$$ exec bash "$@"', "-", name, *words],
             cwd=cwd,
             env=environment,
             capture_output=True,
@@ -95,6 +97,7 @@ def interrupted(call, script, **settings):
     assert result.returncode == 128 + signal.SIGINT, result.stdout + result.stderr
     trainings = [line for line in calls if "train_shakespeare.py" in line and "--resume" in line]
     assert len(trainings) == 1 and "error" not in result.stderr
+    assert calls.count("SIGINT") == 1, "a second signal ends a training unsaved"
     return result.stdout.splitlines()
 
 
