@@ -29,8 +29,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 source ./setup_venv.sh
 begin "$@"
-find_text
-seen_from_caller TOKEN_DIRECTORY
+seen_from_caller DATA_PATH TOKEN_DIRECTORY
 
 TINY=${TINY:-}
 MINUTES=${MINUTES:-10}

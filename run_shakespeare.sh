@@ -13,7 +13,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 source ./setup_venv.sh
 begin "$@"
-find_text
+seen_from_caller DATA_PATH
 read_extra_flags
 use_environment requirements.txt
 

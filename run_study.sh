@@ -30,7 +30,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 source ./setup_venv.sh
 begin "$@"
-find_text
+seen_from_caller DATA_PATH
 
 STAGES=${STAGES:-rates headline ablations full sizes evaluate report}
 RECIPE=${RECIPE:-modern}

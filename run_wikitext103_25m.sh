@@ -29,8 +29,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 source ./setup_venv.sh
 begin "$@"
-find_text
-seen_from_caller TOKENIZER_PATH
+seen_from_caller DATA_PATH TOKENIZER_PATH
 
 NAME=${NAME:-w3_25m}
 RUNS=${RUNS:-rotary ngt}

@@ -61,14 +61,6 @@ seen_from_caller() {
     done
 }
 
-# find_text: checks DATA_PATH
-find_text() {
-    local typed=${DATA_PATH:-}
-    seen_from_caller DATA_PATH
-    [ -z "$typed" ] || [ -e "$DATA_PATH" ] ||
-        fail "--data-path $typed does not exist: set DATA_PATH to a text file or a folder"
-}
-
 # read_extra_flags: sets `extra` to the words of EXTRA_FLAGS
 read_extra_flags() {
     local i value flag
