@@ -85,10 +85,11 @@ is_supported() {
     "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null
 }
 
-# find_python: prints the first Python of a supported version
+# find_python: prints PYTHON, or the first Python of a supported version
 find_python() {
-    local candidate
-    for candidate in ${PYTHON:-python3.12 python3.11 python3.13 python3.14 python3 python}; do
+    local candidate candidates=(python3.12 python3.11 python3.13 python3.14 python3 python)
+    [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+    for candidate in "${candidates[@]}"; do
         if is_supported "$candidate"; then
             echo "$candidate"
             return
