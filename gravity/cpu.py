@@ -1,8 +1,7 @@
 """Gravity attention on CPUs in fp32 and bf16: compiles `cpu.cpp` once and calls its kernels.
 
-It needs a C++ compiler (`CXX`, else g++ or clang++). The library is kept in the user's cache
-directory. Its name contains a hash of source, compiler and processor: if one of them changes, it is
-compiled anew.
+It needs a C++ compiler (`CXX`, else g++). The library is kept in the user's cache directory. Its
+name contains a hash of source, compiler and processor: if one of them changes, it is compiled anew.
 """
 
 import atexit
@@ -65,13 +64,11 @@ class _Problem(ctypes.Structure):
 
 
 def cpp_compiler():
-    """The command that compiles C++ as a list of words, from CXX or else g++ or clang++.
+    """The words of the command that compiles C++: CXX, which may be `ccache g++`, else g++.
 
-    CXX may have several words, as `ccache g++`. None if there is no such program.
+    None if there is no such program.
     """
-    if not (given := os.environ.get("CXX")):
-        found = shutil.which("g++") or shutil.which("clang++")
-        return found and [found]
+    given = os.environ.get("CXX") or "g++"
     try:
         words = [given] if shutil.which(given) else shlex.split(given)
     except ValueError:  # a quote that does not end

@@ -99,7 +99,7 @@ def choose_device(name, computes=None):
 
     Args:
         computes: a function that tells whether the models can be computed on a device. "auto" asks
-            it before it takes an Apple GPU, for which no part of PyTorch is complete.
+            it before it takes an Apple GPU, where operations of PyTorch may be missing.
 
     Raises:
         UsageError: if there is no such device here.
