@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from benchmarks import flags
-from system.cli import choose_device, script_parser, thread_count
+from system.cli import choose_device, file_path, script_parser, thread_count
 from system.errors import run_script
 from system.threads import HELP as THREADS_HELP
 
@@ -72,6 +72,7 @@ def make_parser():
         add = command.add_argument
         add(
             "--json",
+            type=file_path,
             metavar="FILE",
             help="also write the numbers to this file; to a .jsonl file the rows of train, "
             "attention and correctness are appended as soon as they are known",
@@ -92,6 +93,7 @@ def main(argv=None):
     from benchmarks import attention, correctness, decoding, reading, scaling, training
     from benchmarks.results import Results
     from benchmarks.timing import describe_machine
+    from gravity.trial import computes
 
     measure = {
         "train": training.benchmark_train,
@@ -101,7 +103,7 @@ def main(argv=None):
         "data": reading.benchmark_data,
         "scaling": scaling.benchmark_scaling,
     }[args.command]
-    device = choose_device(args.device)
+    device = choose_device(args.device, computes)
     args.results = Results(args, device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)

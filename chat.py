@@ -10,6 +10,7 @@ import argparse
 
 from system.cli import (
     choose_device,
+    file_path,
     random_seed,
     script_parser,
     thread_count,
@@ -47,6 +48,7 @@ def make_parser():
     add = parser.add_argument
     add(
         "--checkpoint-path",
+        type=file_path,
         default=DEFAULT_CHECKPOINT,
         help="an NGT or a vanilla checkpoint, of this or the first release; if it does not exist, "
         "the same path with _best.pt or _last.pt is read (default: %(default)s)",
@@ -138,11 +140,12 @@ def main(argv=None):
     check_flags(args)
     # these import PyTorch, which takes a second: --help and a wrong flag do not wait for it
     from engine.checkpoint import find_checkpoint, load_model
+    from gravity.trial import computes
     from talk.commands import Chat, completions, converse
     from talk.conversation import Conversation
 
     path = find_checkpoint(args.checkpoint_path)
-    model, tokenizer, checkpoint = load_model(path, choose_device(args.device))
+    model, tokenizer, checkpoint = load_model(path, choose_device(args.device, computes))
     choose_threads(args.threads, model, tokens=1)
     settings = {name: getattr(args, name) for name in SETTINGS}
     about = introduction(model, checkpoint, path)

@@ -8,7 +8,7 @@ import json
 import math
 from pathlib import Path
 
-from system.cli import choose_device, script_parser, thread_count, whole, whole_list
+from system.cli import choose_device, file_path, script_parser, thread_count, whole, whole_list
 from system.errors import UsageError, run_script
 from system.files import write_whole
 from system.numbers import limited
@@ -28,6 +28,7 @@ def make_parser():
     add = parser.add_argument
     add(
         "--checkpoint-path",
+        type=file_path,
         required=True,
         help="an NGT or a vanilla checkpoint; if it does not exist, the same path with _best.pt or "
         "_last.pt is read",
@@ -54,7 +55,7 @@ def make_parser():
         help="also ask for a pass key and for a string after up to 4,096 tokens, and for numbers "
         "of a phone book, each in so many trials (default: off; without a number: 100)",
     )
-    add("--json", metavar="FILE", help="also write the numbers to this file")
+    add("--json", type=file_path, metavar="FILE", help="also write the numbers to this file")
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
     add("--threads", type=thread_count, help=THREADS_HELP)
     return parser
@@ -122,6 +123,7 @@ def main(argv=None):
     from engine.checkpoint import find_checkpoint, load_model
     from engine.evaluation import TARGETS, evaluation
     from engine.losses import TOKENS_AT_ONCE
+    from gravity.trial import computes
 
     if min(args.context_lengths) < TARGETS:
         raise UsageError(
@@ -129,7 +131,7 @@ def main(argv=None):
             f"loss is that of the last {TARGETS} tokens"
         )
     path = find_checkpoint(args.checkpoint_path)
-    model, tokenizer, checkpoint = load_model(path, choose_device(args.device))
+    model, tokenizer, checkpoint = load_model(path, choose_device(args.device, computes))
     choose_threads(args.threads, model, TOKENS_AT_ONCE)
     result = {"checkpoint": str(path), "step": checkpoint.get("iter")}
     result |= evaluation(

@@ -7,7 +7,7 @@ one line, with mean and standard deviation.
 
 from pathlib import Path
 
-from system.cli import script_parser
+from system.cli import file_path, script_parser
 from system.errors import run_script
 from system.safe_text import one_line
 
@@ -42,11 +42,13 @@ def main(argv=None):
     )
     parser.add_argument(
         "--output",
+        type=file_path,
         help="write the report to this .md file, and beside it .csv, .png and .html (default: "
         "only print a table)",
     )
     parser.add_argument(
         "--reference",
+        type=file_path,
         help="a JSON file of published figures to add, marked as not measured here (default: none)",
     )
     args = parser.parse_args(argv)

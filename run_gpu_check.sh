@@ -24,9 +24,12 @@
 #                        BPE of 8192 tokens
 #   STEPS=15000          of each training, 16,384 tokens each
 #   EXTRA_FLAGS          added to both trainings
+#   TORCH=cpu            with TINY=1: install PyTorch without CUDA, as setup_venv.sh says
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./setup_venv.sh
+begin "$@"
+seen_from_caller DATA_PATH TOKEN_DIRECTORY
 
 TINY=${TINY:-}
 MINUTES=${MINUTES:-10}
@@ -58,7 +61,7 @@ corpus=(--dataset shakespeare)
 [ -z "${DATA_PATH:-}" ] || corpus=(--dataset text --data-path "$DATA_PATH")
 corpus+=(--tokenizer bpe --bpe-vocab-size 8192)
 [ -z "${TOKEN_DIRECTORY:-}" ] || corpus=(--dataset wikitext103 --token-directory "$TOKEN_DIRECTORY")
-read -r -a extra <<<"${EXTRA_FLAGS:-}"
+read_extra_flags
 
 # describe STAGE: sets `command` (what Python is called with) and `share` (percent of the time, at most)
 describe() {
@@ -129,8 +132,9 @@ train() {
         --checkpoint-interval $((STEPS < 6 ? 1 : STEPS / 6)) --sample-tokens 0
         --checkpoint-path "checkpoints/$NAME/$model.pt" --run-name "$NAME/$model" --resume
         ${extra[@]+"${extra[@]}"})
-    # at the end of its time it saves and exits with 143, and timeout with 124
-    timeout --foreground -k 30 "$seconds" python train_shakespeare.py "${flags[@]}" \
+    # at the end of its time it saves and exits with 143, and timeout with 124. Without setsid Ctrl-C
+    # would reach it twice, from the terminal and from timeout: the second would end it unsaved.
+    timeout --foreground -k 30 "$seconds" setsid python train_shakespeare.py "${flags[@]}" \
         ${compile[@]+"${compile[@]}"} 2>&1 | tee -ia "logs/$NAME/$model.log" || code=$?
     [ "$code" != 130 ] || exit 130
     if [ "$code" = 1 ] && [ ${#compile[@]} != 0 ]; then

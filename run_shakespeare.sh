@@ -8,10 +8,13 @@
 #
 # Settings, given as environment variables: MAX_STEPS BATCH_SIZE BLOCK_SIZE HIDDEN_DIM NUM_LAYERS
 # NUM_HEADS LEARNING_RATE SEED DATA_PATH DEVICE, NAME (of the run; a new name keeps both runs) and
-# EXTRA_FLAGS (added to both trainings).
+# EXTRA_FLAGS (added to both trainings). TORCH=cpu installs PyTorch without CUDA, as setup_venv.sh says.
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./setup_venv.sh
+begin "$@"
+seen_from_caller DATA_PATH
+read_extra_flags
 use_environment requirements.txt
 
 NAME=${NAME:-shakespeare}
@@ -23,7 +26,6 @@ for name in MAX_STEPS BATCH_SIZE BLOCK_SIZE HIDDEN_DIM NUM_LAYERS NUM_HEADS LEAR
         flags+=("$flag" "${!name}")
     fi
 done
-read -r -a extra <<<"${EXTRA_FLAGS:-}"
 
 # train MODEL NAME FLAGS...
 train() {

@@ -25,9 +25,12 @@
 #   ABLATIONS            their names (default: the list below)
 #   FULL                 names of ablations that also run for all STEPS
 #   EXTRA_FLAGS          added to every training
+#   TORCH                cpu: install PyTorch without CUDA, as setup_venv.sh says
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./setup_venv.sh
+begin "$@"
+seen_from_caller DATA_PATH
 
 STAGES=${STAGES:-rates headline ablations full sizes evaluate report}
 RECIPE=${RECIPE:-modern}
@@ -68,7 +71,7 @@ esac
 
 corpus=(--dataset "$DATASET" --tokenizer bpe --bpe-vocab-size "$BPE_VOCAB_SIZE")
 [ -z "${DATA_PATH:-}" ] || corpus+=(--data-path "$DATA_PATH")
-read -r -a extra <<<"${EXTRA_FLAGS:-}"
+read_extra_flags
 rotary=(--model vanilla --pos rotary)
 control=("${rotary[@]}" --smear keys-values --sink)
 case "$RECIPE" in
@@ -106,19 +109,22 @@ train_one() {
         return 255
     fi
     echo "$*" >"logs/$name.flags"
-    if python train_shakespeare.py "$@" --checkpoint-path "checkpoints/$name.pt" \
-        --run-name "$name" --resume >>"logs/$name.log" 2>&1; then
-        echo "$(date +%H:%M) $name: $(grep -h 'best validation loss' "logs/$name.log" | tail -n 1)"
-    else
-        echo "error: $name failed: $(tail -n 1 "logs/$name.log")" >&2
-        return 255 # makes xargs stop, too
-    fi
+    local code=0
+    python train_shakespeare.py "$@" --checkpoint-path "checkpoints/$name.pt" \
+        --run-name "$name" --resume >>"logs/$name.log" 2>&1 || code=$?
+    case $code in
+        0) echo "$(date +%H:%M) $name: $(grep -h 'best validation loss' "logs/$name.log" | tail -n 1)" ;;
+        130) echo "$(date +%H:%M) $name: stopped" ;;
+        *) echo "error: $name failed: $(tail -n 1 "logs/$name.log")" >&2 ;;
+    esac
+    [ $code = 0 ] || return 255 # makes xargs stop, too
 }
 export -f train_one
 
 train_all() {
     [ ${#jobs[@]} = 0 ] || printf '%s\n' "${jobs[@]}" |
-        xargs -d '\n' -P "$JOBS" -I JOB bash -c 'set -eo pipefail; train_one JOB'
+        xargs -d '\n' -P "$JOBS" -I JOB bash -c 'set -eo pipefail; train_one JOB' |
+        tee -i /dev/null # Ctrl-C ends xargs at once, but tee only after the last training has saved
     jobs=()
 }
 

@@ -25,9 +25,12 @@
 #   EVAL_INTERVAL        (default: 1/30 of the steps, at least 10);   CHECKPOINT_INTERVAL   the same
 #   EVAL_ITERS=16        times 16 validation windows
 #   EXTRA_FLAGS          added to every training
+#   TORCH                cpu: install PyTorch without CUDA, as setup_venv.sh says
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./setup_venv.sh
+begin "$@"
+seen_from_caller DATA_PATH TOKENIZER_PATH
 
 NAME=${NAME:-w3_25m}
 RUNS=${RUNS:-rotary ngt}
@@ -60,7 +63,7 @@ collect RECIPE HIDDEN_DIM COORD_DIM HEAD_COORD_DIM NUM_LAYERS NUM_HEADS MLP_DIM 
     BATCH_SIZE GRADIENT_ACCUMULATION_STEPS MAX_STEPS LEARNING_RATE MIN_LEARNING_RATE \
     WARMUP_STEPS WEIGHT_DECAY SEED DEVICE EVAL_INTERVAL EVAL_ITERS CHECKPOINT_INTERVAL
 sizes=("${flags[@]}")
-read -r -a extra <<<"${EXTRA_FLAGS:-}"
+read_extra_flags
 
 # describe RUN: sets `file` (the name of its files) and `model` (its flags)
 describe() {

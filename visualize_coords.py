@@ -7,7 +7,7 @@ vocabulary.
 
 from pathlib import Path
 
-from system.cli import choose_device, script_parser, whole, whole_or_zero
+from system.cli import choose_device, file_path, script_parser, whole, whole_or_zero
 from system.errors import UsageError, run_script
 
 EXAMPLES = """examples:
@@ -25,21 +25,38 @@ def make_parser():
     add = parser.add_argument
     add(
         "--checkpoint-path",
+        type=file_path,
         default="checkpoints/shakespeare.pt_best.pt",
         help="an NGT checkpoint; if it does not exist, the same path with _best.pt or _last.pt is "
         "read (default: %(default)s)",
     )
-    add("--compare", metavar="CHECKPOINT", help="a second NGT checkpoint, shown beside it")
-    add("--output", default="coords.html", help="the page to write (default: %(default)s)")
-    add("--png", metavar="FILE", help="also write a still of the map (default: none)")
+    add(
+        "--compare",
+        type=file_path,
+        metavar="CHECKPOINT",
+        help="a second NGT checkpoint, shown beside it",
+    )
+    add(
+        "--output",
+        type=file_path,
+        default="coords.html",
+        help="the page to write (default: %(default)s)",
+    )
+    add(
+        "--png",
+        type=file_path,
+        metavar="FILE",
+        help="also write a still of the map (default: none)",
+    )
     add(
         "--heads-png",
+        type=file_path,
         metavar="FILE",
         help="also write each head's field by distance (default: none)",
     )
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--text", help="the text to show (default: that of --split)")
-    text.add_argument("--text-file", help="a UTF-8 file with the text to show")
+    text.add_argument("--text-file", type=file_path, help="a UTF-8 file with the text to show")
     text.add_argument(
         "--split",
         choices=("train", "valid"),
@@ -98,11 +115,12 @@ def main(argv=None):
         raise UsageError(f"--num-tokens {args.num_tokens}: a map shows at most {MAX_TOKENS:,}")
     from coords.draw import draw_map  # PyTorch takes a second to import; --help does not wait
     from engine.checkpoint import find_checkpoint
+    from gravity.trial import computes
 
     args.checkpoint_path = find_checkpoint(args.checkpoint_path)
     args.compare = args.compare and find_checkpoint(args.compare)
     check_files(args)
-    draw_map(args, choose_device(args.device))
+    draw_map(args, choose_device(args.device, computes))
     return 0
 
 

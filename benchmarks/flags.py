@@ -3,7 +3,7 @@
 import argparse
 
 from layers.config import LAWS
-from system.cli import whole, whole_list, whole_or_zero
+from system.cli import file_path, whole, whole_list, whole_or_zero
 from system.settings import add_flag
 from training.config import LAW_DEFAULTS, SETTINGS
 
@@ -100,11 +100,12 @@ def add_attention_flags(parser):
     )
     add(
         "--checkpoint",
+        type=file_path,
         metavar="FILE",
         help="an NGT whose points, masses and scales are used, on its validation text; what the "
         "operator skips depends on them (default: a fresh 25m model on random tokens)",
     )
-    add("--text", metavar="FILE", help="use this text instead of the checkpoint's")
+    add("--text", type=file_path, metavar="FILE", help="use this text instead of the checkpoint's")
     add("--steps", type=whole, default=5, help="timed rounds (default: 5)")
 
 
@@ -135,7 +136,7 @@ def add_decode_flags(parser):
         default=[256, 1024, 4096, 16384],
         help="tokens in the cache, separated by commas (default: 256,1024,4096,16384)",
     )
-    add("--checkpoint", metavar="FILE", help="an NGT to use (default: a fresh one)")
+    add("--checkpoint", type=file_path, metavar="FILE", help="an NGT to use (default: a fresh one)")
     add("--steps", type=whole, default=32, help="timed rounds (default: 32)")
     add(
         "--chat-tokens",
@@ -148,7 +149,12 @@ def add_decode_flags(parser):
 def add_data_flags(parser):
     """Add the flags of `benchmark.py data`."""
     add = parser.add_argument
-    add("--data-path", metavar="FILE", help="text file (default: this repository's own sources)")
+    add(
+        "--data-path",
+        type=file_path,
+        metavar="FILE",
+        help="text file (default: this repository's own sources)",
+    )
     add("--bpe-vocab-size", type=whole, default=1024, help="vocabulary of the BPE (default: 1024)")
     add("--steps", type=whole, default=5, help="timed rounds (default: 5)")
 
@@ -173,8 +179,14 @@ def add_scaling_flags(parser):
     )
     add(
         "--checkpoint",
+        type=file_path,
         metavar="FILE",
         help="an NGT of --law newton, whose windows give the cost of long contexts (default: an "
         "untrained one)",
     )
-    add("--output", metavar="FILE", help="write the page to this file (default: print it)")
+    add(
+        "--output",
+        type=file_path,
+        metavar="FILE",
+        help="write the page to this file (default: print it)",
+    )

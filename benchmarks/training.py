@@ -41,8 +41,10 @@ def benchmark_train(args, device):
     """
     if "first-release" in args.against and args.law != "published":
         raise UsageError("--against first-release computes --law published: add that flag")
-    if "compiled" in args.against and device.type == "cpu" and cpp_compiler() is None:
-        raise UsageError("--against compiled needs a C++ compiler (g++): install one, or drop it")
+    if "compiled" in args.against and device.type == "cpu" and len(cpp_compiler() or ()) != 1:
+        raise UsageError(
+            "--against compiled needs a C++ compiler, g++ or CXX: install one, or drop it"
+        )
     if args.peak_only:
         return print_peak(args, device)
     if args.dtype == "bf16" and device.type == "cpu" and not cpu_multiplies_bf16():

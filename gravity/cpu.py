@@ -24,10 +24,11 @@ from system.errors import warn
 SOURCE = Path(__file__).with_name("cpu.cpp")
 # -ffast-math without the parts that break infinities and NaN or change the rounding of the process
 FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    *("-std=c++17", "-O3", "-shared", "-fPIC"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
     *("-fassociative-math", "-fno-signed-zeros"),
 )
+HOMEBREW = ("/opt/homebrew/opt/libomp", "/usr/local/opt/libomp")
 CUTOFF_CODES = {"none": 0, "hard": 1, "soft": 2}  # as cpu.cpp numbers them
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -63,8 +64,31 @@ class _Problem(ctypes.Structure):
 
 
 def cpp_compiler():
-    """The path of the C++ compiler that CXX names, else of g++; None if there is none."""
-    return shutil.which(os.environ.get("CXX", "g++"))
+    """The words of the command that compiles C++: CXX, which may be `ccache g++`, else g++.
+
+    None if there is no such program.
+    """
+    given = os.environ.get("CXX") or "g++"
+    try:
+        words = [given] if shutil.which(given) else shlex.split(given)
+    except ValueError:  # a quote that does not end
+        return None
+    found = shutil.which(words[0]) if words else None
+    return found and [found, *words[1:]]
+
+
+def machine_flags():
+    """Yield what to add to FLAGS, the best first: with OpenMP, or else for one thread."""
+    yield ["-march=native", "-fopenmp"]
+    # Apple's clang needs a libomp named. PyTorch's own comes first, because two abort the process.
+    for folder in (Path(torch.__file__).parent, *map(Path, HOMEBREW)):
+        openmp = folder / "lib" / "libomp.dylib"
+        if openmp.exists():
+            found = ["-Xclang", "-fopenmp", str(openmp), f"-Wl,-rpath,{openmp.parent}"]
+            yield ["-mcpu=native", *found]
+            break
+    yield ["-march=native"]
+    yield ["-mcpu=native"]  # as older clangs for ARM spell it
 
 
 def cache_directory():
@@ -75,28 +99,32 @@ def cache_directory():
 @functools.cache
 def library():
     """The compiled kernels, or None after one warning if they cannot be compiled or loaded."""
-    if cpp_compiler() is None:
+    compiler, reason = cpp_compiler(), None
+    if compiler is None:
         warn(
             "no C++ compiler (g++): gravity runs in plain PyTorch, several times slower; "
             "install one, or name it in CXX"
         )
         return None
-    try:
-        loaded = ctypes.CDLL(str(_compiled()))
-    except subprocess.CalledProcessError as error:
-        lines = error.stderr.strip().splitlines() or ["no message"]
-        warn(f"{SOURCE.name} does not compile here, so plain PyTorch is used: {lines[0]}")
-        return None
-    except OSError as error:
-        warn(f"{SOURCE.name} cannot be loaded here, so plain PyTorch is used: {error}")
-        return None
-    loaded.rows_per_block.restype = ctypes.c_int64
-    return loaded
+    for flags in machine_flags():
+        try:
+            loaded = ctypes.CDLL(str(_compiled([*compiler, *FLAGS, *flags])))
+        except subprocess.CalledProcessError as error:
+            lines = error.stderr.strip().splitlines() or ["no message"]
+            reason = reason or f"does not compile here, so plain PyTorch is used: {lines[0]}"
+        except OSError as error:
+            reason = reason or f"cannot be loaded here, so plain PyTorch is used: {error}"
+        else:
+            if "-fopenmp" not in flags:
+                warn("this C++ compiler has no OpenMP: gravity computes with one thread")
+            loaded.rows_per_block.restype = ctypes.c_int64
+            return loaded
+    warn(f"{SOURCE.name} {reason}")
+    return None
 
 
-def _compiled():
-    """The path of the library for this source, compiler and processor; compiled if missing."""
-    command = [cpp_compiler(), *FLAGS]
+def _compiled(command):
+    """The path of the library for this source, command and processor; compiled if missing."""
     # -dM lists the compiler's version and all processor features that -march=native found
     macros = subprocess.run(
         [*command, "-E", "-dM", "-x", "c++", os.devnull], check=True, capture_output=True, text=True
@@ -105,13 +133,14 @@ def _compiled():
     name = f"gravity_cpu_{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     path = _folder_for(name) / name
     if not path.exists():
-        print(f"compiling {SOURCE.name}, once: takes some seconds", file=sys.stderr, flush=True)
         # compiled elsewhere and then moved, so that no other process loads half a library
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / name
-            subprocess.run(
-                [*command, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True
-            )
+            run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
+            # an empty file first, which shows in no time that the linker finds no OpenMP
+            run([*command, "-x", "c++", os.devnull, "-o", str(made)])
+            print(f"compiling {SOURCE.name}, once: takes some seconds", file=sys.stderr, flush=True)
+            run([*command, str(SOURCE), "-o", str(made)])
             made.replace(path)
     return path
 

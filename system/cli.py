@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 
 from system.errors import UsageError
 
@@ -69,6 +70,11 @@ def share(text):
     return value
 
 
+def file_path(text):
+    """Argparse type: a path. No shell expands the ~ of --flag=~/x, so it is expanded here."""
+    return os.path.expanduser(text)
+
+
 def _number(kind, text):
     try:
         return kind(text)
@@ -86,10 +92,14 @@ def script_parser(description, examples):
     )
 
 
-def choose_device(name):
+def choose_device(name, computes=None):
     """The `torch.device` that `--device` names; "auto" is a GPU if there is one, else the CPU.
 
     A GPU with a number becomes the current one, to which streams, events and graphs belong.
+
+    Args:
+        computes: a function that tells whether the models can be computed on a device. "auto" asks
+            it before it takes an Apple GPU, where operations of PyTorch may be missing.
 
     Raises:
         UsageError: if there is no such device here.
@@ -97,7 +107,11 @@ def choose_device(name):
     import torch  # takes a second, which --help does not wait for
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        mps = torch.device("mps")
+        takes_mps = torch.backends.mps.is_available() and (computes is None or computes(mps))
+        return mps if takes_mps else torch.device("cpu")
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()  # a device may have a name and still not work

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 from system.safe_text import one_line
 from system.terminal import print_whatever_comes
@@ -52,6 +53,18 @@ def run_script(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        here = Path(__file__).resolve().parent.parent
+        if not package or (here / package).is_dir() or (here / f"{package}.py").exists():
+            raise
+        print(
+            f"error: {sys.executable} has no package {package}: run `source .venv/bin/activate` "
+            "first; `bash setup_venv.sh` makes that environment",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.exit(1)
     except BrokenPipeError:
         # the reader of our output ended, as `| head` does: nobody would see a message
         sys.stderr.close()

@@ -3,10 +3,11 @@
 import argparse
 import dataclasses
 
+from system.cli import file_path
 from system.errors import UsageError
 
 
-def setting(default, help, type=None, choices=None, flag=None):
+def setting(default, help, type=None, choices=None, flag=None, is_path=False):
     """A dataclass field that carries all that its flag needs.
 
     Args:
@@ -16,8 +17,9 @@ def setting(default, help, type=None, choices=None, flag=None):
             flag is a switch, nor for text.
         choices: the legal values, if they can be listed.
         flag: the flag's name, if it is not the field's name with dashes.
+        is_path: the flag names a file or directory, whose ~ is expanded.
     """
-    metadata = {"help": help, "type": type, "choices": choices, "flag": flag}
+    metadata = {"help": help, "type": type, "choices": choices, "flag": flag, "is_path": is_path}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -28,7 +30,7 @@ def flag_of(field):
 
 def add_flag(group, field, help):
     """Add a field's flag to a group of a parser. Its default is None: the flag was not given."""
-    kind = field.metadata["type"]
+    kind = file_path if field.metadata["is_path"] else field.metadata["type"]
     options = {"type": kind, "choices": field.metadata["choices"]}
     if field.type is bool:
         options = {"action": argparse.BooleanOptionalAction}

@@ -193,7 +193,8 @@ def test_run_wikitext103_interrupted_and_called_again(in_tmp, small_text):
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
-    assert "== training vanilla" not in output and "continue with: " in output
+    assert "== training vanilla" not in output
+    assert output.splitlines()[-1] == "continue with: bash run_wikitext103_25m.sh"
     assert not (in_tmp / "runs/w3_25m/vanilla_rotary_25m").exists()
     stopped_at = torch.load("checkpoints/w3_25m/ngt_mass_in_value.pt_last.pt")["iter"]
     assert 10 <= stopped_at < 60
@@ -237,6 +238,23 @@ def test_run_wikitext103_bad_settings(settings, words, in_tmp, small_text):
     line = error_line(result)
     assert all(word in line for word in words)
     assert not (in_tmp / "checkpoints").exists() and not (in_tmp / "runs").exists()
+
+
+@pytest.mark.parametrize("script", ["run_shakespeare.sh", "run_study.sh", "run_gpu_check.sh"])
+def test_a_misspelt_text_ends_a_script(script, in_tmp):
+    """Called from another directory, in which no such text is; nothing else is trained on."""
+    settings = {"DATA_PATH": "my_bok.txt", "TINY": "1"}
+    settings["STAGES"] = "training" if "gpu" in script else "headline"
+    copy = in_tmp / "repository"
+    env = copy_of_the_repository(copy, **settings)
+    (copy / "tests").mkdir()
+    shutil.copy(ROOT / "tests/requirements.txt", copy / "tests")
+    result = subprocess.run(
+        ["bash", f"repository/{script}"], env=env, capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert f"--data-path {in_tmp}/my_bok.txt does not exist" in error_line(result)
+    assert not (copy / "checkpoints").exists() and not list(copy.glob("runs/**/metrics.jsonl"))
 
 
 def run_gpu_check(folder, **settings):

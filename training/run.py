@@ -9,6 +9,7 @@ import torch
 from data import check_long_enough, eval_windows
 from engine.checkpoint import check_writable
 from engine.models import model_config
+from gravity.trial import computes
 from system.cli import choose_device
 from system.errors import UsageError, UserError, warn
 from system.machine import code_version, machine
@@ -118,7 +119,7 @@ def _check(args, config, checkpoint, ranks):
 
 def _set_up(config, ranks, tokenizer):
     """The trainer of a run, before its first step; `tokenizer` is the checkpoint's, or None."""
-    device = choose_device(config["device"])
+    device = choose_device(config["device"], computes)
     if config["use_amp"] is None:
         config["use_amp"] = uses_amp_by_default(device)
     data = _token_data(config, tokenizer)

@@ -49,8 +49,8 @@ def maybe_compile(function, config, device):
     """The compiled function, or itself with one warning if nothing can compile it."""
     if not config["compile"]:
         return function
-    if device.type == "cpu" and cpp_compiler() is None:
-        warn("--compile needs a C++ compiler (g++) and there is none: training uncompiled")
+    if device.type == "cpu" and len(cpp_compiler() or ()) != 1:  # torch.compile takes one word
+        warn("--compile needs a C++ compiler, g++ or that in CXX: training uncompiled")
         return function
     return torch.compile(function)
 

@@ -1,6 +1,7 @@
 """The compiled kernels: windows, strides, threads, positions, and machines without a compiler."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -154,6 +155,60 @@ def test_rounding_mode_of_the_process_is_left_alone():
     gravity_attention(**long_particles(20))
     tiny = torch.tensor([1e-40]) * torch.ones(1)
     assert float(tiny) > 0
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ("env {cxx}", ["env", "{cxx}"]),
+        ("{cxx} -m64", ["{cxx}", "-m64"]),
+        ("'{cxx}' -DA='1 2'", ["{cxx}", "-DA=1 2"]),
+        ("", ["{cxx}"]),
+        ("no-such-compiler g++", None),
+        ("g++ 'unclosed", None),
+    ],
+)
+def test_a_compiler_of_several_words(given, words, monkeypatch):
+    """CXX as make and cmake take it: a cache before it, flags behind."""
+    (cxx,) = cpu.cpp_compiler()
+    monkeypatch.setenv("CXX", given.format(cxx=cxx))
+    found = cpu.cpp_compiler()
+    if words is None:
+        assert found is None
+    else:
+        expected = [word.format(cxx=cxx) for word in words]
+        assert found == [shutil.which(expected[0]), *expected[1:]]
+
+
+REFUSED = {  # what Apple's clang refuses, and what clang on Debian lacks
+    "no OpenMP": "*-fopenmp*) echo \"error: unsupported option '-fopenmp'\" >&2; exit 1",
+    "no libomp": "*-fopenmp*' -o '*) echo 'ld: cannot find -lomp' >&2; exit 1",
+    "older ARM": "*-fopenmp*|*-march=*) echo 'error: no -march=native' >&2; exit 1",
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_without_openmp_one_thread_computes(case, tmp_path, monkeypatch, capfd):
+    """One thread of the compiled kernels beats plain PyTorch; one warning in each process."""
+    compiler = tmp_path / "c++"
+    # this compiler's own name for "this very processor"; -O0 compiles in no time
+    arguments = 'set -- "${@/#-mcpu=native/-march=native}"\n' if "ARM" in case else ""
+    (cxx,) = cpu.cpp_compiler()
+    compiler.write_text(
+        f'#!/bin/bash\ncase "$*" in {REFUSED[case]};; esac\n{arguments}exec {cxx} "$@" -O0\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for is_first in (True, False):
+        kernels = cpu.library.__wrapped__()
+        said = capfd.readouterr().err
+        assert said.count("warning: ") == 1 and "one thread" in said
+        assert ("compiling" in said) == is_first
+    monkeypatch.setattr(cpu, "library", lambda: kernels)
+    data = long_particles(60)
+    truth = gravity_attention_reference(**double(data))
+    assert (gravity_attention(**data) - truth).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("case", ["none", "broken"])

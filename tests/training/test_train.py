@@ -230,6 +230,27 @@ def test_resume_with_nothing_there_starts_and_says_so(in_tmp, small_text):
     assert "starting" in train(*flags, "--resume", cwd=in_tmp).stdout
 
 
+def test_a_run_that_took_the_public_text_for_a_missing_one_resumes(in_tmp, tiny_shakespeare):
+    """Earlier versions did; a text of the user's own that is gone is an error."""
+    public = in_tmp / "data/shakespeare/input.txt"
+    public.parent.mkdir(parents=True)
+    texts = {"public": tiny_shakespeare.read_text(), "own": tiny_shakespeare.read_text()[:20_000]}
+    for name, text in texts.items():
+        given = in_tmp / f"{name}.txt"
+        given.write_text(text)
+        path = ("--checkpoint-path", f"c/{name}")
+        flags = (*SMALL, "--data-path", given, *path, "--max-steps", 2)
+        run("train_shakespeare.py", *flags, cwd=in_tmp, check=0)
+        given.unlink()
+    public.write_text(texts["public"])
+    again = ("--resume", "--max-steps", 3, "--checkpoint-path")
+    result = run("train_shakespeare.py", *again, "c/public", cwd=in_tmp, check=0)
+    assert "resuming at step 2" in result.stdout
+    assert read_checkpoint("c/public_last.pt")["config"]["data_path"] is None
+    result = run("train_shakespeare.py", *again, "c/own", cwd=in_tmp, check=1)
+    assert "own.txt does not exist" in error_line(result)
+
+
 def test_resume_refuses_what_contradicts_the_checkpoint(in_tmp, small_text, capsys):
     flags = ("--checkpoint-path", "c/x", "--data-path", small_text, "--max-steps", 5)
     train(*flags, cwd=in_tmp)

@@ -208,3 +208,11 @@ def test_autocast_trains_in_bf16(trainer):
         for p in trainer.raw_model.parameters()
         if p.grad is not None
     )
+
+
+def test_a_compiler_that_torch_compile_cannot_call(monkeypatch, capsys):
+    """It takes a single word: training goes on uncompiled, with one warning."""
+    config, device = {"compile": True}, torch.device("cpu")
+    monkeypatch.setenv("CXX", "env g++")
+    assert training_trainer.maybe_compile(math.sqrt, config, device) is math.sqrt
+    assert capsys.readouterr().err.count("warning: --compile needs a C++ compiler") == 1
