@@ -49,7 +49,7 @@ class Losses:
         targets = tokens[:, -count:]
         losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
         is_right = logits.argmax(-1) == targets
-        return losses.view(targets.shape).double().cpu().numpy(), is_right.cpu().numpy()
+        return losses.view(targets.shape).cpu().double().numpy(), is_right.cpu().numpy()
 
     def graded_all(self, sequences, count, title):
         """`graded` for any number of sequences, in batches of about TOKENS_AT_ONCE.

@@ -12,7 +12,7 @@ import math
 
 import torch
 
-from gravity.law import TINY, Law, proven_window
+from gravity.law import TINY, Law, proven_window, wide
 from gravity.tiles import PackedInputs
 
 TILE_PAIRS = 1 << 18  # pairs computed at once: three fp32 buffers of that size stay near the L2
@@ -173,11 +173,11 @@ def _backward_pass(packed, grad_out, out, total, visited):
     d_source = packed.probe.new_zeros(matrices, coords + 2, num_keys)  # transposed
     d_value = packed.probe.new_zeros(matrices, num_keys, packed.value.shape[2])
     d_radius, d_background = (torch.zeros_like(packed.time_scale) for _ in range(2))
-    lag = torch.empty(num_queries, dtype=torch.float64, device=out.device)
+    lag = torch.empty(num_queries, dtype=packed.time_scale.dtype, device=out.device)
     for rows, tiles in itertools.groupby(visited, key=lambda tile: tile[1]):
         row = slice(*rows)
         grad_sums = _gradient_of_sums(packed, grad_out[:, :, row], out[:, :, row], total[:, row])
-        d_background += grad_sums[..., -1].double().view(packed.heads, -1).sum(1)
+        d_background += wide(grad_sums[..., -1]).view(packed.heads, -1).sum(1)
         # moments are taken about the block's middle, so that they lose no digits late in a text
         middle = (packed.query_positions[rows[0]] + packed.query_positions[rows[1] - 1]) / 2
         lag[row] = packed.tq[row] - middle
@@ -264,7 +264,7 @@ def _time_gradients(packed, d_probe, lag):
     Args:
         lag: each query's position, counted from the origin of its row's moments, (Tq,).
     """
-    moments = d_probe.view(packed.heads, packed.batch, len(lag), -1).double().sum(1)
+    moments = d_probe.view(packed.heads, packed.batch, len(lag), -1).to(lag.dtype).sum(1)
     zeroth, first, second = (moments[..., packed.coords + n] for n in (0, 2, 3))  # (H, Tq) each
     lag = lag - packed.time_offset[:, None]  # (H, Tq)
     moment1 = (lag * zeroth - first).sum(1)

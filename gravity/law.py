@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 
 CUTOFFS = ("none", "hard", "soft")
+WITHOUT_FLOAT64 = ("mps",)  # Apple's GPUs
 TINY = 1e-30  # in place of a background, so that a token which nothing pulls gets 0, not NaN
 
 
@@ -94,6 +95,11 @@ def gravity_attention_reference(q, k, v, mass, *, background=None, mass_in_value
     return field @ v / (background + field.sum(-1, keepdim=True))
 
 
+def wide(x):
+    """x in float64, or in float32 on a device that has no float64."""
+    return x.float() if x.device.type in WITHOUT_FLOAT64 else x.double()
+
+
 def positions_or_range(given, points):
     """The given positions of points (B, H, T, C), or 0, 1, ..., T - 1 if None are given, (T,)."""
     return torch.arange(points.shape[2], device=points.device) if given is None else given
@@ -160,18 +166,18 @@ def windows(law, max_mass):
         max_mass: the largest mass of any token that will be read; 1 if masses multiply values.
 
     Returns:
-        (H,) float64 whole numbers, on the law's device: what is more tokens back may be left out.
+        (H,) whole numbers as floats, on the law's device: what is more tokens back may be left out.
         inf where nothing is known. Nothing waits for a GPU.
     """
-    scale, offset = law.time_scale.double(), law.time_offset.double()
+    scale, offset = wide(law.time_scale), wide(law.time_offset)
     found = torch.full_like(scale, math.inf)
     if law.radius is not None:
-        found = reach(scale, offset, law.radius.double())
+        found = reach(scale, offset, wide(law.radius))
     if law.background is not None and law.tolerance > 0:
         # `proven_window` with `smallest_sum = background`, for all heads at once
         p = 2 * law.exponent - 1
         log_window = torch.as_tensor(max_mass, dtype=scale.dtype, device=scale.device).log()
-        log_window = log_window - math.log(p * law.tolerance) - law.background.double().log()
+        log_window = log_window - math.log(p * law.tolerance) - wide(law.background).log()
         log_window = (log_window - (p + 1) * scale.log()) / p
         # what is not below inf is NaN, which proves nothing
         proven = offset + log_window.exp() * (1 + 1e-6)

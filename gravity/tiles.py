@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from gravity.law import windows
+from gravity.law import wide, windows
 from system.machine import cpu_multiplies_bf16
 
 
@@ -29,12 +29,12 @@ class PackedInputs:
         self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.batch, self.heads, _, self.coords = q.shape
         self.exponent, self.cutoff, self.tolerance = law.exponent, law.cutoff, law.tolerance
-        self.time_scale, self.time_offset = law.time_scale.double(), law.time_offset.double()
+        self.time_scale, self.time_offset = wide(law.time_scale), wide(law.time_offset)
         # `proven_window` is time_offset plus a part that grows about as 1 / time_scale
         self.order = torch.argsort(self.time_offset + 1 / self.time_scale)  # (H,)
         self.is_sorted = bool((self.order[1:] > self.order[:-1]).all())
-        self.radius = None if law.radius is None else self.sorted(law.radius.double())
-        self.background = None if law.background is None else self.sorted(law.background.double())
+        self.radius = None if law.radius is None else self.sorted(wide(law.radius))
+        self.background = None if law.background is None else self.sorted(wide(law.background))
         self.time_scale, self.time_offset = map(self.sorted, (self.time_scale, self.time_offset))
         self._pack_points(q, k)
         self._pack_values(v, mass)
@@ -138,7 +138,7 @@ class PackedInputs:
         self.probe = probe.flatten(0, 1)  # (H * B, Tq, C + 2)
         self.source = source.flatten(0, 1)  # (H * B, Tk, C + 4)
         farthest = q2.amax((1, 2, 3)).sqrt() + k2.amax((1, 2, 3)).sqrt()  # (H,)
-        self.largest_distance2 = farthest.double().square().tolist()
+        self.largest_distance2 = wide(farthest).square().tolist()
         # rounding must not bring a token much nearer than its time alone allows
         self.must_clamp = not max(self.largest_distance2) * torch.finfo(self.dtype).eps < 1e-4
 

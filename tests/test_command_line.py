@@ -1,6 +1,7 @@
 """What the scripts share on their command lines: paths, devices, and no environment."""
 
 import argparse
+import contextlib
 import importlib
 import os
 import re
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from conftest import ROOT
-from gravity import trial
+from gravity import attention, law, trial
 from gravity.attention import gravity_attention
 from system.cli import choose_device
 
@@ -120,6 +123,31 @@ def test_the_trial_of_a_device(monkeypatch):
     assert torch.equal(torch.random.get_rng_state(), state)
     monkeypatch.setattr(trial, "gravity_attention", lambda **x: gravity_attention(**x) * 1.01)
     assert not trial.computes("cpu")
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses float64, as Apple's GPUs do."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if any(torch.is_tensor(x) and x.dtype == torch.float64 for x in tree_leaves(out)):
+            raise TypeError("no float64 here")
+        return out
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_the_plain_operator_needs_no_float64(knows, monkeypatch):
+    """On a device without it; elsewhere it takes it, so that such a device fails the trial."""
+    compute = trial._output_and_gradients
+
+    def limited(attention, inputs, device, dtype):
+        with NoFloat64() if dtype == torch.float32 else contextlib.nullcontext():
+            return compute(attention, inputs, device, dtype)
+
+    monkeypatch.setattr(attention, "cpu_handles", lambda q, v: False)
+    monkeypatch.setattr(law, "WITHOUT_FLOAT64", ("cpu",) if knows else ())
+    monkeypatch.setattr(trial, "_output_and_gradients", limited)
+    assert trial.computes("cpu") == knows
 
 
 def examples():
