@@ -1,5 +1,6 @@
 """Malicious files: each produces a one-line error, quickly and without much memory."""
 
+import ctypes
 import os
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ def reset_peak_memory():
     """
     path = Path("/proc/self/clear_refs")
     if path.exists():
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier tests freed, training has kept
         path.write_text("5")
     return path.exists()
 
@@ -70,7 +72,6 @@ def trained(tmp_path_factory):
 
 
 NAMED = {
-    "a tokenizer written elsewhere": "planted",
     "a device without memory": "--device meta",
     "text that never ends": "/dev/zero",
 }
@@ -80,7 +81,10 @@ NAMED = {
 def test_resumed(name, trained, watched, monkeypatch):
     monkeypatch.chdir(trained[0])
     message = hostile_checkpoints.attempt_resume(trained[1], TRAINING[name])
-    assert is_one_clear_line(message, NAMED.get(name, "evil"))
+    if name == "a tokenizer written elsewhere":  # the checkpoint's own is used
+        assert message == ""
+    else:
+        assert is_one_clear_line(message, NAMED.get(name, "evil"))
     assert not (trained[0] / "planted.json").exists()
 
 
