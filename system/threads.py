@@ -92,8 +92,8 @@ def threads_for(parameters, tokens, most):
     """The number of threads that computes a model fastest: one, or the most there are.
 
     A second thread must be woken for each operation, which pays only if the operation is long.
-    The limit lies between a token that Shakespeare's model (0.8M parameters) generates, which is
-    faster with one thread, and its training step of hundreds of tokens, which takes all.
+    The limit lies between a token that Shakespeare's model (0.8M parameters) generates, which one
+    thread does as fast, and one of 25M or a training step, which take all (reports/performance.md).
 
     Args:
         parameters: of the model.
