@@ -119,6 +119,7 @@ class _SquaredReLU(torch.autograd.Function):
         return x.square()
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         return (grad * ctx.saved_tensors[0]).mul_(2)
 
