@@ -198,7 +198,7 @@ struct Problem {
     float *d_law;            // (4, H): time_scale, time_offset, radius, background
 };
 
-// Arguments and results of `mix_forward` and `mix_backward`: `_Mix` of cpu.py.
+// Arguments and results of `mix_forward` and `mix_backward`: `_Mix` of retardation.py.
 struct Mix {
     int64_t batch, tokens, channels, is_bf16, threads;
     const void *x;       // (B, T, C)
@@ -250,6 +250,7 @@ struct Scratch {
 // block of its queries. One query alone, a decoding step, keeps distances in place of products.
 struct Head {
     const Problem &p;
+    const std::vector<float> &heaviest;  // (B), see `heaviest_masses`
     const bool backward;
     const long stride, coords, width;  // padded to whole vectors: Tk, C and D
     const bool v_in_place;             // v needs no copy
@@ -269,8 +270,8 @@ struct Head {
     std::vector<float> q, q2;          // (ROWS, C), (ROWS); q2 = |q|^2
     std::vector<float> sums;           // (ROWS, D), sums of field * v
 
-    Head(const Problem &p, bool backward)
-        : p(p), backward(backward), stride(round_up(p.keys, LANES) + LANES),
+    Head(const Problem &p, const std::vector<float> &heaviest, bool backward)
+        : p(p), heaviest(heaviest), backward(backward), stride(round_up(p.keys, LANES) + LANES),
           coords(round_up(p.coords, LANES)), width(round_up(p.width, LANES)),
           v_in_place(!p.v.is_bf16 && width == p.width),
           single(!backward && p.queries == 1), k(0, backward ? stride * coords : 0),
@@ -288,14 +289,13 @@ struct Head {
         radius2 = p.cutoff ? p.radius[h] * p.radius[h] : 0;
         background = p.background ? p.background[h] : TINY;
         // r2 does not change, but |q|^2 + |k|^2 - 2 q.k loses fewer digits near the origin
-        const long count = std::min<long>(16, p.keys);  // a sample of keys is enough
+        const long count = single ? 0 : std::min<long>(16, p.keys);  // a sample of keys is enough
         std::fill(centre.begin(), centre.end(), 0.0f);
         for (long n = 0; n < count; ++n) {
             read_rows(p.k, n * p.keys / count, 1, p.coords, coords, rows.data);
             for (long c = 0; c < coords; ++c) centre[c] += rows[c] / count;
         }
-        const float *masses = p.mass + b * p.keys;
-        max_mass = *std::max_element(masses, masses + p.keys);
+        max_mass = heaviest[b];
         window = INFINITY;
         if (p.cutoff) window = p.time_offset[h] + p.radius[h] / p.time_scale[h] + 1;
         if (p.background && p.tolerance > 0) {
@@ -657,15 +657,28 @@ std::vector<long> longest_first(const Problem &p) {
     return matrices;
 }
 
+// The largest mass of each batch, which all of its heads ask for.
+std::vector<float> heaviest_masses(const Problem &p) {
+    std::vector<float> heaviest(p.batch);
+    for (long b = 0; b < p.batch; ++b) {
+        float largest = 0;
+#pragma omp simd reduction(max : largest)
+        for (long j = 0; j < p.keys; ++j) largest = std::max(largest, p.mass[b * p.keys + j]);
+        heaviest[b] = largest;
+    }
+    return heaviest;
+}
+
 template <int EXPONENT> void run_forward(const Problem &p) {
     const std::vector<long> matrices = longest_first(p);
+    const std::vector<float> heaviest = heaviest_masses(p);
     const long blocks = (p.queries + ROWS - 1) / ROWS;
     // each part packs the keys again: split queries only if there are more threads than heads
     const long parts = std::min(blocks, std::max<long>(1, p.threads / (p.batch * p.heads)));
 #pragma omp parallel num_threads(p.threads)
     {
         FlushDenormals flush;
-        Head head(p, false);
+        Head head(p, heaviest, false);
 #pragma omp for schedule(dynamic, 1)
         for (long task = 0; task < p.batch * p.heads * parts; ++task) {
             long matrix = matrices[task / parts], part = task % parts;
@@ -680,13 +693,14 @@ template <int EXPONENT> void run_forward(const Problem &p) {
 
 template <int EXPONENT> void run_backward(const Problem &p) {
     const std::vector<long> matrices = longest_first(p);
+    const std::vector<float> heaviest = heaviest_masses(p);
     std::vector<float> d_mass(p.batch * p.heads * p.keys);
     std::vector<double> d_law(p.batch * p.heads * 4);
     const long blocks = (p.queries + ROWS - 1) / ROWS;
 #pragma omp parallel num_threads(p.threads)
     {
         FlushDenormals flush;
-        Head head(p, true);
+        Head head(p, heaviest, true);
         Gradients sums(head);
 #pragma omp for schedule(dynamic, 1)
         for (long task = 0; task < p.batch * p.heads; ++task) {
