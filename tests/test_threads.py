@@ -178,3 +178,26 @@ def test_a_wrong_number_is_refused(script, words, value, capsys):
         script.main([*words, f"--threads={value}"])
     line = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and "argument --threads" in line and value in line
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_freed_memory_is_kept_for_the_next_step():
+    """A block as large as before needs no new pages of the system: 64 MB are 16,384."""
+    script = """
+import resource, sys, torch
+from system.machine import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    pages = {}
+    for name in ("kept", "default"):
+        command = [sys.executable, "-c", script, name]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        pages[name] = int(result.stdout)
+    if pages["default"] < 1000:
+        pytest.skip("this C library keeps freed memory by itself")
+    assert pages["kept"] < 1000
