@@ -7,16 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from plotly.offline import get_plotlyjs
 
 from coords.data import Measured
 from system.markdown import json_for_script
 
 ROOT = Path(__file__).resolve().parent.parent
-STYLES = ("web/style.css", "coords/page.css")
+STYLES = (
+    *("web/style.css", "coords/page.css", "coords/orbit.css", "coords/scene.css"),
+    "coords/heads.css",
+)
 SCRIPTS = (
-    *("web/shared.js", "coords/data.js", "coords/scene.js", "coords/side.js", "coords/heads.js"),
-    *("coords/vocabulary.js", "coords/page.js"),
+    *("web/shared.js", "web/chart.js", "coords/colours.js", "coords/data.js", "coords/orbit.js"),
+    *("coords/scene.js", "coords/multiples.js", "coords/heads.js", "coords/next.js"),
+    *("coords/masses.js", "coords/side.js", "coords/url.js", "coords/download.js"),
+    *("coords/live.js", "coords/page.js"),
 )
 LARGEST_SHARE = 65535  # a share of 1, stored as an unsigned 16-bit integer
 LARGEST_COORDINATE = 32767  # the largest coordinate, stored as a signed one
@@ -109,22 +113,32 @@ def _significant(values, digits):
     )
 
 
-def map_page(runs, title, layer):
+def map_page(runs, title, layer, live=False):
     """The HTML document, a string.
 
     Args:
-        runs: a list of one or two results of `run_data`.
+        runs: a list of one or two results of `run_data`; on the live page of none.
         title: of the page.
         layer: the layer at which the page opens.
+        live: whether a server answers the page's questions.
     """
     parts = {
         "title": html.escape(title),
-        "style": _texts(STYLES),
-        "data": json_for_script({"layer": layer, "runs": runs}),
-        "plotly": get_plotlyjs(),
-        "script": _texts(SCRIPTS),
+        "style": page_style(),
+        "data": json_for_script({"layer": layer, "live": live, "runs": runs}),
+        "script": page_script(),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _texts(["coords/page.html"]))
+
+
+def page_style():
+    """All CSS of the page, as one text."""
+    return _texts(STYLES)
+
+
+def page_script():
+    """All JavaScript of the page, as one text: the files inside one function."""
+    return f'(() => {{\n"use strict";\n{_texts(SCRIPTS)}\n}})();'
 
 
 def _texts(names):
