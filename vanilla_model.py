@@ -93,10 +93,7 @@ class Attention(nn.Module):
             self.register_buffer("slopes", alibi_slopes(config.num_heads), persistent=False)
 
     def points(self, h, kv_cache=None, angles=None):
-        """What each token looks for, and what it is found by, both (B, H, T, D).
-
-        The arguments are as for `forward`.
-        """
+        """Queries and keys as their dot products are taken, both (B, H, T, D)."""
         q, k = self.q_proj(h), self.k_proj(h)
         if self.config.smear != "none":
             # smeared keys: Olsson et al. 2022, arXiv:2209.11895; KV shift: arXiv:2411.19574
