@@ -1,0 +1,1 @@
+// What is chosen, as the part of the URL after #.
