@@ -3,7 +3,7 @@
 const SECONDS_PER_LAYER = 1.1;
 
 // The views in the order of their keys 1 to 5: their class, and the controls that they use.
-const ALL_VIEWS = {
+const VIEWS = {
   orbit: { title: "Orbit", make: typeof Orbit === "undefined" ? null : Orbit, controls: ["layer", "head", "split", "colour", "play"] },
   map: {
     title: "Map",
@@ -15,23 +15,8 @@ const ALL_VIEWS = {
   masses: { title: "Masses", make: typeof Masses === "undefined" ? null : Masses, isWide: true, controls: [] },
 };
 // Until every view is there, the others are shown without it.
-const VIEWS = Object.fromEntries(
-  Object.entries(ALL_VIEWS).filter(
-    ([, { make }]) => make && make.length < 3 && "update" in make.prototype,
-  ),
-);
-// Until the data are there.
-if (!Run.prototype.shares) {
-  COLOURS.surprise = COLOURS.loss;
-  Run.prototype.hasGravity = true;
-  Run.prototype.next = () => [];
-  Run.prototype.orbit = (layer, head, token) => ({ distance: new Float64Array(token + 1) });
-  Run.prototype.shares = function (layer, head, token) {
-    const found = new Float64Array(token + 1);
-    for (const [source, share] of this.pulls(layer, head, token)) found[source] = share;
-    return found;
-  };
-}
+const isThere = ({ make }) => Boolean(make && make.length < 3 && "update" in make.prototype);
+COLOURS.surprise ??= COLOURS.loss;
 
 const state = {
   view: "orbit",
@@ -113,16 +98,17 @@ function choose(run, token) {
 // Draws what is shown; each part changes only what changed.
 function draw() {
   if (!parts.length) return;
-  if (!VIEWS[state.view]) state.view = Object.keys(VIEWS)[0];
-  const { isWide, make } = VIEWS[state.view] ?? {};
+  const { isWide, make } = VIEWS[state.view];
   $("panel").className = `${parts.length > 1 ? "two" : "one"}${isWide ? " wide" : ""}`;
   for (const part of parts) {
     const { run, stage, words, details, views } = part;
-    views[state.view] ??= new make(run, actions);
-    const { node } = views[state.view];
-    if (node.parentElement !== stage) stage.append(node);
-    for (const view of Object.values(views)) view.node.hidden = view.node !== node;
-    views[state.view].update(state);
+    if (isThere(VIEWS[state.view])) {
+      views[state.view] ??= new make(run, actions);
+      const { node } = views[state.view];
+      if (node.parentElement !== stage) stage.append(node);
+      for (const view of Object.values(views)) view.node.hidden = view.node !== node;
+      views[state.view].update(state);
+    }
     if (isWide) continue;
     words.update(state);
     details.update(state);
@@ -219,7 +205,7 @@ function fillDownloads() {
 }
 
 function makeTabs() {
-  const tabs = Object.entries(VIEWS).map(([name, { title }], n) => {
+  const tabs = Object.entries(VIEWS).filter(([, view]) => isThere(view)).map(([name, { title }], n) => {
     const tab = element("button", { id: `tab-${name}`, type: "button", textContent: title });
     tab.setAttribute("role", "tab");
     tab.setAttribute("aria-controls", "panel");
