@@ -1,9 +1,8 @@
-"""A map page in a real browser, for tests: fixtures to import, and what several tests read."""
+"""A map page in a real browser: the fixtures, which conftest.py imports, and what tests read."""
 
 import pytest
 
 import visualize_coords
-from conftest import BROWSER
 from map_contents import data_of
 
 FLAGS = ["--no-sandbox", "--disable-background-networking"]
@@ -11,6 +10,8 @@ FLAGS = ["--no-sandbox", "--disable-background-networking"]
 
 @pytest.fixture(scope="module")
 def browser():
+    from conftest import BROWSER  # which imports this file
+
     sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright here")
     if BROWSER is None:
         pytest.skip("no chromium here")
