@@ -105,6 +105,24 @@ class Attention(nn.Module):
             q, k = rotate(q, *angles), rotate(k, *angles)
         return q, k
 
+    def attend(self, q, k, v, positions, key_positions):
+        """What each head receives for its queries, (B, H, Tq, D).
+
+        q is (B, H, Tq, D), k and v (B, H, Tk, D), their positions (Tq,) and (Tk,); a single query
+        comes before none of its keys.
+        """
+        mask = None
+        if self.config.pos == "alibi":
+            distance = positions[:, None] - key_positions[None, :]  # (Tq, Tk)
+            mask = -self.slopes[:, None, None] * distance
+            mask = mask.masked_fill(distance < 0, -math.inf).to(q.dtype)  # (H, Tq, Tk)
+        elif k.shape[2] > q.shape[2] > 1:  # is_causal would match the first query to the first key
+            mask = positions[:, None] >= key_positions[None, :]  # (Tq, Tk)
+        causal = mask is None and q.shape[2] > 1
+        if self.sink is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return attention_with_sink(q, k, v, self.sink, mask, causal)
+
     def forward(self, h, positions, kv_cache=None, first_values=None, angles=None):
         """What each token receives from itself and those before it, and what it passes on, its
         value: both (B, T, hidden_dim).
@@ -124,18 +142,7 @@ class Attention(nn.Module):
         key_positions = positions
         if kv_cache is not None:
             key_positions, k, v = kv_cache.append(self.layer, positions, k, v)
-        mask = None
-        if self.config.pos == "alibi":
-            distance = positions[:, None] - key_positions[None, :]  # (Tq, Tk)
-            mask = -self.slopes[:, None, None] * distance
-            mask = mask.masked_fill(distance < 0, -math.inf).to(q.dtype)  # (H, Tq, Tk)
-        elif k.shape[2] > q.shape[2] > 1:  # is_causal would match the first query to the first key
-            mask = positions[:, None] >= key_positions[None, :]  # (Tq, Tk)
-        causal = mask is None and q.shape[2] > 1
-        if self.sink is None:
-            a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        else:
-            a = attention_with_sink(q, k, v, self.sink, mask, causal)
+        a = self.attend(q, k, v, positions, key_positions)
         return self.dropout(self.out_proj(merge_heads(a))), values
 
 
