@@ -26,74 +26,75 @@ function meanShares(run, token) {
   return sum;
 }
 
-const DIFFERENT = 6; // sources that are listed
+const DIFFERENT = 4; // sources, and tokens, that are listed
 
-// Where the pull of one run and of the other on the selected token differ most.
+// Where the pull of one run and the attention of the other differ most: on the selected token, and
+// over the text.
 class PullDifference {
   constructor(run, other, actions) {
-    Object.assign(this, { run, other, actions, pieces: commonPieces(run, other) });
-    this.node = element("div", { className: "differ" });
+    Object.assign(this, { runs: [run, other], actions, pieces: commonPieces(run, other) });
+    const [mine, others] = [run, other].map(pullWord);
+    this.words =
+      mine === others ? `the ${mine} of both` : `${mine} against ${others}`;
+    this.found = []; // [token, share that is elsewhere], as far as it is counted
+    this.here = element("p", { className: "chosen" });
+    this.everywhere = element("p", { className: "chosen" });
+    this.node = element(
+      "div",
+      { className: "differ", title: "shares, mean over all layers and heads" },
+      this.here,
+      this.everywhere,
+    );
   }
 
-  update(state) {
-    const { run, other } = this;
-    const runs = [run, other];
-    const tokens = runs.map((which) => state.token.get(which));
-    const shares = runs.map((which, n) => meanShares(which, tokens[n]));
+  // Per piece of text up to the tokens [both ranges, share in one run, share in the other], and the
+  // share that is at other sources.
+  #compare(tokens) {
+    const shares = this.runs.map((run, n) => meanShares(run, tokens[n]));
     const rows = this.pieces
       .filter((ranges) => ranges.some(([from], n) => from <= tokens[n]))
       .map((ranges) => [ranges, ...ranges.map((range, n) => sumOver(shares[n], range))]);
-    const elsewhere = rows.reduce((sum, [, a, b]) => sum + Math.abs(a - b), 0) / 2;
+    return [rows, rows.reduce((sum, [, a, b]) => sum + Math.abs(a - b), 0) / 2];
+  }
+
+  #go(token, text) {
+    const [run] = this.runs;
+    const select = () => this.actions.select(run, token);
+    return goButton(`select position ${token}`, select, chip(run.labels[token]), context(text));
+  }
+
+  update(state) {
+    const [run] = this.runs;
+    const tokens = this.runs.map((which) => state.token.get(which));
+    const [rows] = this.#compare(tokens);
     const most = rows
-      .sort((a, b) => Math.abs(b[1] - b[2]) - Math.abs(a[1] - a[2]))
+      .toSorted((a, b) => Math.abs(b[1] - b[2]) - Math.abs(a[1] - a[2]))
       .slice(0, DIFFERENT);
-    this.node.replaceChildren(
-      heading("Where the two differ most on the selected token"),
-      element(
-        "table",
-        {},
-        element(
-          "thead",
-          {},
-          element(
-            "tr",
-            {},
-            ...["source", run.name, other.name].map((textContent) =>
-              element("th", { scope: "col", textContent }),
-            ),
-          ),
-        ),
-        element(
-          "tbody",
-          {},
-          ...most.map(([ranges, ...both]) =>
-            element(
-              "tr",
-              {},
-              element(
-                "th",
-                { scope: "row" },
-                goButton(
-                  `select position ${ranges[0][0]}`,
-                  () => this.actions.select(run, ranges[0][0]),
-                  chip(cut(pieceLabel(run, ranges[0]))),
-                  context(distanceBack(tokens[0], Math.min(tokens[0], ranges[0][1] - 1))),
-                ),
-              ),
-              ...both.map((share) =>
-                element("td", {
-                  textContent: percent(share),
-                  className: "bar",
-                  style: { "--share": `${100 * share}%` },
-                }),
-              ),
-            ),
-          ),
-        ),
+    this.here.replaceChildren(
+      "On ",
+      chip(run.labels[tokens[0]]),
+      ` most different, ${this.words}:`,
+      ...most.map(([[[token]], mine, others]) =>
+        this.#go(token, `${percent(mine)} against ${percent(others)}`),
       ),
-      note(
-        `Shares of the pull or attention on it, mean over all layers and heads; ${percent(elsewhere)} in all is at other sources.`,
-      ),
+    );
+  }
+
+  // Counts the tokens one by one.
+  *jobs() {
+    const [run] = this.runs;
+    for (const [[token], [others]] of this.pieces.slice(this.found.length)) {
+      this.found.push([token, this.#compare([token, others])[1]]);
+      yield;
+    }
+    // of equal tokens the one on which they differ most
+    const first = new Map(
+      this.found.toSorted((a, b) => a[1] - b[1]).map((one) => [run.tokens[one[0]], one]),
+    );
+    const most = [...first.values()].toSorted((a, b) => b[1] - a[1]).slice(0, DIFFERENT);
+    this.everywhere.replaceChildren(
+      "In the whole text they differ most on",
+      ...most.map(([token, share]) => this.#go(token, `${percent(share)} elsewhere`)),
     );
   }
 }
@@ -113,14 +114,7 @@ class LossDifference {
       (n) => this.#tell(n),
     );
     this.told = element("output", { className: "note" });
-    this.node = element(
-      "figure",
-      {},
-      element("figcaption", { textContent: `${run.name} against ${other.name}, token by token` }),
-      element("p", { textContent: this.#sum() }),
-      this.strip.canvas,
-      this.told,
-    );
+    this.node = element("div", {}, note(this.#sum()), this.strip.canvas, this.told);
     this.#tell(null);
   }
 
@@ -131,14 +125,14 @@ class LossDifference {
     const unit = this.run.count === this.other.count ? "token" : "piece of text that both share";
     if (!of.length) return "The two share no piece of text.";
     return (
-      `${(sum < 0 ? other : run).name} expects the text better by ${number(Math.abs(sum))} nats in all, ` +
-      `${number(Math.abs(sum) / of.length)} per ${unit}: ${run.name} is better at ${plain.format(better)} of ${plain.format(of.length)}.`
+      `${run.name} expects the text ${sum < 0 ? "worse" : "better"} than ${other.name} by ${number(Math.abs(sum))} nats in all, ` +
+      `${number(Math.abs(sum) / of.length)} per ${unit}, and is better at ${plain.format(better)} of ${plain.format(of.length)}.`
     );
   }
 
   #tell(n) {
     if (n === null) {
-      this.told.textContent = `Up: ${this.run.name} is less surprised. Down: ${this.other.name} is.`;
+      this.told.textContent = `Up: ${this.run.name} is less surprised here. Down: ${this.other.name} is.`;
       return;
     }
     const [mine, others] = this.pieces[n];
@@ -153,6 +147,7 @@ class LossDifference {
     this.strip.draw(
       this.of,
       this.pieces.findIndex(([[from, end]]) => from <= token && token < end),
+      40,
     );
   }
 }

@@ -9,9 +9,9 @@ const answers = (run, measures) => {
   const found = [
     copies(run, measures),
     one.one_back >= 0.1
-      ? `Looks one token back: ${calledHead(one)}; ${percent(one.one_back)} of its pull comes from there.`
-      : `No head looks one token back: at most ${percent(Math.max(0, one.one_back))} of the pull comes from there (${calledHead(one)}).`,
-    `Looks farthest in this text: ${calledHead(far)}; 90 % of its pull comes from within ${plural(far.within ?? 0, "token")}, mean distance ${number(far.mean_distance)}.`,
+      ? `Looks one token back: ${calledHead(one)}; ${percent(one.one_back)} of its ${pullWord(run)} comes from there.`
+      : `No head looks one token back: at most ${percent(Math.max(0, one.one_back))} of the ${pullWord(run)} comes from there (${calledHead(one)}).`,
+    `Looks farthest in this text: ${calledHead(far)}; 90 % of its ${pullWord(run)} comes from within ${plural(far.within ?? 0, "token")}, mean distance ${number(far.mean_distance)}.`,
   ];
   if (run.kind === "newton") {
     found.push(
@@ -34,7 +34,7 @@ function copies(run, measures) {
     (a, b) => isMarked(b.seen) - isMarked(a.seen) || b.seen.share - a.seen.share,
   );
   const { share, chance } = best.seen;
-  const told = `${calledHead(best.row)}; ${percent(share)} of its pull goes to what followed an earlier token like this, where the distance alone would send ${percent(chance)}.`;
+  const told = `${calledHead(best.row)}; ${percent(share)} of its ${pullWord(run)} goes to what followed an earlier token like this, where the distance alone would send ${percent(chance)}.`;
   return `${isMarked(best.seen) && share >= 0.1 ? "Copies" : "No head clearly copies; nearest to it"}: ${told}`;
 }
 
@@ -53,6 +53,13 @@ class Heads {
     );
     this.legend = element("p", { className: "note" });
     this.smalls = run.heads.map((row) => new Small(run, row, () => this.#open(row)));
+    // the highest bar of all, of the other run as well
+    this.most = Math.max(
+      1e-9,
+      ...RUNS.flatMap((one) =>
+        one.heads.flatMap((row) => binned(profileOf(one, row.layer, row.head))),
+      ),
+    );
     this.grid = element(
       "div",
       { className: "multiples", style: { "--heads": run.numHeads } },
@@ -88,7 +95,7 @@ class Heads {
       { className: "heads" },
       this.answers,
       ...(this.difference ? [this.difference.node] : []),
-      element("div", { className: "modes", role: "group", ariaLabel: "Show" }, ...this.modes),
+      element("div", { className: "modes" }, `The ${pullWord(run)}`, ...this.modes),
       this.grid,
       this.large,
       this.legend,
@@ -128,28 +135,33 @@ class Heads {
       button.setAttribute("aria-pressed", String(!this.isLarge && button.dataset.mode === this.mode));
     this.grid.hidden = this.isLarge;
     this.large.hidden = !this.isLarge;
-    this.legend.textContent = `${MODES[this.isLarge ? "all" : this.mode][1]}.`;
+    this.legend.replaceChildren(
+      `${MODES[this.isLarge ? "all" : this.mode][1]} Selected: `,
+      chip(run.labels[token]),
+      ` (${token}).`,
+    );
     this.difference?.update(state);
     if (this.isLarge) this.#drawLarge();
     this.#mark();
     this.#drawCurves();
     this.jobs = this.#jobs();
-    this.#work(150);
+    this.#work(60);
   }
 
   hash() {
-    return this.mode + (this.isLarge ? ",large" : "");
+    return this.mode + (this.isLarge ? "-large" : "");
   }
 
   restore(text) {
-    const [mode, large] = text.split(",");
-    if (mode in MODES) Object.assign(this, { mode, isLarge: large === "large" });
+    const [mode, large] = text.split("-");
+    if (!Object.hasOwn(MODES, mode)) return;
+    Object.assign(this, { mode, isLarge: large === "large" });
+    this.update(this.state);
   }
 
   #show(changed) {
     Object.assign(this, changed);
     this.actions.set({});
-    this.update(this.state);
   }
 
   #open({ layer, head }) {
@@ -191,7 +203,7 @@ class Heads {
       const most = this.mode === "all" ? width : 72;
       const height = Math.round(Math.max(26, Math.min(most, room)));
       for (const small of this.smalls) {
-        small.draw(this.mode, this.token, width, height);
+        small.draw(this.mode, this.token, width, height, this.most);
         yield;
       }
     }
@@ -201,6 +213,7 @@ class Heads {
     }
     this.answers.firstChild.textContent = copies(this.run, this.measures);
     if (this.isLarge) this.#tellLarge();
+    if (this.difference) yield* this.difference.jobs();
   }
 
   // The jobs for so many milliseconds; the rest when the page has had time for other things.
@@ -248,8 +261,9 @@ class Heads {
   }
 
   #aboutHead(row) {
-    const [words, share] = headWords(this.run, row, this.measures.seen(row.layer, row.head));
-    const told = `${words[0].toUpperCase()}${words.slice(1)}${share === null ? "" : `: ${percent(share)} of its pull`}.`;
+    const { run } = this;
+    const [words, share] = headWords(run, row, this.measures.seen(row.layer, row.head));
+    const told = `${words[0].toUpperCase()}${words.slice(1)}${share === null ? "" : `: ${percent(share)} of its ${pullWord(run)}`}.`;
     const late =
       row.retardation >= 0.5 && words.startsWith("copies")
         ? ` Its retardation of ${number(row.retardation, 2)} lets it feel a token at the place of the token before it.`

@@ -14,19 +14,21 @@ const LANDMARKS = {
   line: "looks at the start of the line",
 };
 
-// How a canvas shows the pull of one head.
+const pullWord = (run) => (run.hasGravity ? "pull" : "attention");
+
+// How a canvas shows the pull of one head: the button, and what is to be seen.
 const MODES = {
   distance: [
-    "pull by distance",
-    "bars: share of its pull that comes from 0, 1, 2, 3–4, 5–8, 9–16 … tokens back, mean over this text",
+    "by distance",
+    "Bars: the share that comes from 0, 1, 2, 3–4, 5–8, 9–16 … tokens back, mean over this text.",
   ],
   row: [
-    "the selected token's pull",
-    "from left to right the whole text; the higher and darker, the larger the share of the pull on the selected token (square root)",
+    "the selected token",
+    "From left to right the whole text: the higher, the larger the share of the pull on the selected token (square root).",
   ],
   all: [
-    "every token's pull",
-    "a row per token, from top to bottom; a column per source, from left to right; darker is a larger share (square root)",
+    "every token",
+    "From top to bottom a row per token, from left to right a column per source: the more colour, the larger the share (square root).",
   ],
 };
 
@@ -192,7 +194,7 @@ const WORD_RULES =
 // One head, small: a canvas and a few words; pressed, it is shown large.
 class Small {
   constructor(run, row, open) {
-    Object.assign(this, { run, row, drawn: "" });
+    Object.assign(this, { run, row, drawn: "", bars: binned(profileOf(run, row.layer, row.head)) });
     this.canvas = element("canvas");
     this.words = element("span", { className: "does" });
     this.node = element(
@@ -204,7 +206,8 @@ class Small {
   }
 
   // Nothing is drawn again that stands there already.
-  draw(mode, token, width, height) {
+  // `most` is the share of the highest bar by distance of all heads.
+  draw(mode, token, width, height, most) {
     const key = [mode, mode === "row" ? token : "", width, height, dark.matches].join(" ");
     if (key === this.drawn) return;
     this.drawn = key;
@@ -214,11 +217,10 @@ class Small {
       this.grid ??= gridOf(run, row.layer, row.head, 128);
       return paintGrid(ink, this.grid, 0, 0, width, height);
     }
-    this.bars ??= binned(profileOf(run, row.layer, row.head));
     const bars = mode === "row" ? run.shares(row.layer, row.head, token) : this.bars;
     const room = width / (mode === "row" ? run.count : bars.length);
     bars.forEach((share, n) => {
-      const tall = height * (mode === "row" ? Math.sqrt(share) : share);
+      const tall = height * (mode === "row" ? Math.sqrt(share) : share / most);
       if (tall < 0.2) return;
       ink.fillStyle = mode === "row" ? heatOf(share) : css("--accent");
       const gap = mode === "row" ? 0 : 1;
@@ -233,7 +235,8 @@ class Small {
 
   tell(seen) {
     const [words, share] = headWords(this.run, this.row, seen);
-    this.words.textContent = share === null ? words : `${words.split(":")[0]} ${percent(share)}`;
+    const short = words.split(":")[0].replace(/^looks (at |for )?/, "");
+    this.words.textContent = share === null ? short : `${short} ${percent(share)}`;
     const name = `${headName(this.row)}: ${words}${share === null ? "" : ` (${percent(share)})`}`;
     this.node.title = name;
     this.node.setAttribute("aria-label", name);
@@ -241,7 +244,7 @@ class Small {
 }
 
 // One head, large: every token's row, with the tokens along both sides.
-const [LEFT, BELOW] = [84, 66]; // room for the names of tokens
+const [LEFT, BELOW, ABOVE] = [84, 66, 7]; // room for the names of tokens
 class Heatmap {
   constructor(run, actions) {
     Object.assign(this, { run, actions, at: null, drawn: "" });
@@ -263,8 +266,9 @@ class Heatmap {
     const key = [layer, head, side, run.count].join(" ");
     if (key !== this.drawn) this.grid = gridOf(run, layer, head, Math.floor(side));
     this.drawn = key;
-    const ink = blank(this.canvas, side + LEFT, side + BELOW);
+    const ink = blank(this.canvas, side + LEFT, side + ABOVE + BELOW);
     this.canvas.style.width = `${side + LEFT}px`;
+    ink.translate(0, ABOVE);
     ink.strokeStyle = css("--line");
     ink.strokeRect(LEFT - 0.5, 0.5, side, side);
     paintGrid(ink, this.grid, LEFT, 0, side, side);
@@ -306,7 +310,7 @@ class Heatmap {
   #under(event) {
     const { run, side } = this;
     const box = this.canvas.getBoundingClientRect();
-    const [x, y] = [event.clientX - box.left - LEFT, event.clientY - box.top];
+    const [x, y] = [event.clientX - box.left - LEFT, event.clientY - box.top - ABOVE];
     if (x < 0 || y < 0 || x >= side || y >= side) return [null, null];
     const token = Math.floor((y / side) * run.count);
     const { n } = this.grid;

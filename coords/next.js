@@ -2,13 +2,20 @@
 // changed.
 
 const LENS = "https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru";
-const MOST_SURPRISING = 6;
+const MOST_SURPRISING = 5;
 
-// A surprise in words: its chance as one in so many.
+// A surprise in words, by the chance that the token had.
 function surpriseInWords(nats) {
-  const oneIn = Math.exp(nats);
-  const words = oneIn < 2 ? "expected" : oneIn < 10 ? "no surprise" : oneIn < 100 ? "a surprise" : "a great surprise";
-  return oneIn < 2 ? words : `${words}, one in ${number(oneIn, 2)}`;
+  const chance = Math.exp(-nats);
+  const words =
+    chance > 0.5
+      ? "expected"
+      : chance > 0.1
+        ? "no surprise"
+        : chance > 0.01
+          ? "a surprise"
+          : "a great surprise";
+  return `${words}, it had ${percent(chance)} (${number(nats)} nats)`;
 }
 
 // At least this share of the chance goes to other tokens: what is not among the five of the other
@@ -32,20 +39,24 @@ class Next {
     this.likeliest = element("div");
     this.lens = element("div");
     this.whatIf = new WhatIf(run, actions);
-    this.text = this.#text();
+    this.strip = new Strip(
+      "Surprise of each token, a bar per token",
+      (token) => actions.select(run, token),
+      (token) => this.#tell(token),
+    );
+    this.told = element("output", { className: "note" });
     const other = RUNS.find((which) => which !== run);
-    // once for both, in the first of them
-    this.difference = run === RUNS[0] && other ? new LossDifference(run, other, actions) : null;
+    // in place of the surprise alone
+    this.difference = other ? new LossDifference(run, other, actions) : null;
     this.node = element(
       "section",
       { className: "next" },
-      this.text,
-      this.#mostSurprising(),
       this.title,
       this.sentence,
+      ...(this.difference ? [this.difference.node] : [this.strip.canvas, this.told]),
+      this.#mostSurprising(),
       element("div", { className: "sides" }, this.likeliest, this.lens),
       this.whatIf.node,
-      ...(this.difference ? [this.difference.node] : []),
     );
   }
 
@@ -55,6 +66,10 @@ class Next {
       .filter((token) => run.loss[token] !== null)
       .sort((a, b) => run.loss[b] - run.loss[a])
       .slice(0, MOST_SURPRISING);
+    const wordOf = (token) => {
+      const [first, end] = wordAround(run, token);
+      return end - first > 1 ? `in ${cut(run.texts.slice(first, end).join("").replace(/^[␣⏎⇥]+/, ""))}, ` : "";
+    };
     return element(
       "p",
       { className: "chosen" },
@@ -64,49 +79,38 @@ class Next {
           `select position ${token}`,
           () => this.actions.select(run, token),
           chip(run.labels[token]),
-          context(`${number(run.loss[token], 2)} nats`),
+          context(`${wordOf(token)}${number(run.loss[token], 2)} nats`),
         ),
       ),
     );
   }
 
-  // The whole text, the more surprising a token the darker.
-  #text() {
+  // About the token under the pointer; null for none.
+  #tell(token) {
     const { run } = this;
-    const most = Math.max(...run.loss);
-    this.spans = run.texts.map((text, token) => {
-      const nats = run.loss[token];
-      const told = nats === null ? "the first token" : `${number(nats)} nats, ${surpriseInWords(nats)}`;
-      return element(
-        "span",
-        {
-          className: "token",
-          title: `${run.labels[token]} (${token}): ${told}`,
-          style: { "--pull": `${Math.round((75 * (nats ?? 0)) / most)}%` },
-          dataset: { token },
-        },
-        ...tokenText(text),
-      );
-    });
-    const node = element("div", { className: "text" }, ...this.spans);
-    const tokenOf = ({ target }) => target.closest(".token")?.dataset.token;
-    node.onclick = (event) => tokenOf(event) && this.actions.select(run, Number(tokenOf(event)));
-    return node;
+    this.actions.hover(run, token);
+    if (token === null || run.loss[token] === null) {
+      this.told.textContent =
+        "Above: how much each token of the text surprised the model. Press a bar to go there.";
+      return;
+    }
+    this.told.replaceChildren(
+      chip(run.labels[token]),
+      ` (${token}): ${surpriseInWords(run.loss[token])}`,
+    );
   }
 
   update(state) {
     const { run } = this;
     const token = state.token.get(run);
-    this.difference?.update(state);
+    if (this.difference) this.difference.update(state);
+    else this.strip.draw(run.loss.map((nats) => nats ?? 0), token, 40);
     if (token !== this.token) {
       this.token = token;
       this.title.replaceChildren("After ", chip(run.labels[token]), ` (position ${token})`);
       this.#likeliest(token);
       this.#lens(token);
-      this.chosen?.setAttribute("aria-selected", "false");
-      this.chosen = this.spans[token];
-      this.chosen.setAttribute("aria-selected", "true");
-      scrollWithin(this.text, this.chosen);
+      this.#tell(null);
     }
     this.whatIf.update(state);
   }
@@ -129,7 +133,7 @@ class Next {
         : [
             "What follows is ",
             chip(real[0]),
-            `: ${number(run.loss[token + 1])} nats, ${surpriseInWords(run.loss[token + 1])}.`,
+            `: ${surpriseInWords(run.loss[token + 1])}.`,
           ]),
     );
     const branch = (label, id) =>
@@ -194,14 +198,13 @@ class Next {
               element(
                 "tr",
                 {},
-                element("th", { scope: "row", textContent: layer ? `after layer ${layer}` : "embedding" }),
-                ...run.next(layer, token).map(([label, chance, id]) => {
+                element("th", { scope: "row", textContent: layer ? `layer ${layer}` : "embedding" }),
+                ...run.next(layer, token).map(([label, chance, id], n) => {
                   const cell = element(
                     "td",
                     { ...chanceBar(chance), title: `${label} ${percent(chance)}` },
-                    chip(cut(label)),
-                    " ",
-                    percent(chance),
+                    chip(label),
+                    n ? "" : ` ${percent(chance)}`,
                   );
                   cell.classList.toggle("real", id === real);
                   return cell;

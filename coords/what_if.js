@@ -2,9 +2,8 @@
 // also a mass, a pull or a distance.
 
 const RANKED = 4; // heads that are listed
-const COMPARED = 8; // tokens that are listed before and after
-const LIVE_ONLY =
-  "chat.py --serve can also change a mass, cut a pull, move a token nearer, and switch off several heads at once.";
+const COMPARED = 6; // tokens that are listed before and after
+const LIVE_ONLY = "A mass, a pull and a distance can be changed on the live page: chat.py --serve.";
 
 class WhatIf {
   constructor(run, actions) {
@@ -128,7 +127,7 @@ class WhatIf {
         }),
       ),
       note(
-        `The heads that matter most here: without one, at least this much of the chance goes to other tokens. ${GIVEN.live ? "" : LIVE_ONLY}`,
+        `Without one of these heads, at least this share of the chance goes to other tokens. ${GIVEN.live ? "" : LIVE_ONLY}`,
       ),
     );
   }
@@ -228,10 +227,12 @@ class WhatIf {
     const most = rows
       .toSorted((a, b) => Math.max(b[1] ?? 0, b[2] ?? 0) - Math.max(a[1] ?? 0, a[2] ?? 0))
       .slice(0, COMPARED);
-    const bar = (chance) =>
+    // what is not among the likeliest has less than the last of them
+    const least = [1, 2].map((n) => Math.min(...rows.map((row) => row[n] ?? 1)));
+    const bar = (chance, n) =>
       element("td", {
         ...chanceBar(chance ?? 0),
-        textContent: chance === null ? "not among the five" : percent(chance),
+        textContent: chance === null ? `< ${percent(least[n])}` : percent(chance),
       });
     this.result.replaceChildren(
       element("p", {}, `${subject[0].toUpperCase()}${subject.slice(1)} the model `, ...sentence),
@@ -247,7 +248,7 @@ class WhatIf {
           "tbody",
           {},
           ...most.map(([label, before, after]) =>
-            element("tr", {}, element("th", { scope: "row" }, chip(cut(label))), bar(before), bar(after)),
+            element("tr", {}, element("th", { scope: "row" }, chip(cut(label))), bar(before, 0), bar(after, 1)),
           ),
         ),
       ),
