@@ -19,8 +19,8 @@ STYLES = (
 SCRIPTS = (
     *("web/shared.js", "web/chart.js", "coords/colours.js", "coords/data.js", "coords/orbit.js"),
     *("coords/scene.js", "coords/multiples.js", "coords/heads.js", "coords/next.js"),
-    *("coords/masses.js", "coords/side.js", "coords/url.js", "coords/download.js"),
-    *("coords/live.js", "coords/page.js"),
+    *("coords/masses.js", "coords/side.js", "coords/details.js", "coords/url.js"),
+    *("coords/download.js", "coords/live.js", "coords/keys.js", "coords/page.js"),
 )
 LARGEST_SHARE = 65535  # a probability of 1, stored as an unsigned 16-bit integer
 LARGEST_COORDINATE = 32767  # the largest coordinate, stored as a signed one
