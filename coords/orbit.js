@@ -12,7 +12,7 @@ class Orbit {
     this.picture = new OrbitPicture();
     this.told = element("div", { className: "orbit-note", hidden: true });
     this.why = element("div", { className: "orbit-why", title: RULE });
-    this.strip = new Strip(run, actions);
+    this.strip = new HeadStrip(run, actions);
     this.key = new OrbitKey(run, actions);
     this.node.append(
       element("div", { className: "orbit-picture" }, this.picture.node, this.told),

@@ -2,7 +2,7 @@
 
 // A head's button shows of its pull on the token: the strongest source's share, that of the others,
 // and what is quiet.
-class Strip {
+class HeadStrip {
   constructor(run, actions) {
     Object.assign(this, { run, actions });
     const numbers = Array.from({ length: run.numHeads }, (_, head) => head);
