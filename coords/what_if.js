@@ -12,7 +12,7 @@ class WhatIf {
     this.switches = this.#switches();
     this.result = element("div", { className: "result" });
     this.result.setAttribute("aria-live", "polite");
-    this.sliders = GIVEN.live && run.hasGravity ? element("div", { className: "changes" }) : null;
+    this.sliders = GIVEN.live ? element("div", { className: "changes" }) : null;
     this.node = element(
       "div",
       { className: "whatif" },
@@ -200,10 +200,11 @@ class WhatIf {
       );
     moved.onchange = move;
     const who = `layer ${layer} ${head === "mean" ? "all heads" : `head ${head + 1}`}`;
+    const cuts = element("label", {}, `Cut the pull (${who}) of`, cutFrom);
+    // dot-product attention has no masses and no places
     this.sliders.replaceChildren(
-      element("label", {}, `Mass of ${name}`, ...mass),
-      element("label", {}, `Cut the pull (${who}) of`, cutFrom),
-      element("label", {}, "Move nearer", moved, nearer[0], nearer[1]),
+      ...(run.hasGravity ? [element("label", {}, `Mass of ${name}`, ...mass), cuts] : [cuts]),
+      ...(run.hasGravity ? [element("label", {}, "Move nearer", moved, ...nearer)] : []),
     );
   }
 
