@@ -50,12 +50,15 @@ class Camera {
     const longest = Math.max(...half);
     // the whole box fits into the picture in the first view, and however it is turned from there
     const wide = Math.hypot(half[0], half[1]) / longest;
-    const { tilt: first } = Camera.#first;
-    const tall = 1.15 * (Math.cos(first) * (half[2] / longest) + Math.sin(first) * wide);
-    const room = [(width / 2 - Camera.#edge) / wide, (height / 2 - Camera.#edge) / tall];
-    this.room = Math.max(10, Math.min(...room));
+    const [cos, sin] = [Math.cos(Camera.#first.tilt), Math.sin(Camera.#first.tilt)];
+    const tall = cos * (half[2] / longest) + sin * wide;
+    const depth = cos * wide - sin * (half[2] / longest); // of the lowest corner, which is in front
+    const [above, below] = [-1, 1].map((n) => (tall * Camera.#eye) / (Camera.#eye - n * depth));
+    const free = [(width / 2 - Camera.#edge) / wide, (height - 1.5 * Camera.#edge) / (above + below)];
+    this.room = Math.max(10, Math.min(...free));
     const scale = zoom * this.room;
-    const [left, top] = [width / 2 + this.right * this.room, height / 2 + this.down * this.room];
+    const left = width / 2 + this.right * this.room;
+    const top = height / 2 + this.down * this.room - ((below - above) / 2) * scale;
     const [cosTurn, sinTurn] = [Math.cos(turn), Math.sin(turn)];
     const [cosTilt, sinTilt] = [Math.cos(tilt), Math.sin(tilt)];
     return (point) => {

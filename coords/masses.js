@@ -86,15 +86,15 @@ class Masses {
     const often = [...labels.keys()].sort((a, b) => counts[b] - counts[a]);
     const order = [...labels.keys()].flatMap((n) => [n, last - n, often[n], often[last - n]]);
     const most = counts.reduce((a, b) => Math.max(a, b), 1);
-    const powers = Array.from({ length: Math.floor(Math.log10(most)) + 1 }, (_, n) => 10 ** n);
+    const ticks = [NEVER, ...roundTicks("log", 1, most * 1.6)];
     return scatterChart({
       points,
       order: new Set(order),
-      mark: { y: 1, text: "mass 1" },
-      height: 540,
+      mark: 1,
+      height: 490,
       x: {
         title: `times in ${this.run.isCorpus ? "the training text" : "this text"} (log)`,
-        ...{ scale: "log", low: NEVER / 1.6, high: most * 1.6, ticks: [NEVER, ...powers] },
+        ...{ scale: "log", low: NEVER / 1.6, high: most * 1.6, ticks },
         write: (x) => (x < 1 ? "never" : plain.format(x)),
       },
       y: { title: "mass (log)", scale: "log", low: low / 1.03, high: high * 1.03 },

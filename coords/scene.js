@@ -40,11 +40,11 @@ class Scene {
   #axesInWords() {
     const { axes, numCoords } = this.run;
     const hidden =
-      numCoords > 3 ? `: what is near here can be far apart in all ${numCoords} dimensions` : "";
+      numCoords > 3 ? ` What is near here can be far apart in all ${numCoords} dimensions.` : "";
     const drawn = axes[0].startsWith("t-SNE")
-      ? "The axes come from t-SNE, which keeps neighbours together but no distances"
-      : `The axes are the main directions (principal components) of the coordinates of all layers together${hidden}`;
-    return `${drawn}. Lines join the places after the layer; a head looks from and at its own projections of the places before it, which Orbit shows.`;
+      ? "The axes come from t-SNE, which keeps neighbours together but no distances."
+      : `The axes (PC: principal component, share of the variance) are those along which the places of all layers differ most.${hidden}`;
+    return `${drawn} Lines join the places after the layer; a head looks from and at its own projections of the places before it: see Orbit.`;
   }
 
   // The heaviest and the most surprising tokens in turn, each token once.
@@ -212,6 +212,8 @@ class Scene {
     const far = places[order[0]][2];
     const deep = places[order.at(-1)][2] - far || 1;
     const larger = Math.sqrt(Math.max(1, this.camera.zoom));
+    const isPlain = this.state.colour === "none";
+    const palest = isPlain ? 0.4 : 0.7; // a colour must be told apart from others
     this.drawn = this.radii.map((radius, n) => {
       const isMarked = n === this.token || this.sources.has(n);
       return radius * places[n][3] * larger * (isMarked ? 1.25 : 1);
@@ -220,8 +222,8 @@ class Scene {
       const [x, y, depth] = places[n];
       const isSource = this.sources.has(n);
       const isMarked = isSource || n === this.token;
-      const color = isSource && this.state.colour === "none" ? ink.accent : this.colours[n];
-      const alpha = isMarked ? 1 : 0.4 + (0.6 * (depth - far)) / deep;
+      const color = isSource && isPlain ? ink.accent : this.colours[n];
+      const alpha = isMarked ? 1 : palest + ((1 - palest) * (depth - far)) / deep;
       if (this.isLetters) this.#drawLetter(n, color, alpha, isMarked);
       else {
         this.#circle(x, y, this.drawn[n] + 0.8);
@@ -256,6 +258,12 @@ class Scene {
     this.#line(color, 2, () => this.pen.arc(x, y, radius, 0, 2 * Math.PI));
   }
 
+  // A label without marks for the spaces beside it.
+  #name(token) {
+    const label = this.run.labels[token];
+    return cut(label.replaceAll("␣", " ").trim() || label);
+  }
+
   // Names that overlap none before; those of tokens that are not marked are spread over the picture.
   #drawNames(width, height) {
     const [boxes, tokens] = [[], []];
@@ -267,7 +275,7 @@ class Scene {
       const isMarked = token === this.token || this.sources.has(token);
       if (!isMarked && tokens.some(isNear(x, y))) continue;
       this.pen.font = `${token === this.token ? "700 15px" : "12px"} ${this.ink.font}`;
-      const name = cut(this.run.labels[token]);
+      const name = this.#name(token);
       const half = this.pen.measureText(name).width / 2;
       const gap = this.drawn[token] + 4;
       const spots = [
@@ -297,14 +305,8 @@ class Scene {
     this.legend.replaceChildren(
       ...(state.colour === "none"
         ? []
-        : [
-            part(
-              low,
-              sample("ramp", { background: `linear-gradient(to right, ${ramp.join(",")})` }),
-              `${high} ${title}`,
-            ),
-          ]),
-      part(`size: mass, ${number(scale.low)} to ${number(scale.high)}`),
+        : [part(low, sample("ramp", { background: `linear-gradient(90deg, ${ramp})` }), high, title)]),
+      part(`size: mass, ${number(scale.low, 2)} to ${number(scale.high, 2)}`),
       ...(this.pulls.length ? [part(sample("pull"), "pull on the selected token")] : []),
       ...(this.twins.size ? [part(sample("twin"), "same token, the nearest")] : []),
       ...(size < 0.995 ? [part(`${number(1 / size, 2)} × larger than the widest layer`)] : []),

@@ -6,7 +6,7 @@
 //   tell(series, [x, y]) → the text beside the pointer; by default name, value and place.
 // scatterChart({ points, x, y, label, height, order, mark }) → an element: points with names where
 //   names fit. points: [{ x, y, name, color, size, told }]; `order`: indices of the points, those
-//   whose names matter most first; `mark`: { y, text }, a value of y with a line of its own.
+//   whose names matter most first; `mark`: a value of y with a line of its own.
 // An axis, x or y: { title, scale: "linear" (default) | "log" | "log1p", low, high, ticks, write }.
 //   low and high are by default what the data span, ticks round values, write(value) its text.
 //   log1p is log(1 + value), for distances that start at 0. label says what the chart shows.
@@ -69,9 +69,12 @@ const roundTicks = (scale, low, high) => {
   return found ?? roundTicks("linear", low, high);
 };
 
+const tickText = (x) =>
+  Math.abs(x) >= 1000 ? plain.format(x) : String(Number(x.toPrecision(3)));
+
 // An axis between two pixels: `at` a value, and its `ticks`, [pixel, text] each.
 const axisBetween = (given, values, from, to) => {
-  const { scale = "linear", write = (x) => number(x) } = given;
+  const { scale = "linear", write = tickText } = given;
   const of = SCALES[scale];
   const known = values.filter((x) => x !== null && Number.isFinite(of(x)));
   let low = given.low ?? known.reduce((a, b) => Math.min(a, b), known[0] ?? 1);
@@ -214,18 +217,45 @@ const lineChart = ({ series, height = CHART.height, ...given }) => {
   return node;
 };
 
+// The names of points beside, above or below them, where they cover neither another name nor a point.
+const chartNames = (points, places, order, width) => {
+  const cell = 4; // pixels: what is covered is kept as squares
+  const key = (x, y) => Math.floor(y / cell) * 10000 + Math.floor(x / cell);
+  const covered = new Set(places.map(([x, y]) => key(x, y)));
+  const font = `11px ${css("--font")}`;
+  const names = [];
+  for (const n of order) {
+    if (names.length >= CHART.names) break;
+    const [[x, y], name] = [places[n], cut(points[n].name)];
+    const [gap, wide] = [(points[n].size ?? 3.5) + 4, textWidth(name, font)];
+    const lefts = [x + gap, x - gap - wide, x - wide / 2, x - wide / 2];
+    const spots = lefts.map((left, side) => [left, side < 2 ? y + 4 : y + (side < 3 ? -gap : gap + 9)]);
+    const squares = ([left, base]) => {
+      const found = [];
+      for (let down = base - 9; down < base + 3 + cell; down += cell)
+        for (let at = left - 2; at < left + wide + 2 + cell; at += cell) found.push(key(at, down));
+      return found;
+    };
+    const isFree = (spot) =>
+      spot[0] > CHART.left && spot[0] + wide < width && spot[1] > 10 && !squares(spot).some((one) => covered.has(one));
+    const spot = spots.find(isFree);
+    if (!spot) continue;
+    squares(spot).forEach((one) => covered.add(one));
+    names.push(svgElement("text", { class: "name", x: spot[0], y: spot[1] }, name));
+  }
+  return names;
+};
+
 const scatterChart = ({ points, order = points.keys(), mark, height = CHART.height, ...given }) => {
   const paint = (width) => {
-    const ys = [...points.map(({ y }) => y), ...(mark ? [mark.y] : [])];
+    const ys = [...points.map(({ y }) => y), ...(mark === undefined ? [] : [mark])];
     const xs = points.map(({ x }) => x);
     const { picture, plot, across, up, end } = chartFrame(given, xs, ys, width, height);
-    if (mark) {
-      const at = up.at(mark.y);
+    if (mark !== undefined) {
+      const at = up.at(mark);
       plot.append(
         svgElement("line", { class: "mark-line", x1: CHART.left, y1: at, x2: end, y2: at }),
       );
-      const where = { class: "axis", x: end - 4, y: at - 5, "text-anchor": "end" };
-      picture.append(svgElement("text", where, mark.text));
     }
     const places = points.map(({ x, y }) => [across.at(x), up.at(y)]);
     plot.append(
@@ -234,18 +264,7 @@ const scatterChart = ({ points, order = points.keys(), mark, height = CHART.heig
         return svgElement("circle", { class: "point", cx, cy, r: size, fill: color });
       }),
     );
-    const [taken, font] = [[], `11px ${css("--font")}`];
-    for (const n of order) {
-      if (taken.length >= CHART.names) break;
-      const [at, down] = places[n];
-      const name = cut(points[n].name);
-      const half = textWidth(name, font) / 2 + 2;
-      const box = [at - half, down - 20, at + half, down - 5];
-      if (box[0] < CHART.left || box[2] > width || box[1] < 0 || !isFree(box, taken)) continue;
-      taken.push(box);
-      const where = { class: "name", x: at, y: down - 8, "text-anchor": "middle" };
-      picture.append(svgElement("text", where, name));
-    }
+    picture.append(...chartNames(points, places, order, width));
     return {
       picture,
       points: points.map(({ name, told }, n) => ({
