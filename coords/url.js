@@ -65,17 +65,3 @@ const readAddress = (hash) => {
   }
   return { changes, camera: given.get("camera") };
 };
-
-// The clipboard may be closed to a page, then an older way serves.
-const copyText = async (text) => {
-  try {
-    await navigator.clipboard.writeText(text);
-  } catch {
-    const field = element("textarea", { value: text, className: "spoken" });
-    document.body.append(field);
-    field.select();
-    const isCopied = document.execCommand("copy");
-    field.remove();
-    if (!isCopied) throw new Error("not copied");
-  }
-};
