@@ -36,6 +36,12 @@ class Asker:
         is_json = response.headers["Content-Type"] == "application/x-ndjson"
         return response.status, [json.loads(x) for x in text.splitlines()] if is_json else text
 
+    def json(self, path, body):
+        """The answer to a POST that succeeds."""
+        status, text = self.post(path, body)
+        assert status == 200, text
+        return json.loads(text)
+
     def talk(self, action, text="", **settings):
         status, events = self.post("/talk", {"action": action, "text": text, "settings": settings})
         assert status == 200 and events[-1]["type"] == "end", events
