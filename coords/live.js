@@ -90,12 +90,9 @@ class Live {
     if (body.text === "") return this.say("Write a sentence first.");
     this.say("The model reads …");
     this.button.disabled = true;
-    try {
-      this.show(await this.ask(path, body));
-    } catch (error) {
-      this.say(error.message, true);
-    }
+    const given = await this.ask(path, body).catch((error) => this.say(error.message, true));
     this.button.disabled = false;
+    if (given) this.show(given);
   }
 
   show(given) {
