@@ -44,7 +44,7 @@ def heads_still(runs):
     Returns:
         PNG bytes.
     """
-    columns = max(len(run.points) - 1 for run in runs)
+    columns = max(len(run.pull[1]) for run in runs)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.1 * columns, 3.0 * len(runs)), dpi=110, facecolor="white")
         panels = figure.subplots(len(runs), columns, squeeze=False)

@@ -1,0 +1,1 @@
+// Layers x heads at a glance: one small picture per head.

@@ -1,0 +1,1 @@
+// What would come next, layer by layer, and without a head.

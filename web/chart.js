@@ -1,0 +1,1 @@
+// Small charts as SVG: lines and points with axes.
