@@ -1,12 +1,11 @@
 """Writes the gallery's Korean and Python texts into a folder, for make.sh.
 
-python docs/gallery/corpora.py data/gallery
-
 - korean.txt: ten bills and the Constitution of the Republic of Korea, from the PyPI package konlpy.
   Laws are not under copyright (Copyright Act of Korea, article 7); none of konlpy's code is used.
 - code.txt: the standard library of the Python that runs this, without its tests (PSF licence).
 """
 
+import argparse
 import re
 import subprocess
 import sys
@@ -16,16 +15,20 @@ import zipfile
 from pathlib import Path
 
 KONLPY = (
-    "konlpy==0.6.0 "
-    "--hash=sha256:0b7928059e20eb1c72f6fe65a3d12c104fae9e68173904e16beef869cf0ea590\n"
+    "konlpy==0.6.0 --hash=sha256:0b7928059e20eb1c72f6fe65a3d12c104fae9e68173904e16beef869cf0ea590\n"
 )
 COMPARISON = "신 ·구조문대비표"  # a bill's last part, which repeats the old law beside the new one
 WIDE = 28  # characters: a line at least this long goes on in the next one
 NO_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings"}
 
 
-def main(folder):
+def main():
     """Write the two texts, unless they are there."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="where korean.txt and code.txt are written")
+    folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in (("korean.txt", korean), ("code.txt", code)):
         path = folder / name
@@ -66,4 +69,4 @@ def code():
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()
