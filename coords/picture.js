@@ -43,6 +43,8 @@ class OrbitPicture {
     this.node.setAttribute("viewBox", `0 0 ${size.join(" ")}`);
     const { orbit, shares, angles, isSplit } = shown;
     this.place = isSplit ? new Axes(orbit, size) : new Circles(orbit, size, angles);
+    // smaller dots in a small or a full picture
+    this.unit = DOT * clamped(this.place.radius / 230, 0.7, 1) * (shares.length > 250 ? 0.8 : 1);
     const order = [...shares.keys()].sort((a, b) => shares[b] - shares[a]);
     this.drawn = drawnOf(order);
     [this.taken, this.onLines] = [[], []]; // boxes where no name can, or should not, stand
@@ -117,7 +119,7 @@ class OrbitPicture {
       const isInner = source === token || source === before;
       dot.from = dot.now ?? to.map((x, n) => (isInner ? place.origin[n] : 1.25 * x - 0.25 * place.origin[n]));
       dot.to = to;
-      dot.size = DOT * size(run.mass[source]);
+      dot.size = this.unit * size(run.mass[source]);
       const strength = Math.sqrt(shares[source]);
       [dot.fromWidth, dot.toWidth] = [dot.width, shares[source] < LEAST_LINE ? 0 : LINE * strength];
       const late = Math.round(100 * lateness(orbit, source));

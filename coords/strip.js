@@ -102,7 +102,7 @@ class OrbitKey {
   constructor(run, actions) {
     const { low, high, size } = massScale();
     const dot = (mass) =>
-      element("i", { className: "dot", style: { "--size": `${2 * DOT * size(mass)}px` } });
+      element("i", { className: "dot", style: { "--size": 2 * size(mass) } });
     const choice = (value, text) => {
       const input = element("input", {
         type: "radio",
@@ -142,7 +142,9 @@ class OrbitKey {
     );
   }
 
-  update(split, numDrawn, numSources) {
+  // `unit`: the radius of mass 1 in the picture.
+  update(split, unit, numDrawn, numSources) {
+    this.node.style.setProperty("--unit", `${unit}px`);
     this.inputs[split].checked = true;
     this.sample.textContent =
       numDrawn < numSources

@@ -6,6 +6,8 @@
 
 const NEAR = 0.8;
 const HEAVY = 1.1;
+const FEW = 8; // tokens back that are still recent
+const WEAK = 0.1; // a share of the pull
 const LEAST_TIME = 0.3; // of the middle distance
 const RULE =
   "Compared with the middle (median) of all sources: near is at most 0.8 of its distance, heavy at least 1.1 times its mass.";
@@ -34,8 +36,9 @@ const whereItIs = (orbit, source, token) => {
   const ago = back ? `${plural(back, "token")} back` : "itself";
   const isRecent = isNear("time") && middle("time") > LEAST_TIME * middle("distance");
   if (!isNear("distance")) return `it is at no special distance (${far}), ${ago}`;
-  if (isRecent && isNear("space")) return `it is near in space and recent (${far}), ${ago}`;
-  if (isRecent) return `it is recent (${ago}), and so at ${far}`;
+  if (isRecent && isNear("space"))
+    return `it is near in space and ${back > FEW ? "in time" : "recent"} (${far}), ${ago}`;
+  if (isRecent) return `it is ${back > FEW ? "near in time" : "recent"} (${ago}), and so at ${far}`;
   return `it is near in space (${far})${back ? `, ${back > 1 ? "though " : ""}${ago}` : ""}`;
 };
 
@@ -58,7 +61,13 @@ const whyPulled = ({ run, layer, head, token, orbit, shares, quiet }) => {
   if (!(shares[best] > 0))
     return [["Nothing reaches it: no source is within this head's radius."], [silence]];
   if (!token) return [["The first token: nothing comes before it, so it only pulls itself."], [silence]];
-  const who = best === token ? ["It pulls itself most"] : [chip(run.labels[best]), " pulls most"];
+  const name = best === token ? "it itself" : chip(run.labels[best]);
+  const who =
+    shares[best] < WEAK
+      ? ["Many pull it a little, ", name, " most"]
+      : best === token
+        ? ["It pulls itself most"]
+        : [name, " pulls most"];
   const share = ` (${percent(shares[best])})`;
   const middle = medianOf(orbit.distance);
   if (run.kind === "published")
