@@ -107,8 +107,8 @@ class Orbit {
     if (!run.hasGravity) return;
     const [token, layer] = [state.token.get(run), Math.max(1, run.layerOf(state.layer))];
     const head = orbitHead(state, run);
-    const isStrongest = state.head !== head;
-    const title = `layer ${layer}, head ${head + 1}${isStrongest ? ": the strongest pull of this layer" : ""}`;
+    const why = state.head === head ? "" : ": the strongest pull of this layer";
+    const title = `layer ${layer}, head ${head + 1}${why}`;
     const shown = {
       ...{ run, token, layer, head, title },
       orbit: run.orbit(layer, head, token),
