@@ -2,7 +2,7 @@
 
 class Scene {
   static #most = 2000; // more tokens have no trails and no names, which would take too long
-  static #names = 20;
+  static #names = [12, 20]; // the fewest, if there is room, and the most
   static #nearest = 6; // rings around the same token elsewhere
   static #reach = 14; // pixels from the pointer to the middle of a token
 
@@ -253,19 +253,19 @@ class Scene {
     return cut(label.replaceAll("␣", " ").trim() || label);
   }
 
-  // Names that overlap none before; those of tokens that are not marked are spread out.
+  // Names that overlap none before; those of tokens that are not marked are spread out, unless
+  // that leaves only a few.
   #drawNames(width, height) {
-    const [boxes, tokens] = [[], []];
+    const [boxes, tokens] = [[], new Set()];
     const isNear = (x, y) => (other) =>
       Math.hypot(this.places[other][0] - x, this.places[other][1] - y) < 45;
-    for (const token of this.named) {
-      if (tokens.length >= Scene.#names) break;
+    const name = (token, isSpread) => {
       const [x, y] = this.places[token];
       const isStrong = this.strong.has(token);
-      if (!isStrong && tokens.some(isNear(x, y))) continue;
+      if (isSpread && !isStrong && [...tokens].some(isNear(x, y))) return;
       this.pen.font = `${token === this.token ? "700 15px" : "12px"} ${this.ink.font}`;
-      const name = this.#name(token);
-      const half = this.pen.measureText(name).width / 2;
+      const text = this.#name(token);
+      const half = this.pen.measureText(text).width / 2;
       const gap = this.drawn[token] + 4;
       const spots = [
         [x, y - gap - 2],
@@ -277,11 +277,15 @@ class Scene {
       const fits = (box) =>
         box[0] > 0 && box[1] > 0 && box[2] < width && box[3] < height && isFree(box, boxes);
       const spot = spots.find((one) => fits(boxOf(one)));
-      if (!spot) continue;
+      if (!spot) return;
       boxes.push(boxOf(spot));
-      tokens.push(token);
-      this.#write(name, ...spot, isStrong ? this.ink.ink : this.ink.soft);
-    }
+      tokens.add(token);
+      this.#write(text, ...spot, isStrong ? this.ink.ink : this.ink.soft);
+    };
+    const [fewest, most] = Scene.#names;
+    for (const token of this.named) if (tokens.size < most) name(token, true);
+    for (const token of this.named)
+      if (tokens.size < fewest && !tokens.has(token)) name(token, false);
   }
 
   #drawLegend() {
