@@ -20,10 +20,11 @@ SCRIPTS = (
     *("web/shared.js", "web/chart.js", "coords/colours.js", "coords/data.js"),
     *("coords/distances.js", "coords/picture.js", "coords/why.js", "coords/strip.js"),
     *("coords/orbit.js", "coords/camera.js", "coords/scene.js", "coords/multiples.js"),
-    *("coords/heatmap.js", "coords/head_table.js", "coords/heads.js", "coords/compare.js"),
-    *("coords/what_if.js", "coords/next.js", "coords/masses.js", "coords/side.js"),
-    *("coords/details.js", "coords/url.js", "coords/download.js", "coords/live.js"),
-    *("coords/keys.js", "coords/page.js"),
+    "coords/heatmap.js",
+    *("coords/head_table.js", "coords/heads.js", "coords/compare.js", "coords/what_if.js"),
+    "coords/next.js",
+    *("coords/masses.js", "coords/side.js", "coords/details.js", "coords/url.js"),
+    *("coords/download.js", "coords/live.js", "coords/keys.js", "coords/page.js"),
 )
 LARGEST_SHARE = 65535  # a probability of 1, stored as an unsigned 16-bit integer
 LARGEST_COORDINATE = 32767  # the largest coordinate, stored as a signed one
