@@ -138,8 +138,13 @@ def test_heads_at_a_glance_and_one_large(show):
     page.get_by_role("button", name="Show in orbit").click()
     assert page.get_by_role("tab", selected=True).inner_text() == "Orbit"
 
-    page = show(runs, "view=heads&camera=all", width=390, height=844, color_scheme="dark")
+    page = show(runs, "view=heads&shown=all", width=390, height=844, color_scheme="dark")
     assert page.evaluate("document.documentElement.scrollWidth") == 390
+    # a heatmap from corner to corner
+    canvas = page.locator(".small canvas").nth(5)
+    size = canvas.bounding_box()
+    corner, beyond = pixels(canvas, [(0.5, 0.5), (size["width"] - 1.5, 0.5)])
+    assert np.abs(beyond - [0x1B, 0x1F, 0x24]).max() < 3 < np.abs(corner - beyond).max()
     page.locator(".small").nth(5).click()
     assert page.evaluate("document.documentElement.scrollWidth") == 390
 
