@@ -249,7 +249,7 @@ function listen() {
     $("copy").textContent = said;
     setTimeout(() => ($("copy").textContent = "Copy link"), 1500);
   };
-  $("download").ontoggle = fillDownloads;
+  $("download").firstElementChild.onclick = fillDownloads;
   $("help").onclick = () => $("keys").showModal();
   $("more").onclick = () => {
     const isOpen = document.body.classList.toggle("controls-open");
@@ -298,8 +298,10 @@ function openPage(given) {
   );
   if (!run) return;
   openSheet(false);
+  const step = RUNS.length > 1 ? "" : `, step ${plain.format(run.step)}`;
   $("subtitle").textContent = $("subtitle").title =
-    `${RUNS.map((run) => `${run.name}, step ${plain.format(run.step)}, ${run.law}`).join(" · ")} · ${plural(run.count, "token")} of ${run.source}`;
+    RUNS.map((run) => `${run.name}${step}, ${run.law}`).join(" · ") +
+    ` · ${plural(run.count, "token")} of ${run.source}`;
   $("layer").max = DEEPEST;
   $("layers").replaceChildren(
     ...Array.from({ length: DEEPEST + 1 }, (_, n) => element("option", { value: n })),
