@@ -34,7 +34,6 @@ class Live {
     this.button.title = "Ctrl Enter";
     this.said = element("p", { className: "note" });
     this.said.setAttribute("role", "status");
-    // until there is a text, the page's controls have nothing to control
     this.hint = note(
       "The page then shows what pulled each token, what each head looks at and what the model expects next. You can also change the model, without lasting effect: switch a head off, cut a pull, make a token heavier or move it, and see what it would say.",
     );
@@ -99,6 +98,7 @@ class Live {
     this.shown = this.field.value = given.text;
     this.suggestions.hidden = this.hint.hidden = true;
     document.body.classList.remove("unread");
+    this.field.blur(); // the keys are for the picture now, and a phone hides its keyboard
     this.say(given.note);
     // what was chosen stays, but for the token, which was one of another text
     const address = new URLSearchParams(location.hash.slice(1));

@@ -123,8 +123,8 @@ class OrbitPicture {
       const late = Math.round(100 * lateness(orbit, source));
       const style = (opacity) => `--late:${late}%;opacity:${opacity.toFixed(2)}`;
       dot.circle.setAttribute("r", dot.size.toFixed(2));
-      dot.circle.setAttribute("style", style(clamped(0.28 + 2.4 * strength, 0, 1)));
-      dot.line.setAttribute("style", style(clamped(0.15 + strength, 0, 0.85)));
+      dot.circle.style.cssText = style(clamped(0.28 + 2.4 * strength, 0, 1));
+      dot.line.style.cssText = style(clamped(0.15 + strength, 0, 0.85));
     }
     // the strongest lie on top
     const top = this.drawn.slice(0, 40).reverse();

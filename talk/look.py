@@ -27,6 +27,7 @@ MOST_CHANGES = 8
 SHOWN_TOKENS = 10  # the likeliest, before or after the changes
 ADDED_TOKENS = 24  # to a branch
 LARGEST_FACTOR = 100  # of a mass
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # not in a text that may be sent again
 FIELDS = {
     "mass": {"token", "factor"},
     "move": {"token", "toward", "share"},
@@ -147,7 +148,7 @@ class Look:
         run = read_run(loaded, self.path, tokens, source, live=True)
         return {
             "layer": self.model.config.num_layers,
-            "text": self.tokenizer.decode(tokens),
+            "text": CONTROL.sub("\ufffd", self.tokenizer.decode(tokens)),
             "note": note,
             "runs": [run_data(run)],
         }
