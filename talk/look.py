@@ -143,6 +143,7 @@ class Look:
         if count > most:
             tokens = tokens[-most:]
             cut = f"the last {most:,} of {count:,} tokens are shown"
+            cut += ": this model reads no more" if most < MOST_TOKENS else ""
             note = f"{note}; {cut}" if note else cut
         loaded = self.model, self.tokenizer, self.checkpoint
         run = read_run(loaded, self.path, tokens, source, live=True)

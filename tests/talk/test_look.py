@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from talk.conversation import Conversation
 from talk.look import ADDED_TOKENS, Look
 from talk.server import KEPT_TOKENS, ChatServer, Job
 from talk.settings import SETTINGS
+from talk.suggestions import suggestions
+from text.tokenizer import BPETokenizer
+from token_folders import prepare
 
 CHANCE = dict.fromkeys(SETTINGS) | {"temperature": 1.0, "max_new_tokens": 20, "seed": 5}
 TEXT = "the king said: hello"
@@ -204,7 +208,7 @@ def test_other_models_and_long_texts(config, in_tmp):
         (run,) = answer["runs"]
         tokens = LETTERS.encode(TEXT)[-16:]
         assert run["tokens"] == tokens and run["kind"] == config.get("law", "vanilla")
-        assert answer["note"] == "the last 16 of 20 tokens are shown"
+        assert answer["note"] == "the last 16 of 20 tokens are shown: this model reads no more"
         for change in (MASS, MOVE, OFF, CUT):
             body = {"tokens": tokens, "changes": [change], "at": 12}
             status, text = asker.post("/look/what-if", body)
@@ -296,17 +300,42 @@ def test_in_a_browser(browser, in_tmp):
         page.wait_for_selector(".live .bad:has-text('too long')")
         assert wrong.pop() and not wrong
 
-        # the conversation, on a phone
-        asker.talk("send", "hello")
+        # a chat that begins with a suggestion; its text in a file, in the clipboard and on the page
+        server.look.suggestions = ["tell <b>me</b>"]
         page.goto(server.url)
-        page.wait_for_selector("body[data-ready]")
+        assert not page.is_enabled("#save")
+        page.click("text=tell <b>me</b>")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#save:enabled")
+        page.wait_for_selector("body[data-busy=no]")
+        said = "".join(token["text"] for token in asker.get("/state")["tokens"])
+        with page.expect_download() as download:
+            page.click("#save")
+        assert download.value.suggested_filename == "conversation.txt"
+        assert download.value.path().read_text() == said
+        page.click("#copy")
+        page.wait_for_selector("#notice:has-text('Copied')")
         with page.expect_popup() as popup:
             page.click("text=Map this")
         chat, page = page, popup.value
-        texts = [token["text"] for token in asker.get("/state")["tokens"]]
-        assert shown() == "".join(texts).replace("\\x1b", "\ufffd")
+        assert shown() == said.replace("\\x1b", "\ufffd")
         page.set_viewport_size({"width": 390, "height": 844})
         page.wait_for_function("document.documentElement.scrollWidth <= 390")
         chat.close()
         page.close()
     assert not wrong
+
+
+def test_suggestions_are_lines_of_the_text(in_tmp):
+    """Whole words from different places of the validation text, or general lines without it."""
+    lines = [f"Line {n} of a text, {'long ' * (n % 9)}and more" for n in range(400)]
+    Path("book.txt").write_text("\n".join(lines))
+    data = prepare("text", "book.txt", tokenizer="char")
+    checkpoint = {"config": {"token_directory": str(data.directory)}}
+    found = suggestions(checkpoint, data.tokenizer)
+    assert len(set(found)) == 3 and all(len(line) <= 60 for line in found)
+    for line in found:
+        assert any(whole == line or whole.startswith(line + " ") for whole in lines[300:])
+    assert suggestions({"config": {}}, LETTERS) == []
+    general = suggestions({"config": {}}, BPETokenizer.train(["any text"], 300))
+    assert len(general) == 3 and general[0].startswith("Once upon")
