@@ -20,6 +20,7 @@ SCRIPTS = (
     *("web/shared.js", "web/chart.js", "coords/colours.js", "coords/data.js"),
     *("coords/distances.js", "coords/picture.js", "coords/why.js", "coords/strip.js"),
     *("coords/orbit.js", "coords/camera.js", "coords/scene.js", "coords/multiples.js"),
+    "coords/heatmap.js",
     *("coords/head_table.js", "coords/heads.js", "coords/compare.js", "coords/what_if.js"),
     "coords/next.js",
     *("coords/masses.js", "coords/side.js", "coords/details.js", "coords/url.js"),
