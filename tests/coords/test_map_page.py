@@ -267,18 +267,6 @@ def test_downloads(open_map):
     assert png.startswith(b"\x89PNG") and len(png) > 3000
 
 
-def test_a_csv_is_no_program(open_map):
-    """A token that a spreadsheet would take for a formula, and one with quotes, commas, lines."""
-    labels = ["=1+1", 'say "hi", you', "a", "@b"]
-    tokenizer = CharTokenizer(labels)
-    make_checkpoint("x.pt", tokenizer)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CharTokenizer, "encode", lambda self, text: [int(digit) for digit in text])
-        page, _ = open_map("--text", "0123")
-    table = list(csv.DictReader(io.StringIO(downloaded(page, "CSV").decode())))
-    assert [row["token"] for row in table] == ["'=1+1", tokenizer.label(1), "a", "'@b"]
-
-
 def test_whole_characters_of_a_byte_level_vocabulary(open_map):
     """Korean at a small vocabulary reads as it was written; a part is named by the whole."""
     text = "옛날 옛적에, 옛날"
@@ -349,11 +337,11 @@ def test_on_a_phone(open_map):
         assert page.evaluate("document.documentElement.scrollWidth") == 390
 
 
-def test_bad_input(open_map):
-    """Labels that look like HTML or run from right to left, one token, no JavaScript."""
+def test_bad_input(open_map, browser, in_tmp):
+    """Labels that look like HTML, formulas or run from right to left, one token, no JavaScript."""
     script = "<script>document.title='pwned'</script>"
     image = "</script><img src=x onerror=alert(1)>"
-    labels = [script, image, "<b>bold</b>", "&lt;i&gt;", "\u2028", "$x_1$", "שלום", "b", "${a}`"]
+    labels = [script, image, "<b>bold</b>", "&lt;i&gt;", "\u2028", "=1+1", "שלום", "b", "${a}`"]
     tokenizer = CharTokenizer(labels)
     make_checkpoint("x.pt", tokenizer)
     with pytest.MonkeyPatch.context() as patch:
@@ -371,6 +359,10 @@ def test_bad_input(open_map):
     assert page.inner_text(".title .chip") == tokenizer.label(8)
     assert page.evaluate("document.querySelectorAll('main img, main script, main b b').length") == 0
     assert page.title() == title
+    table = list(csv.DictReader(io.StringIO(downloaded(page, "CSV").decode())))
+    names = [row["token"] for row in table[:9]]
+    assert names[5] == "'=1+1"  # a spreadsheet would take it for a formula
+    assert names[:5] + names[6:] == [tokenizer.label(n) for n in (0, 1, 2, 3, 4, 6, 7, 8)]
 
     make_checkpoint("x.pt")
     page, _ = open_map("--text", "a")
@@ -382,16 +374,11 @@ def test_bad_input(open_map):
         page.keyboard.press(key)
     assert selected(page) == [0]
 
-
-def test_without_javascript(open_map, browser, in_tmp):
-    make_checkpoint("x.pt")
-    open_map("--text", TEXT)
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(f"file://{in_tmp}/map.html")
-    assert page.inner_text("body").strip() == (
-        "This page needs JavaScript, which is switched off here."
-    )
+    words = "This page needs JavaScript, which is switched off here."
+    assert page.inner_text("body").strip() == words
     context.close()
 
 
