@@ -183,6 +183,7 @@ function writeAddressSoon() {
   writing = setTimeout(writeAddress, 150);
 }
 function followAddress() {
+  if (!parts.length) return;
   const { changes, own } = readAddress(location.hash);
   actions.set(changes);
   if (own) shownViews().forEach((view) => view.restore?.(own));
@@ -318,6 +319,7 @@ function openPage(given) {
   state.isFit = RUNS.some((run) => run.isUneven);
   if (!RUNS.some((run) => run.hasGravity)) state.view = "heads";
   followAddress();
+  find();
 }
 
 makeTabs();

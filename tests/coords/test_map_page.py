@@ -22,6 +22,10 @@ SHOWN = """async () => {
   await new Promise((done) => setTimeout(done, 160));
   return Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
 }"""
+LINES_OF_TOKENS = """(all) => all.map((span) => {
+  const boxes = [...span.getClientRects()];
+  return [span.textContent, boxes[0].top, boxes.at(-1).top];
+})"""
 MS_PER_SELECTION = """() => {
   const spans = [...document.querySelectorAll(".token")];
   const started = performance.now();
@@ -398,5 +402,10 @@ def test_two_runs_side_by_side(open_map):
     for box, stage in zip(details, stages, strict=True):
         assert stage["x"] < box["x"] < box["x"] + box["width"] <= stage["x"] + stage["width"] + 1
         assert box["y"] >= stage["y"] + stage["height"] and box["y"] + box["height"] <= 800
+    # lines break between words only
+    lines = page.locator(".words").nth(1).locator(".token").evaluate_all(LINES_OF_TOKENS)
+    for (text, first, _), (before, _, last) in zip(lines[1:], lines, strict=False):
+        assert first == last or text.startswith(" ") or before.endswith(" ")
+    assert len({last for _, _, last in lines}) > 1
     page.click("#tab-heads")
     assert page.locator(".stage:visible").count() == 2
