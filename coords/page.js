@@ -93,8 +93,10 @@ function openSheet(isOpen) {
 
 function choose(run, token) {
   const place = Math.max(0, Math.min(run.count - 1, token));
+  // a word may begin with its space, which is a token of its own for another model
+  const space = /^[␣⏎⇥]*(?=.)/u.exec(run.texts[place])?.[0].length ?? 0;
   for (const other of RUNS)
-    state.token.set(other, other === run ? place : other.tokenAt(run.starts[place]));
+    state.token.set(other, other === run ? place : other.tokenAt(run.starts[place] + space));
 }
 
 // Draws what is shown; each part changes only what changed.
@@ -119,6 +121,7 @@ function draw() {
 
 function drawControls() {
   const { controls } = VIEWS[state.view];
+  $("controls").hidden = !controls.length;
   for (const label of $("controls").querySelectorAll("[data-of]"))
     label.hidden = !controls.includes(label.dataset.of);
   $("play").hidden = !controls.includes("play");

@@ -387,15 +387,21 @@ def test_bad_input(open_map, browser, in_tmp):
 
 
 def test_two_runs_side_by_side(open_map):
-    """One slider moves both, and a selection goes by the place in the text."""
+    """One slider moves both, and a selection goes by the word in the text."""
     make_checkpoint("x.pt")
     bpe = BPETokenizer.train([TEXT] * 5, 280)
     make_checkpoint("y.pt", bpe, num_layers=3, law="published", block_size=512)
     page, (one, two) = open_map("--text", TEXT, "--compare", "y.pt", address="#view=map")
     assert page.locator(".stage").count() == 2 and page.input_value("#layer") == "3"
-    page.locator(".words").nth(1).locator(".token").nth(5).click()
+    page.locator(".words").nth(1).locator(".token").nth(6).click()
     first, second = selected(page)
-    assert one["starts"][first] == two["starts"][5] > 5 and second == 5
+    word = two["texts"][6]
+    assert (
+        word[0] == "␣"
+        and second == 6
+        and "".join(one["texts"][first : first + len(word) - 1]) == word[1:]
+    )
+    assert one["starts"][first] == two["starts"][6] + 1
     assert page.evaluate("document.documentElement.scrollHeight <= innerHeight")
     details = [box.bounding_box() for box in page.locator(".details").all()]
     stages = [box.bounding_box() for box in page.locator(".stage").all()]
