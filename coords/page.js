@@ -1,4 +1,4 @@
-// The state of the page, the controls that change it, the tabs and the keys.
+// The state of the page, the controls that change it, and the tabs.
 
 const SECONDS_PER_LAYER = 1.1;
 
@@ -141,6 +141,7 @@ function drawControls() {
   $("trails").checked = state.trails;
   $("colour").value = state.colour;
   $("play").textContent = state.playing ? "Pause" : "Play";
+  $("play").title = state.view === "map" ? "from layer to layer" : "token by token";
   $("play").setAttribute("aria-pressed", String(state.playing));
   $("scale").hidden ||= state.colour === "none";
   if ($("scale").hidden) return;
@@ -153,6 +154,7 @@ function drawControls() {
 // The orbit plays the sentence itself; the map is moved from layer to layer here.
 function play(isPlaying) {
   state.playing = isPlaying;
+  if (!isPlaying) state.at = state.layer;
   const views = shownViews();
   if (views.some((view) => view.play)) views.forEach((view) => view.play?.(isPlaying));
   else if (isPlaying) playLayers();
