@@ -158,6 +158,14 @@ def test_the_picture_is_what_the_law_says(open_orbit):
     assert f"the middle source {np.median(law['distance']):.2g}" in why
     percent = float(re.search(r"\(([\d.]+) %\)", why)[1])
     assert percent == pytest.approx(100 * law["share"][best], abs=0.51)
+    space, time = (np.median(law[part]) for part in ("space", "time"))
+    usual = (1 + space**2 + time**2) ** -model.config.exponent
+    near = (1 + law["space"][best] ** 2 + time**2) ** -model.config.exponent >= 2 * usual
+    recent = (1 + space**2 + law["time"][best] ** 2) ** -model.config.exponent >= 2 * usual
+    assert ("near in space" in why) == near
+    assert ("recent" in why or "near in time" in why) == recent
+    heavier = law["mass"][best] / np.median(law["mass"])
+    assert f"{heavier:.2g}\u00a0× by mass" in why and ("adds" in why) == (heavier >= 1.1)
     quiet = float(re.search(r"Quiet ([\d.]+) %", why)[1])
     assert quiet == pytest.approx(100 * (1 - law["share"].sum()), abs=0.51)
 
