@@ -51,11 +51,13 @@ class Orbit {
     });
   }
 
-  // Enter and the space key select the source whose name has the focus.
+  // Enter and the space key select the source whose name has the focus, which goes on to the name
+  // of that one's strongest source.
   keys(event) {
     const name = event.target.closest(".orbit .name");
     if (!name || !["Enter", " "].includes(event.key)) return false;
     this.actions.select(this.run, Number(name.dataset.source));
+    this.picture.node.querySelector(".name")?.focus();
     return true;
   }
 
