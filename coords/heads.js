@@ -234,8 +234,9 @@ class Heads {
 
   // The height that is left for a part of the view in the first screen.
   #room(part) {
-    const [inside, around] = [part, this.node.parentElement].map((x) => x.getBoundingClientRect());
-    const above = inside.top - this.node.getBoundingClientRect().top;
+    const frame = this.node.parentElement;
+    const [inside, around] = [part, frame].map((x) => x.getBoundingClientRect());
+    const above = inside.top - around.top + frame.scrollTop;
     const high = Math.min(around.height, window.innerHeight - around.top - window.scrollY);
     return Math.max(high, window.innerHeight / 2) - above - 34;
   }
