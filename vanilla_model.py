@@ -92,32 +92,25 @@ class Attention(nn.Module):
         if config.pos == "alibi":
             self.register_buffer("slopes", alibi_slopes(config.num_heads), persistent=False)
 
-    def forward(self, h, positions, kv_cache=None, first_values=None, angles=None):
-        """What each token receives from itself and those before it, and what it passes on, its
-        value: both (B, T, hidden_dim).
-
-        `h` is (B, T, hidden_dim) and normalised, `positions` (T,), increasing, `first_values` the
-        values of layer 1, `angles` what `rotation` gives for the positions if they are rotary. What
-        a `KVCache` remembers is attended to as well.
-        """
-        heads = self.config.num_heads
-        q, k, values = self.q_proj(h), self.k_proj(h), self.v_proj(h)
+    def points(self, h, kv_cache=None, angles=None):
+        """Queries and keys as their dot products are taken, both (B, H, T, D)."""
+        q, k = self.q_proj(h), self.k_proj(h)
         if self.config.smear != "none":
             # smeared keys: Olsson et al. 2022, arXiv:2209.11895; KV shift: arXiv:2411.19574
             k = mix_with_token_before(k, self.key_smear, kv_cache, self.layer)
-        if self.config.smear == "keys-values":
-            values = mix_with_token_before(
-                values, self.value_smear, kv_cache, (self.layer, "values")
-            )
-        values = value_residual(values, first_values, self.value_share)
-        q, k, v = (split_heads(x, heads) for x in (q, k, values))
+        q, k = (split_heads(x, self.config.num_heads) for x in (q, k))
         if self.config.qk_norm:  # Henry et al. 2020, arXiv:2010.04245
             q, k = self.q_norm(q), self.k_norm(k)
         if self.config.pos == "rotary":
             q, k = rotate(q, *angles), rotate(k, *angles)
-        key_positions = positions
-        if kv_cache is not None:
-            key_positions, k, v = kv_cache.append(self.layer, positions, k, v)
+        return q, k
+
+    def attend(self, q, k, v, positions, key_positions):
+        """What each head receives for its queries, (B, H, Tq, D).
+
+        q is (B, H, Tq, D), k and v (B, H, Tk, D), their positions (Tq,) and (Tk,); a single query
+        comes before none of its keys.
+        """
         mask = None
         if self.config.pos == "alibi":
             distance = positions[:, None] - key_positions[None, :]  # (Tq, Tk)
@@ -127,9 +120,29 @@ class Attention(nn.Module):
             mask = positions[:, None] >= key_positions[None, :]  # (Tq, Tk)
         causal = mask is None and q.shape[2] > 1
         if self.sink is None:
-            a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        else:
-            a = attention_with_sink(q, k, v, self.sink, mask, causal)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return attention_with_sink(q, k, v, self.sink, mask, causal)
+
+    def forward(self, h, positions, kv_cache=None, first_values=None, angles=None):
+        """What each token receives from itself and those before it, and what it passes on, its
+        value: both (B, T, hidden_dim).
+
+        `h` is (B, T, hidden_dim) and normalised, `positions` (T,), increasing, `first_values` the
+        values of layer 1, `angles` what `rotation` gives for the positions if they are rotary. What
+        a `KVCache` remembers is attended to as well.
+        """
+        q, k = self.points(h, kv_cache, angles)
+        values = self.v_proj(h)
+        if self.config.smear == "keys-values":
+            values = mix_with_token_before(
+                values, self.value_smear, kv_cache, (self.layer, "values")
+            )
+        values = value_residual(values, first_values, self.value_share)
+        v = split_heads(values, self.config.num_heads)
+        key_positions = positions
+        if kv_cache is not None:
+            key_positions, k, v = kv_cache.append(self.layer, positions, k, v)
+        a = self.attend(q, k, v, positions, key_positions)
         return self.dropout(self.out_proj(merge_heads(a))), values
 
 

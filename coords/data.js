@@ -1,6 +1,8 @@
-// The data of the page, unpacked, and the colours.
+// The data of the page, unpacked, and the law by which any pull is computed from it.
 
-const GIVEN = JSON.parse($("data").textContent);
+const TINY = 1e-30; // in place of a background: what nothing pulls gets 0
+const LEAST_SHARE = 1e-4; // of the pulls that are listed
+const NEAR_ZERO = 1e-6; // added to the published law's squared distance
 
 const unpacked = (base64, ArrayType) => {
   const text = atob(base64);
@@ -17,14 +19,138 @@ const boxAround = (points) =>
     ),
   );
 
+// Where the heads' tokens look from (q) and pull from (k), and the pulls that follow by the law;
+// layers from 1. The formulas are those of gravity/law.py and gravity/published.py.
+class Law {
+  constructor(run, given) {
+    const { kind, mass, count, numHeads } = run;
+    Object.assign(this, { ...given, kind, mass, count, numHeads });
+    this.q = unpacked(given.q, Int16Array);
+    this.k = given.k === null ? this.q : unpacked(given.k, Int16Array);
+  }
+
+  // The numbers of a head, and where its row of q for a token, and of k for the text, begin.
+  #head(layer, head, token) {
+    const start = ((layer - 1) * this.numHeads + head) * this.count * this.width;
+    const numbers = this.heads[layer - 1][head];
+    const scale = this.scale[layer - 1][head];
+    return { ...numbers, scale, start, at: start + token * this.width };
+  }
+
+  // Squared distances in space of the sources up to a token.
+  #space2(layer, head, token) {
+    const { start, at, scale } = this.#head(layer, head, token);
+    const { q, k, width } = this;
+    const found = new Float64Array(token + 1);
+    for (let source = 0, n = start; source <= token; source++) {
+      let sum = 0;
+      for (let c = 0; c < width; c++) {
+        const difference = q[at + c] - k[n++];
+        sum += difference * difference;
+      }
+      found[source] = sum * scale * scale;
+    }
+    return found;
+  }
+
+  // The time between a token and each source as a distance, negative if less than the offset.
+  #time(layer, head, token) {
+    const { timeScale, timeOffset } = this.heads[layer - 1][head];
+    return Float64Array.from({ length: token + 1 }, (_, source) =>
+      this.kind === "newton" ? timeScale * (token - source - timeOffset) : 0,
+    );
+  }
+
+  // `distance` of each source up to a token and its parts `space` and `time`, and the direction
+  // (x, y) of the source from the token along the head's first two principal axes.
+  orbit(layer, head, token) {
+    const { start, at, scale } = this.#head(layer, head, token);
+    const space2 = this.#space2(layer, head, token);
+    const time = this.#time(layer, head, token).map(Math.abs);
+    const along = (axis) =>
+      space2.map((_, source) =>
+        axis < this.width
+          ? (this.k[start + source * this.width + axis] - this.q[at + axis]) * scale
+          : 0,
+      );
+    return {
+      distance: space2.map((x, source) => Math.sqrt(x + time[source] ** 2)),
+      space: space2.map(Math.sqrt),
+      time,
+      x: along(0),
+      y: along(1),
+    };
+  }
+
+  // Each source's share of the pull on a token.
+  shares(layer, head, token) {
+    if (this.kind === "newton") return this.#newton(layer, head, token);
+    const scores = this.kind === "published" ? this.#published : this.#dotProducts;
+    return this.#softmax(scores.call(this, layer, head, token), this.heads[layer - 1][head].sink);
+  }
+
+  #newton(layer, head, token) {
+    const { background, radius } = this.heads[layer - 1][head];
+    const time = this.#time(layer, head, token);
+    const fields = this.#space2(layer, head, token).map((space2, source) => {
+      const r2 = space2 + time[source] ** 2;
+      const field = (this.massInValue ? 1 : this.mass[source]) * (1 + r2) ** -this.exponent;
+      if (this.cutoff === "hard") return r2 <= radius ** 2 ? field : 0;
+      return this.cutoff === "soft" ? field * Math.max(0, 1 - r2 / radius ** 2) ** 2 : field;
+    });
+    const sum = fields.reduce((a, b) => a + b, background ?? TINY);
+    return fields.map((field) => field / sum);
+  }
+
+  #published(layer, head, token) {
+    const { gamma, bias, radius } = this.heads[layer - 1][head];
+    return this.#space2(layer, head, token).map((r2, source) => {
+      const masses = this.massInValue ? 1 : this.mass[token] * this.mass[source];
+      const score = (bias - gamma / (r2 + NEAR_ZERO)) * masses;
+      if (this.cutoff === "hard") return r2 <= radius ** 2 ? score : -Infinity;
+      return this.cutoff === "soft" ? score * Math.max(0, 1 - r2 / radius ** 2) : score;
+    });
+  }
+
+  #dotProducts(layer, head, token) {
+    const { start, at, scale, slope } = this.#head(layer, head, token);
+    const { q, k, width } = this;
+    return new Float64Array(token + 1).map((_, source) => {
+      let sum = 0;
+      for (let c = 0; c < width; c++) sum += q[at + c] * k[start + source * width + c];
+      return sum * scale * scale - (slope ?? 0) * (token - source);
+    });
+  }
+
+  // `sink` is the score of no token, null without one.
+  #softmax(scores, sink) {
+    const highest = scores.reduce((a, b) => Math.max(a, b), sink ?? -Infinity);
+    const weights = scores.map((score) => Math.exp(score - highest));
+    const rest = Number.isFinite(sink) ? Math.exp(sink - highest) : 0;
+    const sum = weights.reduce((a, b) => a + b, rest);
+    return weights.map((weight) => weight / sum);
+  }
+}
+
 class Run {
   constructor(given) {
     Object.assign(this, given);
     this.count = this.labels.length;
-    this.z = unpacked(given.z, Int16Array);
-    this.sources = unpacked(given.sources, Uint16Array);
-    this.weights = unpacked(given.weights, Uint16Array);
-    this.quiet = given.quiet === null ? null : unpacked(given.quiet, Uint16Array);
+    this.hasGravity = given.kind !== "vanilla";
+    if (this.hasGravity) this.#measurePicture();
+  }
+
+  // Large arrays are unpacked once they are needed.
+  #unpack(name, make) {
+    this.unpackedOf ??= {};
+    return (this.unpackedOf[name] ??= make());
+  }
+
+  #law() {
+    return this.#unpack("law", () => new Law(this, this.attention));
+  }
+
+  #measurePicture() {
     this.boxes = this.points.map(boxAround);
     const [low, high] = boxAround(this.boxes.flat());
     this.box = [low, high];
@@ -65,37 +191,94 @@ class Run {
     return from.map((x, axis) => x + (to[axis] - x) * (at - before));
   }
 
-  // Where the pulls of a head, or of "mean", on a token are; below 0 before the first layer.
-  #row(layer, head, token) {
-    const index = this.layerOf(layer) - 1;
-    const which = head === "mean" || head >= this.numHeads ? this.numHeads : head;
-    return (index * (this.numHeads + 1) + which) * this.count + token;
+  // Every source's share of the pull on a token, by a head or as the "mean" over heads: one for
+  // each token up to it, all 0 before the first layer.
+  shares(layer, head, token) {
+    const at = this.layerOf(layer);
+    if (at < 1) return new Float64Array(token + 1);
+    if (head !== "mean" && head < this.numHeads) return this.#law().shares(at, head, token);
+    const mean = new Float64Array(token + 1);
+    for (let n = 0; n < this.numHeads; n++)
+      this.#law()
+        .shares(at, n, token)
+        .forEach((share, source) => (mean[source] += share / this.numHeads));
+    return mean;
   }
 
-  // The background's share in a row of pulls; null without a background and before the first layer.
+  // [source, share] of the strongest sources.
+  pulls(layer, head, token, most = 8) {
+    return [...this.shares(layer, head, token).entries()]
+      .filter(([, share]) => share > LEAST_SHARE)
+      .sort((a, b) => b[1] - a[1])
+      .slice(0, most);
+  }
+
+  // The share of the background, or of a vanilla transformer's sink; null without one, and before
+  // the first layer.
   quietOf(layer, head, token) {
-    const row = this.#row(layer, head, token);
-    return this.quiet === null || row < 0 ? null : this.quiet[row] / 65535;
+    const { background, sink } = this.attention.heads[0][0];
+    if ((background ?? sink ?? null) === null || this.layerOf(layer) < 1) return null;
+    const sum = this.shares(layer, head, token).reduce((a, b) => a + b, 0);
+    return Math.max(0, 1 - sum);
   }
 
-  // [source, weight] of the strongest sources of a head, or of "mean".
-  pulls(layer, head, token) {
-    const row = this.#row(layer, head, token);
-    const found = [];
-    if (row < 0) return found;
-    for (let n = row * this.numStored; n < (row + 1) * this.numStored; n++) {
-      if (this.weights[n]) found.push([this.sources[n], this.weights[n] / 65535]);
-    }
-    return found;
+  // How far each source is from a token for a head (a number); null for a vanilla transformer and
+  // before the first layer.
+  orbit(layer, head, token) {
+    const at = this.layerOf(layer);
+    return this.hasGravity && at >= 1 ? this.#law().orbit(at, head, token) : null;
   }
 
-  // Distance of two tokens in all coordinates z, not only along the three axes of the picture.
+  // [label, chance, id] of the likeliest tokens after a token, read after a layer.
+  next(layer, token) {
+    return this.#predicted("lens", this.layerOf(layer) * this.count + token, this.numLayers + 1);
+  }
+
+  // The same at the end, with one head off; null if that was not computed.
+  without(layer, head, token) {
+    if (this.off === null) return null;
+    return this.#predicted("off", this.#offRow(layer, head, token), this.numLayers * this.numHeads);
+  }
+
+  // The loss of the token after `token` with one head off, in nats; null as above.
+  lossWithout(layer, head, token) {
+    if (this.off === null || token + 1 >= this.count) return null;
+    const losses = this.#unpack("losses", () => unpacked(this.off.loss, Uint16Array));
+    return losses[this.#offRow(layer, head, token)] / 1000;
+  }
+
+  #offRow(layer, head, token) {
+    return ((this.layerOf(layer) - 1) * this.numHeads + head) * this.count + token;
+  }
+
+  // A row of "lens" or "off", which has so many rows per token.
+  #predicted(name, row, perToken) {
+    const { ids, chances } = this.#unpack(name, () => ({
+      ids: unpacked(this[name].ids, this.names.length > 65536 ? Uint32Array : Uint16Array),
+      chances: unpacked(this[name].chances, Uint16Array),
+    }));
+    const kept = ids.length / (perToken * this.count);
+    return Array.from({ length: kept }, (_, n) => {
+      const id = ids[row * kept + n];
+      return [this.names[id], chances[row * kept + n] / 65535, this.nameIds[id]];
+    });
+  }
+
+  // The loss of a token given those before it, in nats; null for the first.
+  surprise(token) {
+    return this.loss[token];
+  }
+
+  // Distance of two tokens in all coordinates z, not only along the three axes of the picture; null
+  // for a vanilla transformer.
   distance(layer, one, other) {
+    if (!this.hasGravity) return null;
+    const z = this.#unpack("z", () => unpacked(this.z, Int16Array));
     const start = this.layerOf(layer) * this.count;
     let sum = 0;
     for (let c = 0; c < this.numCoords; c++) {
       const difference =
-        this.z[(start + one) * this.numCoords + c] - this.z[(start + other) * this.numCoords + c];
+        z[(start + one) * this.numCoords + c] - z[(start + other) * this.numCoords + c];
       sum += difference * difference;
     }
     return Math.sqrt(sum) * this.zScale;
@@ -117,85 +300,11 @@ class Run {
   }
 }
 
-const RUNS = GIVEN.runs.map((given) => new Run(given));
-const DEEPEST = Math.max(...RUNS.map((run) => run.numLayers));
-const dark = matchMedia("(prefers-color-scheme: dark)");
-const calm = matchMedia("(prefers-reduced-motion: reduce)");
-const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-
-// Cividis (Nuñez, Anderton and Renslow 2018) is readable with any colour vision.
-const CIVIDIS = [
-  "#00224e",
-  "#123570",
-  "#3b496c",
-  "#575d6d",
-  "#707173",
-  "#8a8678",
-  "#a59c74",
-  "#c3b369",
-  "#e1cc55",
-  "#fee838",
-];
-// Okabe and Ito 2008; in place of black (null) the page's own text colour.
-const OKABE_ITO = [
-  "#0072b2",
-  "#e69f00",
-  "#009e73",
-  "#d55e00",
-  "#56b4e9",
-  "#cc79a7",
-  "#f0e442",
-  null,
-];
-const DASHES = ["solid", "dash", "dot", "dashdot"];
-const headLine = (head) => ({
-  color: OKABE_ITO[head % OKABE_ITO.length] ?? css("--ink"),
-  dash: DASHES[Math.floor(head / OKABE_ITO.length) % DASHES.length],
-  width: 2,
-});
-
-const channels = (hex) => [1, 3, 5].map((n) => parseInt(hex.slice(n, n + 2), 16));
-// The dark end cannot be seen on a dark page, nor the light end on a light one: each is left out.
-const shade = (share) => {
-  const [low, high] = dark.matches ? [0.22, 1] : [0, 0.94];
-  const at = (low + (high - low) * share) * (CIVIDIS.length - 1);
-  const [one, two] = [CIVIDIS[Math.floor(at)], CIVIDIS[Math.ceil(at)]].map(channels);
-  return `rgb(${one.map((c, n) => Math.round(c + (two[n] - c) * (at % 1))).join(",")})`;
+// What the page was given. The live page gives its data anew for every text.
+let GIVEN, RUNS, DEEPEST;
+const readRuns = (given) => {
+  GIVEN = given;
+  RUNS = given.runs.map((one) => new Run(one));
+  DEEPEST = Math.max(0, ...RUNS.map((run) => run.numLayers));
 };
-
-const plural = (count, word) => `${plain.format(count)} ${word}${count === 1 ? "" : "s"}`;
-
-// What a colour can stand for: the title, the values (null: none), and how one is written.
-const COLOURS = {
-  mass: { title: "mass", of: (run) => run.mass, tick: (x) => number(x) },
-  position: {
-    title: "position in the text",
-    of: (run) => run.mass.map((_, n) => n),
-    tick: (x) => plain.format(x),
-  },
-  frequency: {
-    title: "times in the text that was counted (log)",
-    of: (run) => run.counts.map((count) => Math.log10(Math.max(count, 0.5))),
-    tick: (x) => plain.format(x < 0 ? 0 : Math.round(10 ** x)),
-  },
-  loss: { title: "loss in nats", of: (run) => run.loss, tick: (x) => number(x) },
-};
-
-const colouring = (run, name) => {
-  const { title, of, tick } = COLOURS[name];
-  const values = of(run);
-  const known = values.filter((x) => x !== null);
-  const [low, high] = [Math.min(...known), Math.max(...known)];
-  const shares = values.map((x) => (x === null ? null : (x - low) / (high - low || 1)));
-  return {
-    title,
-    low: tick(low),
-    high: tick(high),
-    colours: shares.map((x) => (x === null ? css("--faint") : shade(x))),
-  };
-};
-
-// Plotly's 3-D text reads tags but no entities: a space of no width after "<" breaks a tag.
-const tagless = (label) => cut(label).replaceAll("<", "<\u200b");
-// Plotly's charts read tags and entities.
-const escaped = (text) => text.replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);
+readRuns(JSON.parse($("data").textContent));

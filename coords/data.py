@@ -1,119 +1,132 @@
-"""Measures what the map shows: coordinates, masses, losses and pulls of a text.
+"""Measures what the page shows of a text: places, masses, losses, pulls and predictions.
 
-The letters in shapes: L layers, H heads, T tokens, C coordinates, K stored sources per token.
+The letters in shapes: L layers, H heads, T tokens, C coordinates, W channels of a head.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 from tqdm import tqdm
 
-from engine.pulls import quietness, visit_pulls
+from coords.predictions import (
+    PROGRESS_DELAY,
+    Predictions,
+    check_finite,
+    hidden_states,
+    predictions,
+    stacked,
+    with_heads_off,
+)
+from engine.pulls import visit_pulls
 from system.errors import UserError
 
-STORED_SOURCES = 8  # the strongest, per token and head
-GUESSES = 3
 TSNE_STEPS = 1000
-PROGRESS_DELAY = 1.0  # seconds before a progress bar appears
+TSNE_POINTS = 4  # fewer have no neighbours
 
 
 @dataclass
-class Pulls:
-    """Which token pulls which. Head H, the last, is the mean over heads.
+class Attention:
+    """All that the law needs for any pull of the text.
 
-    `sources` (L, H + 1, T, K) int are places in the text, strongest first; `weights` of the same
-    shape are their shares of the pull, 0 if a token has fewer sources; `profile` (L, H, T) is the
-    share that comes from each distance in tokens, mean over the text; `quiet` (L, H + 1, T) is the
-    background's share, None for a model without a background.
+    `q` and `k` (L, H, T, W): under gravity where tokens look from and where they pull from, on the
+    principal axes of each head's sources, of which the first spreads widest; `k` is `q` under the
+    published law. Of a vanilla transformer its queries and keys, scaled so that scores are q.k.
+    `heads` is a list of L lists of H dicts: the numbers of each head's law, None for what it lacks.
+    `exponent`, `cutoff` and `mass_in_value` are as in the config.
     """
 
-    sources: np.ndarray
-    weights: np.ndarray
-    profile: np.ndarray
-    quiet: np.ndarray | None
+    q: np.ndarray
+    k: np.ndarray
+    heads: list
+    exponent: int | None
+    cutoff: str
+    mass_in_value: bool
 
 
 @dataclass
 class Measured:
     """One text as one model sees it.
 
-    `z` (L + 1, T, C): coordinates before the first layer and after each; `mass` (T,); `loss` (T,)
-    in nats, of each token given those before it, NaN for the first; `guesses` (T, GUESSES) the ids
-    that the model expected most at this place, and `chances` (T, GUESSES) their probabilities.
+    `kind` is "newton", "published" or "vanilla". `z` (L + 1, T, C): coordinates before the first
+    layer and after each; `mass` (T,); a vanilla transformer has neither. `loss` (T,) in nats, of
+    each token given those before it, NaN for the first. `profile` (L, H, T) is the share of the
+    pull that comes from each distance in tokens, mean over the text. `lens` are the `Predictions`
+    (L + 1, T, ...) read from the hidden state before the first layer and after each (logit lens,
+    nostalgebraist 2020, https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru); `off` those with each
+    head switched off, (L, H, T, ...), or None.
     """
 
     tokens: list
-    z: np.ndarray
-    mass: np.ndarray
+    kind: str
+    z: np.ndarray | None
+    mass: np.ndarray | None
     loss: np.ndarray
-    guesses: np.ndarray
-    chances: np.ndarray
-    pulls: Pulls
+    attention: Attention
+    profile: np.ndarray
+    lens: Predictions
+    off: Predictions | None
 
 
 @torch.no_grad()
-def measure(model, tokens):
+def measure(model, tokens, switch_off=True):
     """The `Measured` of a text.
 
     Args:
-        model: an NGT.
+        model: an NGT or a vanilla transformer.
         tokens: a list of T ids.
+        switch_off: whether to measure `off` too, if it does not take too long.
 
     Raises:
-        UserError: if a number is not finite, or all tokens are at the same place in every layer.
+        UserError: if a number is not finite.
     """
-    pulls, logits, geometry = _measure_pulls(model, tokens)
-    z = torch.cat(geometry.layers).cpu().double().numpy()
-    mass = geometry.mass[0].cpu().double().numpy()
-    _check_finite("coordinates", z, mass)
-    _check_finite("pulls", pulls.weights, pulls.profile)
-    # np.ptp: highest minus lowest, over the tokens
-    if float(np.ptp(z, axis=1).max()) < 1e-6 * max(1.0, float(np.abs(z).max())):
-        raise UserError("all tokens are at the same place: there is nothing to show")
-    loss, guesses, chances = _predictions(logits[0].cpu().double(), tokens)
-    return Measured(tokens, z, mass, loss, guesses, chances, pulls)
-
-
-def _check_finite(what, *arrays):
-    if not all(np.isfinite(array).all() for array in arrays):
-        raise UserError(f"the {what} of this checkpoint are not finite: use another")
-
-
-def _measure_pulls(model, tokens):
-    """`(Pulls, logits, Geometry)` from one forward pass, with a progress bar."""
-    config, count = model.config, len(tokens)
-    shape = (config.num_layers, config.num_heads + 1, count, STORED_SOURCES)
-    pulls = Pulls(
-        np.zeros(shape, np.int64),
-        np.zeros(shape),
-        np.zeros((config.num_layers, config.num_heads, count)),
-        np.zeros(shape[:-1]) if config.background else None,
+    ids = torch.tensor(tokens, device=model.token_emb.weight.device)
+    kind = getattr(model.config, "law", "vanilla")
+    with hidden_states(model) as states:
+        profile, points, result = _measure_pulls(model, ids)
+    z = mass = None
+    if kind != "vanilla":
+        geometry = result[1]
+        z = torch.cat(geometry.layers).cpu().double().numpy()
+        mass = geometry.mass[0].cpu().double().numpy()
+        check_finite("coordinates", z, mass)
+    q, k = (torch.stack(parts).cpu().double().numpy() for parts in zip(*points, strict=True))
+    check_finite("pulls", profile, q, k)
+    bar = tqdm(states, unit=" layers", desc="predictions", delay=PROGRESS_DELAY, leave=False)
+    lens = stacked([predictions(model, h[0], ids) for h in bar])
+    return Measured(
+        tokens=tokens,
+        kind=kind,
+        z=z,
+        mass=mass,
+        loss=np.concatenate([[np.nan], lens.loss[-1, :-1]]),
+        attention=_attention(model, q, k, kind),
+        profile=profile,
+        lens=lens,
+        off=with_heads_off(model, ids) if switch_off else None,
     )
+
+
+def _measure_pulls(model, ids):
+    """`(profile, [(q, k) per layer], the forward pass's result)`, with a progress bar."""
+    config, count = model.config, len(ids)
+    profile = np.zeros((config.num_layers, config.num_heads, count))
+    points = []
     total = config.num_layers * count
     bar = tqdm(total=total, unit=" tokens", desc="pulls", delay=PROGRESS_DELAY, leave=False)
 
     def keep(layer, rows, shares):
-        shares = shares.cpu().double()
-        _add_to_profile(pulls.profile[layer], rows, shares.numpy())
-        shares = torch.cat([shares, shares.mean(0, keepdim=True)])  # (H + 1, rows, rows.stop)
-        strongest = shares.topk(min(STORED_SOURCES, rows.stop))
-        stored = slice(strongest.values.shape[-1])
-        pulls.weights[layer, :, rows, stored] = strongest.values.numpy()
-        pulls.sources[layer, :, rows, stored] = strongest.indices.numpy()
-        if pulls.quiet is not None:
-            pulls.quiet[layer, :, rows] = quietness(shares).numpy()
+        _add_to_profile(profile[layer], rows, shares.cpu().double().numpy())
         bar.update(rows.stop - rows.start)
 
+    def keep_points(layer, q, k):
+        points.append((q, k))
+
     with bar:
-        ids = torch.tensor([tokens], device=model.token_emb.weight.device)
-        logits, geometry = visit_pulls(model, ids, keep)
-    pulls.profile /= count
-    return pulls, logits, geometry
+        result = visit_pulls(model, ids[None], keep, keep_points)
+    return profile / count, points, result
 
 
 def _add_to_profile(profile, rows, weights):
@@ -122,18 +135,59 @@ def _add_to_profile(profile, rows, weights):
         profile[:, : row + 1] += weights[:, n, row::-1]
 
 
-def _predictions(logits, tokens):
-    """`loss`, `guesses` and `chances` of `Measured`, from logits (T, vocab_size)."""
-    log_chance = F.log_softmax(logits, -1)
-    _check_finite("losses", log_chance.exp().numpy())
-    best = log_chance[:-1].exp().topk(min(GUESSES, log_chance.shape[1]))
-    nothing = np.zeros((1, best.indices.shape[1]))  # no token precedes the first
-    loss = -log_chance[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].numpy()
-    return (
-        np.concatenate([[np.nan], loss]),
-        np.concatenate([nothing, best.indices.numpy()]).astype(int),
-        np.concatenate([nothing, best.values.numpy()]),
+def _attention(model, q, k, kind):
+    """The `Attention` of points, or of queries and keys, (L, H, T, W) each."""
+    config = model.config
+    return Attention(
+        *_placed(q, k, kind),
+        heads=[_law(layer.attn, kind, config.num_heads) for layer in model.layers],
+        exponent=config.exponent if kind == "newton" else None,
+        cutoff=getattr(config, "cutoff", "none"),
+        mass_in_value=getattr(config, "mass_in_value", False),
     )
+
+
+def _placed(q, k, kind):
+    """`Attention.q` and `.k`."""
+    if kind == "vanilla":
+        # both of one size, so that both are stored equally well
+        size = np.sqrt(np.abs(k).max((2, 3)) / np.maximum(np.abs(q).max((2, 3)), 1e-30))
+        size = np.where(size > 0, size, 1.0)[:, :, None, None]
+        return q * size / math.sqrt(q.shape[-1]), k / size
+    centre = k.mean(2, keepdims=True)
+    spread = (k - centre).swapaxes(2, 3) @ (k - centre)  # (L, H, W, W)
+    axes = principal_axes(spread)[1]
+    places = (k - centre) @ axes
+    return places if kind == "published" else (q - centre) @ axes, places
+
+
+def principal_axes(spread):
+    """`(variances (..., W), axes (..., W, W))` of sums of products, the widest first.
+
+    The axes are columns; the largest entry of each is positive, so that no chance decides.
+    """
+    variances, axes = np.linalg.eigh(spread)
+    variances, axes = variances[..., ::-1], axes[..., ::-1]
+    largest = np.take_along_axis(axes, np.abs(axes).argmax(-2)[..., None, :], -2)
+    return variances.clip(min=0), axes * np.where(largest < 0, -1.0, 1.0)
+
+
+def _law(attn, kind, num_heads):
+    """`Attention.heads` of one layer."""
+    if kind == "newton":
+        law = attn.law()
+        names = {"timeScale": "time_scale", "timeOffset": "time_offset"}
+        names |= {"background": "background", "radius": "radius"}
+    elif kind == "published":
+        law, names = attn.law(), {"gamma": "gamma", "bias": "bias", "radius": "radius"}
+    else:
+        law = {"slope": getattr(attn, "slopes", None), "sink": attn.sink}
+        names = {"slope": "slope", "sink": "sink"}
+    values = {
+        key: [None] * num_heads if law[name] is None else law[name].expand(num_heads).tolist()
+        for key, name in names.items()
+    }
+    return [{key: column[head] for key, column in values.items()} for head in range(num_heads)]
 
 
 def project(z, method):
@@ -146,24 +200,26 @@ def project(z, method):
         method: "pca" or "tsne".
 
     Returns:
-        `(points (L + 1, T, 3), titles of the three axes)`; with fewer than three coordinates the
-        missing axes are 0.
+        `(points (L + 1, T, 3), titles of the three axes)`; an axis along which nothing differs,
+        because there are too few coordinates or tokens, is 0.
     """
     layers, count, coords = z.shape
     flat = z.reshape(-1, coords)
     if method == "tsne":
         points = _tsne(flat)
         axes = [f"t-SNE {n + 1}" for n in range(3)]
-    else:
-        pca = PCA(n_components=min(3, coords), svd_solver="full")
-        points = pca.fit_transform(flat)
-        axes = [
-            f"component {n + 1} ({100 * ratio:.1f} % of variance)"
-            for n, ratio in enumerate(pca.explained_variance_ratio_)
-        ]
-        missing = 3 - len(axes)
-        points = np.pad(points, ((0, 0), (0, missing)))
-        axes += ["no third component", "no second component"][:missing][::-1]
+        return points.reshape(layers, count, 3), axes
+    centred = flat - flat.mean(0)
+    variances, directions = principal_axes(centred.T @ centred)
+    points, axes = np.zeros((len(flat), 3)), []
+    for n, name in enumerate(("first", "second", "third")):
+        # what is smaller is rounding
+        if n < coords and variances[n] > 1e-12 * max(variances[0], np.square(flat).sum()):
+            points[:, n] = centred @ directions[:, n]
+            percent = 100 * variances[n] / variances.sum()
+            axes.append(f"component {n + 1} ({percent:.1f} % of variance)")
+        else:
+            axes.append(f"no {name} component")
     return points.reshape(layers, count, 3), axes
 
 
@@ -184,6 +240,10 @@ def align(points, like):
 
 def _tsne(points):
     """t-SNE (van der Maaten & Hinton 2008) of points, (N, C) to (N, 3)."""
+    from sklearn.manifold import TSNE  # takes a second to import
+
+    if len(points) < TSNE_POINTS:
+        raise UserError("t-SNE needs more tokens: use --method pca")
     # scikit-learn reports progress only as text on standard output
     print(f"t-SNE places {len(points):,} points, which can take minutes", file=sys.stderr)
     tsne = TSNE(

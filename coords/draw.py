@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from coords.data import align, measure, project
-from coords.heads import field_by_distance, heads_table, pull_by_distance
+from coords.heads import fades, field_by_distance, heads_table, pull_by_distance
 from coords.page import Run, map_page, run_data
 from coords.vocabulary import frequencies, training_text_or_none, vocabulary
 from engine.checkpoint import load_model
@@ -14,8 +14,6 @@ from text.labels import labels_in_text, unknown_characters
 from text.stream import read_text, typed_text
 from text.token_files import data_of_checkpoint
 from text.tokenizer import TextStream
-
-MIN_TOKENS = 4  # three axes need four points
 
 
 def draw_map(args, device):
@@ -27,7 +25,12 @@ def draw_map(args, device):
     paths = {"--checkpoint-path": args.checkpoint_path}
     if args.compare is not None:
         paths["--compare"] = args.compare
-    loaded = {flag: load_ngt(path, flag, device) for flag, path in paths.items()}
+    loaded = {flag: load_model(path, device) for flag, path in paths.items()}
+    for path, (model, *_) in zip(paths.values(), loaded.values(), strict=True):
+        if args.png is not None and not hasattr(model, "mass"):
+            raise UsageError(
+                f"--png: {path} is a vanilla transformer, which has no coordinates: drop --png"
+            )
     deepest = max(model.config.num_layers for model, *_ in loaded.values())
     if args.layer is not None and args.layer > deepest:
         raise UsageError(f"--layer {args.layer}: this checkpoint has {deepest} layers")
@@ -66,57 +69,52 @@ def encode(tokenizer, text, who="this model"):
     return tokenizer.encode(text)
 
 
-def check_enough(tokens):
-    if len(tokens) < MIN_TOKENS:
-        raise UserError(
-            f"only {len(tokens)} tokens to show: give a --text (or --num-tokens) of at least "
-            f"{MIN_TOKENS}"
-        )
+def read_run(loaded, path, tokens, source, method="pca", live=False):
+    """The `Run` of a loaded checkpoint on these tokens.
 
-
-def load_ngt(path, flag, device):
-    """`(model, tokenizer, checkpoint)`. Raises `UsageError` if the model has no coordinates."""
-    model, tokenizer, checkpoint = load_model(path, device)
-    if checkpoint["config"]["model_type"] != "ngt":
-        raise UsageError(
-            f"{flag} {path} is a vanilla transformer, which has no coordinates: name an NGT "
-            "checkpoint"
-        )
-    return model, tokenizer, checkpoint
-
-
-def read_run(loaded, path, tokens, source, method):
-    """The `Run` of a loaded checkpoint on these tokens."""
+    Args:
+        live: answer within a second: count the tokens of this text only, and switch no head off.
+    """
     model, tokenizer, checkpoint = loaded
     if model.max_context is not None and len(tokens) > model.max_context:
         warn(f"{path} reads at most {model.max_context} tokens: the others are left out")
         tokens = tokens[: model.max_context]
-    check_enough(tokens)
-    measured = measure(model, tokens)
-    points, axes = project(measured.z, method)
+    if not tokens:
+        raise UserError("no tokens to show: give a --text of at least one")
+    measured = measure(model, tokens, switch_off=not live)
+    has_gravity = measured.kind != "vanilla"
+    points, axes = project(measured.z, method) if has_gravity else (None, None)
     labels, texts = labels_in_text(tokenizer, tokens)
-    data = training_text_or_none(checkpoint, tokenizer)
+    data = None if live else training_text_or_none(checkpoint, tokenizer)
     counts, counted = frequencies(data, tokens, model.config.vocab_size)
     return Run(
         name=Path(path).name,
         step=checkpoint.get("iter", 0),
-        law=model.config.law,
+        law=model.config.law if has_gravity else "dot product",
         source=source,
         labels=labels,
         texts=texts,
-        guesses=[[tokenizer.label(int(guess)) for guess in row] for row in measured.guesses],
         starts=character_starts(tokenizer, tokens),
+        names=names(tokenizer, measured),
         measured=measured,
         points=points,
         axes=axes,
         counts=[int(counts[token]) for token in tokens],
         counted=counted,
         is_corpus=data is not None,
-        heads=heads_table(model, measured.pulls.profile),
+        heads=heads_table(model, measured),
         field=field_by_distance(model, len(tokens)),
-        pull=pull_by_distance(measured.pulls.profile, model.config.background),
-        vocabulary=vocabulary(model, tokenizer, counts),
+        pull=pull_by_distance(measured.profile, fades(model)),
+        vocabulary=vocabulary(model, tokenizer, counts) if has_gravity else None,
     )
+
+
+def names(tokenizer, measured):
+    """The labels of all tokens that predictions name, by id."""
+    found = {int(token) for token in measured.lens.ids.flat}
+    if measured.off is not None:
+        found.update(int(token) for token in measured.off.ids.flat)
+    return {token: tokenizer.label(token) for token in found}
 
 
 def character_starts(tokenizer, tokens):
@@ -139,7 +137,7 @@ def read_runs(args, paths, loaded):
         ids = tokens if is_same else encode(own, tokenizer.decode(tokens), path)
         runs.append(read_run(loaded[flag], path, ids, source, args.method))
     first, second = runs[0], runs[-1]  # with one run both are the same, and nothing is mirrored
-    if first.measured.tokens == second.measured.tokens:
+    if first.measured.tokens == second.measured.tokens and None not in (first.axes, second.axes):
         second.points = align(second.points, first.points)
     return runs
 
@@ -147,7 +145,7 @@ def read_runs(args, paths, loaded):
 def write_files(args, runs, layer):
     """Write the page and the stills that the flags ask for, opened at a layer."""
     title = " and ".join(run.name for run in runs)
-    page = map_page([run_data(run) for run in runs], f"{title}: where the tokens are", layer)
+    page = map_page([run_data(run) for run in runs], f"{title}: what pulls each token", layer)
     write_whole(Path(args.output), page)
     size = Path(args.output).stat().st_size / 1e6
     tokens = len(runs[0].labels)

@@ -1,5 +1,7 @@
 """What each head learned: its numbers, its field by distance, and where its pull comes from."""
 
+import itertools
+
 import numpy as np
 import torch
 
@@ -20,26 +22,34 @@ def distances(limit):
     return np.unique(np.concatenate([near, far]))
 
 
-def heads_table(model, profile):
+def heads_table(model, measured):
     """A dict per head: what it learned, and what it looks at in the text.
 
     Args:
-        profile: (L, H, T), see `data.Pulls`.
+        measured: the `data.Measured` of the text.
 
     Returns:
         L * H dicts of numbers, `layer` from 1 and `head` from 0; None if the law or the head has
-        no such number. `quiet` is the background's share, mean over the text.
+        no such number. `quiet` is the share of the background or sink, mean over the text.
     """
-    has_background = model.config.background
+    profile = measured.profile
+    learned = (
+        itertools.chain(*measured.attention.heads)
+        if measured.kind == "vanilla"
+        else heads_learned(model)
+    )
     return [
         {
-            **{"layer": layer + 1, "head": head, **learned, **_looks(profile[layer, head])},
-            "quiet": float(1 - profile[layer, head].sum()) if has_background else None,
+            **{"layer": layer + 1, "head": head, **numbers, **_looks(profile[layer, head])},
+            "quiet": float(1 - profile[layer, head].sum()) if fades(model) else None,
         }
-        for (layer, head), learned in zip(
-            np.ndindex(profile.shape[:2]), heads_learned(model), strict=True
-        )
+        for (layer, head), numbers in zip(np.ndindex(profile.shape[:2]), learned, strict=True)
     ]
+
+
+def fades(model):
+    """Whether shares may sum to less than 1: with a background, or the sink of a vanilla model."""
+    return getattr(model.config, "background", False) or getattr(model.config, "sink", False)
 
 
 def _looks(profile):
@@ -64,10 +74,10 @@ def field_by_distance(model, num_tokens):
     """The possible field by distance in time: of a mass of 1 at the same place in space.
 
     Returns:
-        `(distances (D,), field (L, H, D))`, distances in tokens; `(None, None)` under the published
-        law, in which time plays no part.
+        `(distances (D,), field (L, H, D))`, distances in tokens; `(None, None)` unless the law is
+        newton: in the published one time plays no part.
     """
-    if model.config.law == "published":
+    if getattr(model.config, "law", None) != "newton":
         return None, None
     attns = [layer.attn for layer in model.layers]
     largest_mass = model.largest_mass()
@@ -95,7 +105,7 @@ def pull_by_distance(profile, has_background):
     With a background they are shares of what the head feels at all, however little that is.
 
     Args:
-        profile: (L, H, T), see `data.Pulls`.
+        profile: (L, H, T), see `data.Measured`.
 
     Returns:
         `(distances (D,), shares (L, H, D))`; each distance is the first of its span.

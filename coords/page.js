@@ -1,231 +1,327 @@
-// The state of the page, the controls that change it, and the tabs.
+// The state of the page, the controls that change it, the tabs and the keys.
 
 const SECONDS_PER_LAYER = 1.1;
+
+// The views in the order of their keys 1 to 5: their class, and the controls that they use.
+const VIEWS = {
+  orbit: { title: "Orbit", make: Orbit, controls: ["layer", "head", "colour", "scale", "play"] },
+  map: {
+    title: "Map",
+    make: Scene,
+    controls: ["layer", "head", "colour", "fit", "trails", "play"],
+  },
+  heads: { title: "Heads", make: Heads, isWide: true, controls: ["layer", "head"] },
+  next: { title: "Next token", make: Next, controls: ["layer", "head", "colour", "scale"] },
+  masses: { title: "Masses", make: Masses, isWide: true, controls: [] },
+};
 const state = {
-  at: GIVEN.layer,
-  shown: GIVEN.layer,
+  view: "orbit",
+  token: new Map(),
+  layer: 1,
+  at: 1,
   head: "mean",
-  colour: "mass",
+  colour: "none",
+  split: "colour",
   trails: true,
-  selected: null,
-  isFit: RUNS.some((run) => run.isUneven),
+  isFit: false,
+  playing: false,
 };
-const views = [];
-let [playing, drawn] = [false, { map: true, heads: false, vocabulary: false }];
+// Per run: its stage, text and details, and the views that were opened so far.
+let parts = [];
+const shownViews = () => parts.map((part) => part.views[state.view]).filter(Boolean);
 
-const refresh = () =>
-  views.forEach(({ scene, side }) => {
-    scene.update(state);
-    side.update(state);
-  });
-const moved = () => {
-  views.forEach(({ scene }) => scene.update(state));
-  describe();
+const actions = {
+  // Merges changes of the state; a token is one of `run`, in the others the same place of the text.
+  set(changes, run = RUNS[0]) {
+    if (!RUNS.length) return;
+    const { token, playing, layer, ...others } = changes;
+    if (others.view && others.view !== state.view) pause();
+    Object.assign(state, others);
+    if (token !== undefined && token !== null) choose(run, token);
+    const lowest = state.view === "map" ? 0 : 1;
+    if (layer !== undefined) state.at = state.layer = layer;
+    else if (others.at !== undefined) state.layer = Math.ceil(state.at);
+    if (state.layer < lowest || state.layer > DEEPEST)
+      state.at = state.layer = Math.max(lowest, Math.min(DEEPEST, state.layer));
+    if (playing !== undefined && playing !== state.playing) play(playing);
+    draw();
+  },
+  select(run, token) {
+    if (token === null || token === undefined) return;
+    openSheet(true);
+    actions.set({ token }, run);
+  },
+  hover(run, token) {
+    parts.find((part) => part.run === run)?.words.hover(token);
+    parts.find((part) => part.run === run)?.views[state.view]?.hover?.(token);
+  },
+  showHead(layer, head, view = "orbit") {
+    actions.set({ layer, head, view });
+  },
+  // Asks the server; offline only a switched-off head was computed before.
+  async whatIf(run, changes, token) {
+    if (live) return live.whatIf(run, changes, token);
+    const [{ kind, layer, head }, ...more] = changes;
+    const without = kind === "off" && !more.length ? run.without(layer, head, token) : null;
+    if (!without)
+      throw new Error(
+        "This page can only switch off one head. For more, open the live page: chat.py --serve.",
+      );
+    const before = run.next(run.numLayers, token);
+    const ids = new Map([...before, ...without].map(([label, , id]) => [id, label]));
+    const chanceIn = (rows, id) => rows.find((row) => row[2] === id)?.[1] ?? null;
+    return {
+      rows: [...ids].map(([id, label]) => [label, chanceIn(before, id), chanceIn(without, id)]),
+      loss:
+        token + 1 < run.count
+          ? [run.loss[token + 1], run.lossWithout(layer, head, token)]
+          : null,
+      source: "computed before",
+    };
+  },
+  branch(run, token, id, label) {
+    live?.branch(run, token, id, label);
+  },
 };
+const live = GIVEN.live ? new Live(actions) : null;
 
-function describe() {
-  const layer = state.shown;
-  $("layer").value = layer;
-  const name = `Layer ${layer} of ${DEEPEST}`;
-  $("layer-name").textContent = name;
+// On a phone the details are a sheet at the bottom: closed, it shows the token and its facts.
+function openSheet(isOpen) {
+  document.body.classList.toggle("sheet-open", isOpen);
+  $("sheet").firstElementChild.textContent = isOpen ? "Close" : "More";
+}
+
+function choose(run, token) {
+  const place = Math.max(0, Math.min(run.count - 1, token));
+  for (const other of RUNS)
+    state.token.set(other, other === run ? place : other.tokenAt(run.starts[place]));
+}
+
+// Draws what is shown; each part changes only what changed.
+function draw() {
+  if (!parts.length) return;
+  const { isWide, make } = VIEWS[state.view];
+  $("panel").className = `${parts.length > 1 ? "two" : "one"}${isWide ? " wide" : ""}`;
+  for (const part of parts) {
+    const { run, stage, words, details, views } = part;
+    views[state.view] ??= new make(run, actions);
+    const { node } = views[state.view];
+    if (node.parentElement !== stage) stage.append(node);
+    for (const view of Object.values(views)) view.node.hidden = view.node !== node;
+    views[state.view].update(state);
+    if (isWide) continue;
+    words.update(state);
+    details.update(state);
+  }
+  drawControls();
+  writeAddressSoon();
+}
+
+function drawControls() {
+  const { controls } = VIEWS[state.view];
+  for (const label of $("controls").querySelectorAll("[data-of]"))
+    label.hidden = !controls.includes(label.dataset.of);
+  $("play").hidden = !controls.includes("play");
+  for (const tab of $("tabs").children) {
+    const isOpen = tab.id === `tab-${state.view}`;
+    tab.setAttribute("aria-selected", String(isOpen));
+    tab.tabIndex = isOpen ? 0 : -1;
+  }
+  $("panel").setAttribute("aria-labelledby", `tab-${state.view}`);
+  const name = `Layer ${state.layer} of ${DEEPEST}`;
+  $("layer").min = state.view === "map" ? 0 : 1;
+  $("layer").value = state.layer;
   $("layer").setAttribute("aria-valuetext", name);
-  $("explained").textContent = layer
-    ? `After layer ${layer}, whose pull moved the tokens here. Select a token: lines go to the tokens that pulled it in this layer, thicker for a larger share; blue rings mark the same token elsewhere.`
-    : "Before the first layer: each token is where its embedding puts it, so equal tokens are at the same place.";
-  if (RUNS[0].law === "published" && !layer)
-    $("explained").textContent =
-      "Before the first layer: each token is where the embedding of its position puts it.";
+  $("layer-name").textContent = name;
+  $("head").value = state.head;
+  $("fit").value = state.isFit ? "fit" : "one";
+  $("trails").checked = state.trails;
+  $("colour").value = state.colour;
+  $("play").textContent = state.playing ? "Pause" : "Play";
+  $("play").setAttribute("aria-pressed", String(state.playing));
+  $("scale").hidden ||= state.colour === "none";
+  if ($("scale").hidden) return;
+  const { low, high, ramp } = colouring(RUNS[0], state.colour);
+  const [first, bar, last] = $("scale").children;
+  [first.textContent, last.textContent] = [low, high];
+  bar.style.background = `linear-gradient(to right, ${ramp})`;
 }
 
-function setLayer(layer) {
-  stop();
-  state.at = state.shown = Math.max(0, Math.min(DEEPEST, layer));
-  describe();
-  refresh();
+// The orbit plays the sentence itself; the map is moved from layer to layer here.
+function play(isPlaying) {
+  state.playing = isPlaying;
+  const views = shownViews();
+  if (views.some((view) => view.play)) views.forEach((view) => view.play?.(isPlaying));
+  else if (isPlaying) playLayers();
 }
+const pause = () => state.playing && play(false);
 
-function stop() {
-  playing = false;
-  $("play").textContent = "Play";
-  $("play").setAttribute("aria-pressed", "false");
-}
-
-function play() {
-  if (playing) return setLayer(Math.round(state.at));
-  if (state.at >= DEEPEST) state.at = state.shown = 0;
-  playing = true;
-  $("play").textContent = "Pause";
-  $("play").setAttribute("aria-pressed", "true");
+function playLayers() {
+  if (state.at >= DEEPEST) state.at = state.layer = 0;
   let [from, start] = [state.at, performance.now() + 350];
+  const eased = (x) => (x < 0.5 ? 2 * x * x : 1 - 2 * (1 - x) ** 2);
   const step = (now) => {
-    if (!playing) return;
-    const passed = Math.max(0, (now - start) / 1000 / SECONDS_PER_LAYER);
-    const eased = (x) => (x < 0.5 ? 2 * x * x : 1 - 2 * (1 - x) ** 2);
-    const share = Math.min(1, passed);
-    state.at = calm.matches ? Math.floor(from + share) : from + eased(share);
-    const shown = Math.ceil(state.at);
-    const isNew = shown !== state.shown;
-    state.shown = shown;
-    moved();
-    if (isNew) views.forEach(({ side }) => side.update(state));
-    if (share < 1) return requestAnimationFrame(step);
-    if (from + 1 >= DEEPEST) return setLayer(DEEPEST);
-    [from, start] = [from + 1, now + 250];
+    if (!state.playing) return;
+    const share = Math.min(1, Math.max(0, (now - start) / 1000 / SECONDS_PER_LAYER));
+    actions.set({ at: calm.matches ? Math.floor(from + share) : from + eased(share) });
+    if (share === 1) [from, start] = [from + 1, now + 250];
+    if (from >= DEEPEST) return actions.set({ playing: false });
     requestAnimationFrame(step);
   };
   requestAnimationFrame(step);
 }
 
-const actions = {
-  // Select a token of one run, and in the others the token at the same place in the text; null clears.
-  select(run, token) {
-    state.selected =
-      token === null
-        ? null
-        : new Map(
-            RUNS.map((other) => [other, other === run ? token : other.tokenAt(run.starts[token])]),
-          );
-    refresh();
-  },
-  hover(run, token) {
-    const { scene } = views.find((view) => view.run === run);
-    if (token === null) scene.hideTooltip();
-    else scene.showTooltip(token);
-  },
-  showHead(layer, head) {
-    state.head = head;
-    $("head").value = head;
-    setLayer(layer);
-    openTab("map");
-    $("head").focus();
-  },
-};
-
-function onKey(event, view) {
-  const onMap = event.currentTarget === view.scene.node;
-  const { run, scene } = view;
-  const token = state.selected?.get(run);
-  const goTo = (next) => actions.select(run, Math.max(0, Math.min(run.count - 1, next)));
-  const turns = {
-    ArrowLeft: [-0.15, 0, 1],
-    ArrowRight: [0.15, 0, 1],
-    ArrowUp: [0, 0.1, 1],
-    ArrowDown: [0, -0.1, 1],
-  };
-  const keys = {
-    ArrowLeft: () => goTo((token ?? run.count) - 1),
-    ArrowRight: () => goTo((token ?? -1) + 1),
-    ArrowUp: () => setLayer(Math.round(state.at) + 1),
-    ArrowDown: () => setLayer(Math.round(state.at) - 1),
-    Home: () => goTo(0),
-    End: () => goTo(run.count - 1),
-    Escape: () => actions.select(run, null),
-    " ": play,
-    ...(onMap ? { "+": () => scene.move(0, 0, 0.9), "-": () => scene.move(0, 0, 1.1) } : {}),
-  };
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
-  const act =
-    onMap && event.shiftKey && turns[event.key]
-      ? () => scene.move(...turns[event.key])
-      : keys[event.key];
-  if (!act) return;
-  event.preventDefault();
-  act();
+// The address follows a little later: a browser refuses hundreds of changes in a few seconds.
+let writing = null;
+const address = () => addressOf(state, parts[0]?.views[state.view]?.hash?.());
+function writeAddress() {
+  clearTimeout(writing);
+  if (parts.length && !state.playing) history.replaceState(null, "", address());
+}
+function writeAddressSoon() {
+  clearTimeout(writing);
+  writing = setTimeout(writeAddress, 150);
+}
+function followAddress() {
+  const { changes, own } = readAddress(location.hash);
+  actions.set(changes);
+  if (own) shownViews().forEach((view) => view.restore?.(own));
 }
 
-const tabs = [...document.querySelectorAll("[role=tab]")];
-const others = {
-  heads: RUNS.map((run) => new Heads(run, actions)),
-  vocabulary: RUNS.map((run) => new Vocabulary(run)),
-};
+function fillDownloads() {
+  const views = shownViews();
+  const entries = downloads(state, views).map(([textContent, save]) =>
+    element("button", {
+      type: "button",
+      textContent,
+      onclick: () => {
+        $("download").open = false;
+        save();
+      },
+    }),
+  );
+  $("download").lastElementChild.replaceChildren(...entries);
+}
 
-function openTab(name, focus = false) {
-  stop();
-  for (const tab of tabs) {
-    const isOpen = tab.id === `tab-${name}`;
-    tab.setAttribute("aria-selected", String(isOpen));
-    tab.tabIndex = isOpen ? 0 : -1;
-    $(tab.getAttribute("aria-controls")).hidden = !isOpen;
-    if (isOpen && focus) tab.focus();
-  }
-  if (name === "map") return refresh();
-  others[name].forEach((part) => part.draw());
-  drawn[name] = true;
+function makeTabs() {
+  const tabs = Object.entries(VIEWS).map(([name, { title }], n) => {
+    const tab = element("button", { id: `tab-${name}`, type: "button", textContent: title });
+    tab.setAttribute("role", "tab");
+    tab.setAttribute("aria-controls", "panel");
+    tab.title = `press ${n + 1}`;
+    tab.onclick = () => actions.set({ view: name });
+    return tab;
+  });
+  $("tabs").append(...tabs);
+  $("tabs").onkeydown = (event) => {
+    const n = tabs.indexOf(event.target);
+    const next = { ArrowLeft: n - 1, ArrowRight: n + 1, Home: 0, End: -1 }[event.key];
+    if (next === undefined) return;
+    event.preventDefault();
+    event.stopPropagation();
+    const tab = tabs.at(next % tabs.length);
+    tab.click();
+    tab.focus();
+  };
 }
 
 function listen() {
-  tabs.forEach((tab, n) => {
-    tab.onclick = () => openTab(tab.id.slice(4));
-    tab.onkeydown = (event) => {
-      const next = { ArrowLeft: n - 1, ArrowRight: n + 1, Home: 0, End: tabs.length - 1 }[
-        event.key
-      ];
-      if (next === undefined) return;
-      event.preventDefault();
-      openTab(tabs.at(next % tabs.length).id.slice(4), true);
-    };
-  });
-  $("play").onclick = play;
-  $("layer").oninput = () => setLayer(Number($("layer").value));
-  $("colour").onchange = () => {
-    state.colour = $("colour").value;
-    refresh();
-  };
+  $("play").onclick = () => actions.set({ playing: !state.playing });
+  $("layer").oninput = () => actions.set({ layer: Number($("layer").value), playing: false });
   $("head").onchange = () => {
-    state.head = $("head").value === "mean" ? "mean" : Number($("head").value);
-    refresh();
+    const head = $("head").value;
+    actions.set({ head: head === "mean" ? head : Number(head) });
   };
-  $("scale").onchange = () => {
-    state.isFit = $("scale").value === "fit";
-    refresh();
+  $("colour").onchange = () => actions.set({ colour: $("colour").value });
+  $("fit").onchange = () => actions.set({ isFit: $("fit").value === "fit" });
+  $("trails").onchange = () => actions.set({ trails: $("trails").checked });
+  $("search").oninput = find;
+  $("search").onkeydown = (event) => {
+    if (event.key === "Enter") goToFound(event.shiftKey ? -1 : 1);
+    if (event.key === "Escape") $("search").blur();
   };
-  $("trails").onchange = () => {
-    state.trails = $("trails").checked;
-    refresh();
+  $("copy").onclick = async () => {
+    writeAddress();
+    const said = await copyText(location.href).then(
+      () => "Copied",
+      () => "Not copied",
+    );
+    $("copy").textContent = said;
+    setTimeout(() => ($("copy").textContent = "Copy link"), 1500);
   };
-  dark.addEventListener("change", () => {
-    refresh();
-    for (const name of ["heads", "vocabulary"])
-      if (drawn[name]) others[name].forEach((part) => part.draw());
+  $("download").firstElementChild.onclick = fillDownloads;
+  $("help").onclick = () => $("keys").showModal();
+  $("more").onclick = () => {
+    const isOpen = document.body.classList.toggle("controls-open");
+    $("more").setAttribute("aria-expanded", String(isOpen));
+  };
+  document.addEventListener("keydown", onKey);
+  document.addEventListener("pointerdown", (event) => {
+    if (!$("download").contains(event.target)) $("download").open = false;
   });
+  addEventListener("hashchange", followAddress);
+  dark.addEventListener("change", draw);
+  let waiting = null;
+  new ResizeObserver(() => {
+    cancelAnimationFrame(waiting);
+    waiting = requestAnimationFrame(draw);
+  }).observe($("panel"));
 }
 
-function start() {
-  const given = RUNS[0];
-  $("subtitle").textContent =
-    `${RUNS.map((run) => `${run.name}, step ${plain.format(run.step)}, law ${run.law}`).join(" · ")} · ${plural(given.count, "token")} of ${given.source}`;
-  $("scale").value = state.isFit ? "fit" : "one";
+// Shows what was given: at the start the page's own data, on the live page each new text.
+function openPage(given) {
+  pause();
+  readRuns(given);
+  const [run] = RUNS;
+  parts = RUNS.map((run) => ({
+    run,
+    views: {},
+    stage: element(
+      "section",
+      { className: "stage" },
+      ...(RUNS.length > 1 ? [element("h2", { textContent: run.name })] : []),
+    ),
+    words: new Words(run, actions),
+    details: new Details(run, actions),
+  }));
+  const sheet = element("div", { id: "sheet" }, ...parts.map((part) => part.details.node));
+  sheet.prepend(
+    element("button", {
+      ...{ className: "close", type: "button" },
+      onclick: () => openSheet(!document.body.classList.contains("sheet-open")),
+    }),
+  );
+  $("panel").replaceChildren(
+    ...parts.map((part) => part.stage),
+    ...parts.map((part) => part.words.node),
+    ...(parts.length ? [sheet] : []),
+  );
+  if (!run) return;
+  openSheet(false);
+  const step = RUNS.length > 1 ? "" : `, step ${plain.format(run.step)}`;
+  $("subtitle").textContent = $("subtitle").title =
+    RUNS.map((run) => `${run.name}${step}, ${run.law}`).join(" · ") +
+    ` · ${plural(run.count, "token")} of ${run.source}`;
   $("layer").max = DEEPEST;
-  $("layers").append(
+  $("layers").replaceChildren(
     ...Array.from({ length: DEEPEST + 1 }, (_, n) => element("option", { value: n })),
   );
-  const most = Math.max(...RUNS.map((run) => run.numHeads));
-  $("head").append(
+  $("head").replaceChildren(
     element("option", { value: "mean", textContent: "all heads (mean)" }),
-    ...Array.from({ length: most }, (_, n) =>
+    ...Array.from({ length: mostHeads() }, (_, n) =>
       element("option", { value: n, textContent: `head ${n + 1}` }),
     ),
   );
-  $("views").classList.toggle("two", RUNS.length > 1);
-  for (const run of RUNS) {
-    const root = $("view").content.cloneNode(true).firstElementChild;
-    root.querySelector("h2").textContent = run.name;
-    $("views").append(root);
-    const view = { run, scene: new Scene(run, root, actions), side: new Side(run, root, actions) };
-    view.scene.node.addEventListener("keydown", (event) => onKey(event, view));
-    view.side.text.addEventListener("keydown", (event) => onKey(event, view));
-    view.side.update(state);
-    views.push(view);
-  }
-  $("panel-heads").append(...others.heads.map((part) => part.node));
-  $("panel-vocabulary").append(...others.vocabulary.map((part) => part.node));
-  describe();
-  listen();
-  // Plotly is the last script of the page, so that the text can be read while it loads.
-  document.addEventListener("DOMContentLoaded", async () => {
-    await Promise.all(views.map(({ scene }) => scene.draw(state)));
-    document.body.dataset.ready = "yes";
-  });
+  state.token = new Map();
+  choose(run, firstToken(run));
+  Object.assign(state, { layer: given.layer, at: given.layer });
+  state.isFit = RUNS.some((run) => run.isUneven);
+  if (!RUNS.some((run) => run.hasGravity)) state.view = "heads";
+  followAddress();
 }
 
-start();
+makeTabs();
+if (live) $("live").append(live.node);
+listen();
+openPage(GIVEN);
+document.body.dataset.ready = "yes";

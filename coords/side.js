@@ -1,258 +1,172 @@
-// Beside the map: the text, token by token, and the details of the selected token.
+// Beside the view: the text, token by token.
 
-const LISTED = 6;
-const CONTEXT = 26; // characters, the token's own included
+const RINGED = 6; // of the same token elsewhere, the nearest
+const SHADED = 0.005; // sources with a smaller share of the pull stay unshaded
+const MARKS = { "␣": " ", "⏎": "\n", "⇥": "\t" };
 
-class Side {
-  constructor(run, root, actions) {
-    Object.assign(this, { run, actions });
-    this.details = root.querySelector(".details");
-    this.text = root.querySelector(".text");
-    this.spoken = root.querySelector(".spoken");
+// The orbit shows one head: the chosen one, or for "mean" that with the strongest single pull.
+const orbitHead = (state, run) => {
+  const layer = Math.max(1, run.layerOf(state.layer));
+  if (state.head !== "mean" && state.head < run.numHeads) return state.head;
+  const token = state.token.get(run);
+  const strongest = Array.from(
+    { length: run.numHeads },
+    (_, head) => run.pulls(layer, head, token, 1)[0]?.[1] ?? 0,
+  );
+  return strongest.indexOf(Math.max(...strongest));
+};
+// The head whose pulls text and details show: always that of the picture.
+const shownHead = (state, run) => {
+  if (state.view === "orbit" && run.hasGravity) return orbitHead(state, run);
+  return state.head < run.numHeads ? state.head : "mean";
+};
+
+const isBroken = (before, after) => /[^\p{L}\p{N}\p{M}]$/u.test(before) || /^[^\p{L}\p{N}\p{M}]/u.test(after);
+const startsWord = (run, token) => !token || isBroken(run.texts[token - 1], run.texts[token]);
+// The first token of the word that holds a token, and the one after its last.
+const wordAround = (run, token) => {
+  let [first, end] = [token, token + 1];
+  while (!startsWord(run, first)) first--;
+  while (end < run.count && !startsWord(run, end)) end++;
+  return [first, end];
+};
+
+// What a stranger should see first: the most surprising word of the second half of the text.
+const firstToken = (run) => {
+  const half = run.labels.map((_, token) => token).slice(Math.floor(run.count / 2));
+  const isWord = (token) => /[\p{L}\p{N}]/u.test(run.texts[token]);
+  const words = half.filter((token) => isWord(token) && startsWord(run, token));
+  const among = words.length ? words : half;
+  return among.reduce((best, token) => (run.loss[token] > run.loss[best] ? token : best));
+};
+
+// The other places of the same token, [place, distance], nearest first: by the coordinates after
+// the shown layer, or for a model without any by the distance in the text.
+const nearestTwins = (run, layer, token) =>
+  run
+    .twins(token)
+    .map((twin) => [twin, run.z ? run.distance(layer, token, twin) : Math.abs(token - twin)])
+    .sort((a, b) => a[1] - b[1]);
+
+class Words {
+  constructor(run, actions) {
+    Object.assign(this, { run, lit: new Set(), ringed: [], found: [] });
     this.prefix = `text-${RUNS.indexOf(run)}-`;
-    this.spans = run.texts.map((text, token) => {
-      const span = element(
-        "span",
-        { id: this.prefix + token, className: "token", dataset: { token } },
-        ...tokenText(text),
-      );
-      // a token that only continues a character is a dot
-      span.classList.toggle("part", text === "");
-      span.setAttribute("role", "option");
-      if (text !== run.labels[token]) span.setAttribute("aria-label", run.labels[token]);
-      span.setAttribute("aria-selected", "false");
-      return span;
-    });
-    for (const [token, span] of this.spans.entries()) {
-      this.text.append(span);
-      if (run.texts[token].endsWith("⏎")) this.text.append(element("br"));
-    }
+    this.text = element("div", { className: "text", tabIndex: 0 });
+    for (const [name, value] of [
+      ["role", "listbox"],
+      ["aria-label", `The text${RUNS.length > 1 ? ` as ${run.name} reads it` : ""}, token by token`],
+      ["aria-orientation", "horizontal"],
+    ])
+      this.text.setAttribute(name, value);
+    this.spoken = element("p", { className: "spoken" });
+    this.spoken.setAttribute("aria-live", "polite");
+    // Korean puts spaces between words, and a browser would break inside them
+    this.text.classList.toggle("spaced", run.texts.some((text) => /\p{Script=Hangul}/u.test(text)));
+    this.spans = run.texts.map((text, token) => this.#span(text, token));
+    this.text.append(...this.spans);
+    this.node = element(
+      "section",
+      { className: "words" },
+      this.text,
+      note("Shaded: what pulls the selected token. Blue ring: the same token elsewhere."),
+      this.spoken,
+    );
+    const tokenOf = (event) => event.target.closest(".token")?.dataset.token;
     this.text.addEventListener("click", (event) => {
-      const span = event.target.closest(".token");
-      if (span) actions.select(run, Number(span.dataset.token));
+      if (tokenOf(event)) actions.select(run, Number(tokenOf(event)));
     });
     this.text.addEventListener("pointerover", (event) => {
-      const span = event.target.closest(".token");
-      if (span && event.pointerType !== "touch") actions.hover(run, Number(span.dataset.token));
+      if (tokenOf(event) && event.pointerType !== "touch")
+        actions.hover(run, Number(tokenOf(event)));
     });
     this.text.addEventListener("pointerleave", () => actions.hover(run, null));
   }
 
+  // Spaces and line ends are themselves; their marks show while one points at the token.
+  #span(text, token) {
+    const textContent = text.replace(/[␣⏎⇥]/g, (mark) => MARKS[mark]);
+    const span = element("span", { id: this.prefix + token, className: "token", textContent });
+    span.dataset.token = token;
+    const lead = /^[␣⏎⇥]+/.exec(text)?.[0];
+    if (lead) span.dataset.mark = lead;
+    // a line end alone has no width to point at, nor has a token that only continues a character
+    span.classList.toggle("end", text.startsWith("⏎"));
+    span.classList.toggle("part", text === "");
+    span.setAttribute("role", "option");
+    if (textContent !== this.run.labels[token])
+      span.setAttribute("aria-label", this.run.labels[token]);
+    span.setAttribute("aria-selected", "false");
+    return span;
+  }
+
   update(state) {
     const { run } = this;
-    const selected = state.selected?.get(run);
-    const { colours } = colouring(run, state.colour);
-    const pulls = selected === undefined ? [] : run.pulls(state.shown, state.head, selected);
-    const weights = new Map(pulls);
-    const twins = new Set(selected === undefined ? [] : run.twins(selected));
-    for (const [token, span] of this.spans.entries()) {
-      span.style.setProperty("--own", colours[token]);
-      span.style.setProperty(
-        "--pull",
-        weights.has(token) ? `${Math.round(18 + 62 * Math.sqrt(weights.get(token)))}%` : "0%",
-      );
-      span.classList.toggle("source", weights.has(token));
-      span.classList.toggle("twin", twins.has(token));
-      span.setAttribute("aria-selected", String(token === selected));
+    const [token, layer] = [state.token.get(run), run.layerOf(state.layer)];
+    const head = shownHead(state, run);
+    this.#paint(state.colour);
+    if (this.drawn === `${token} ${layer} ${head}`) return;
+    this.drawn = `${token} ${layer} ${head}`;
+    this.#shade(layer ? run.shares(layer, head, token) : []);
+    for (const twin of this.ringed) this.spans[twin].classList.remove("twin");
+    this.ringed = nearestTwins(run, layer, token)
+      .slice(0, RINGED)
+      .map(([twin]) => twin);
+    for (const twin of this.ringed) this.spans[twin].classList.add("twin");
+    if (this.selected !== token) {
+      this.spans[this.selected]?.setAttribute("aria-selected", "false");
+      this.spans[token].setAttribute("aria-selected", "true");
+      this.selected = token;
+      this.text.setAttribute("aria-activedescendant", this.prefix + token);
+      scrollWithin(this.text, this.spans[token]);
     }
-    if (selected === undefined) this.text.removeAttribute("aria-activedescendant");
-    else {
-      this.text.setAttribute("aria-activedescendant", this.prefix + selected);
-      scrollWithin(this.text, this.spans[selected]);
+    this.spoken.textContent = spokenToken(
+      token,
+      run.mass?.[token] ?? null,
+      run.pulls(layer, head, token, 3),
+      run.quietOf(layer, head, token),
+      (source) => run.labels[source],
+    );
+  }
+
+  #shade(shares) {
+    const lit = new Set();
+    shares.forEach((share, source) => {
+      if (share < SHADED) return;
+      lit.add(source);
+      const span = this.spans[source];
+      span.style.setProperty("--pull", `${Math.round(8 + 72 * Math.sqrt(share))}%`);
+      span.classList.add("source");
+    });
+    for (const source of this.lit) {
+      if (lit.has(source)) continue;
+      this.spans[source].style.removeProperty("--pull");
+      this.spans[source].classList.remove("source");
     }
-    this.spoken.textContent =
-      selected === undefined
-        ? ""
-        : spokenToken(
-            selected,
-            run.mass[selected],
-            pulls,
-            run.quietOf(state.shown, state.head, selected),
-            this.#labelOf,
-          );
-    this.details.replaceChildren(
-      ...(selected === undefined ? this.#overview() : this.#selected(state, selected)),
-    );
+    this.lit = lit;
   }
 
-  #labelOf = (token) => this.run.labels[token];
-
-  // Redrawing the details removes the button that was pressed: the focus moves to the text.
-  #choose(token) {
-    this.actions.select(this.run, token);
-    this.text.focus({ preventScroll: true });
+  // Lines under the tokens in the chosen colour; none until one is chosen.
+  #paint(colour) {
+    const painted = `${colour} ${dark.matches}`;
+    if (this.painted === painted || (!this.painted && colour === "none")) return;
+    this.painted = painted;
+    const colours = colour === "none" ? null : colouring(this.run, colour).colours;
+    this.text.classList.toggle("coloured", colours !== null);
+    if (!colours) return;
+    this.spans.forEach((span, token) => span.style.setProperty("--own", colours[token]));
   }
 
-  #go = (token, ...children) =>
-    goButton(`select position ${token}`, () => this.#choose(token), ...children);
-
-  // A token after the text before it, to find it there.
-  #context(token, room = CONTEXT) {
-    const { labels, texts } = this.run;
-    let first = token;
-    for (
-      let left = room - labels[token].length;
-      first > 0 && left >= texts[first - 1].length;
-      first--
-    )
-      left -= texts[first - 1].length;
-    return element(
-      "span",
-      { className: "context" },
-      first ? "…" : "",
-      ...texts.slice(first, token).flatMap(tokenText),
-      element("mark", {}, ...tokenText(labels[token])),
-    );
+  hover(token) {
+    this.spans[this.hovered]?.classList.remove("hovered");
+    this.spans[token]?.classList.add("hovered");
+    this.hovered = token;
   }
 
-  #overview() {
-    const { run } = this;
-    const places = [...run.labels.keys()];
-    const first = new Map(places.toReversed().map((token) => [run.tokens[token], token]));
-    const heaviest = [...first.values()].sort((a, b) => run.mass[b] - run.mass[a]).slice(0, LISTED);
-    const hardest = places
-      .slice(1)
-      .sort((a, b) => run.loss[b] - run.loss[a])
-      .slice(0, LISTED);
-    const list = (tokens, value, more) =>
-      element(
-        "ol",
-        { className: "ranked" },
-        ...tokens.map((token) =>
-          element(
-            "li",
-            {},
-            this.#go(token, chip(run.labels[token]), bold(value(token)), more(token)),
-          ),
-        ),
-      );
-    const losses = run.loss.filter((x) => x !== null);
-    return [
-      heading("Heaviest in this text"),
-      list(
-        heaviest,
-        (token) => number(run.mass[token]),
-        (token) => context(plural(run.twins(token).length + 1, "place")),
-      ),
-      heading("Highest loss"),
-      list(
-        hardest,
-        (token) => number(run.loss[token]),
-        (token) => this.#context(token, CONTEXT - run.labels[token].length),
-      ),
-      note(
-        `Loss in nats, of a token given those before it; mean ${number(losses.reduce((a, b) => a + b, 0) / losses.length)}. ` +
-          "Select a token here, in the text or on the map to see what pulled it.",
-      ),
-    ];
-  }
-
-  #selected(state, token) {
-    const { run } = this;
-    return [
-      element(
-        "div",
-        { className: "title" },
-        chip(run.labels[token]),
-        clearButton(() => this.#choose(null)),
-      ),
-      facts([
-        ["position", String(token)],
-        ["mass", number(run.mass[token])],
-        ["loss", run.loss[token] === null ? "none" : `${number(run.loss[token])} nats`],
-        [run.isCorpus ? "in training" : "in this text", `${plain.format(run.counts[token])} ×`],
-      ]),
-      ...this.#pulledBy(state, token),
-      ...this.#guessed(token),
-      ...this.#elsewhere(state, token),
-    ];
-  }
-
-  #pulledBy(state, token) {
-    const { run } = this;
-    const layer = run.layerOf(state.shown);
-    if (!layer)
-      return [
-        heading("Nothing has pulled yet"),
-        note(
-          "Before the first layer, a token is where its embedding puts it. Move to layer 1 to see what pulls it.",
-        ),
-      ];
-    const isMean = state.head === "mean" || state.head >= run.numHeads;
-    const who = isMean ? `mean of ${plural(run.numHeads, "head")}` : `head ${state.head + 1}`;
-    const pulls = run.pulls(state.shown, state.head, token);
-    const quiet = run.quietOf(state.shown, state.head, token);
-    return [
-      heading(`Pulled in layer ${layer} by (${who})`),
-      ...pulledBy(token, pulls, quiet, 1, this.#labelOf, this.#go),
-    ];
-  }
-
-  #guessed(token) {
-    const { run } = this;
-    if (!token) return [];
-    const guesses = run.guesses[token].flatMap((guess, n) => [
-      n ? ", " : "",
-      chip(guess),
-      ` ${percent(run.chances[token][n])}`,
-    ]);
-    return [
-      heading("The model's top guesses here"),
-      element(
-        "p",
-        {},
-        ...guesses,
-        element("br"),
-        element(
-          "span",
-          { className: "note" },
-          "predicted from the token before: ",
-          this.#go(token - 1, chip(run.labels[token - 1]), "what pulled that"),
-        ),
-      ),
-    ];
-  }
-
-  #elsewhere(state, token) {
-    const { run } = this;
-    const twins = run
-      .twins(token)
-      .map((twin) => [twin, run.distance(state.shown, token, twin)])
-      .sort((a, b) => a[1] - b[1]);
-    const title = heading("The same token elsewhere");
-    if (!twins.length) return [title, note("Nowhere else in this text.")];
-    const all = run.labels
-      .map((_, other) => run.distance(state.shown, token, other))
-      .filter((_, other) => other !== token)
-      .sort((a, b) => a - b);
-    const typical = all[Math.floor(all.length / 2)];
-    const layers = Array.from(
-      { length: run.numLayers + 1 },
-      (_, layer) =>
-        twins.reduce((sum, [twin]) => sum + run.distance(layer, token, twin), 0) / twins.length,
-    );
-    const shown =
-      twins.length > 2 * LISTED ? [...twins.slice(0, LISTED), ...twins.slice(-LISTED)] : twins;
-    return [
-      title,
-      note(
-        `${plural(twins.length, "other place")}. Distance in z space after layer ${run.layerOf(state.shown)}: mean ${number(layers[run.layerOf(state.shown)])}, ` +
-          `to any other token typically ${number(typical)}. Mean by layer: ${layers.map((far) => number(far)).join(" → ")}.`,
-      ),
-      element(
-        "ul",
-        { className: "twins" },
-        ...shown.map(([twin, far]) =>
-          element(
-            "li",
-            {},
-            this.#go(twin, bold(number(far)), this.#context(twin), context(` ${twin}`)),
-          ),
-        ),
-      ),
-      ...(shown.length < twins.length
-        ? [note(`The ${LISTED} nearest and the ${LISTED} farthest.`)]
-        : []),
-    ];
+  // Marks the tokens that a search found.
+  mark(found) {
+    for (const token of this.found) this.spans[token].classList.remove("found");
+    for (const token of found) this.spans[token].classList.add("found");
+    this.found = found;
   }
 }

@@ -1,7 +1,11 @@
-"""Which token pulls which: each source's share of the pull, measured as an NGT reads tokens."""
+"""Which token pulls which: each source's share of the pull, measured as an NGT reads tokens.
+
+For a vanilla transformer the shares are its attention weights.
+"""
 
 import contextlib
 import copy
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -37,11 +41,15 @@ def listen(model, heard):
     Returns:
         A context manager; leaving it stops the calls.
     """
+    # inputs[0] is the hidden state, on which no pull depends
+    return _before_attention(model, lambda attn, inputs: heard(attn, *inputs[1:]))
+
+
+def _before_attention(model, heard):
+    """Call `heard(attn, inputs)` before each attention layer; returns as `listen`."""
     hooks = contextlib.ExitStack()
     for layer in model.layers:
-        # inputs[0] is the hidden state, on which no pull depends
-        hook = layer.attn.register_forward_pre_hook(lambda attn, inputs: heard(attn, *inputs[1:]))
-        hooks.callback(hook.remove)
+        hooks.callback(layer.attn.register_forward_pre_hook(heard).remove)
     return hooks
 
 
@@ -67,12 +75,8 @@ def layer_pulls(attn, z, mass, positions, kv_cache=None):
             old_positions, old_k, _, old_mass = before.remembered(attn.layer)
             k, key_mass = torch.cat([old_k, k], 2), torch.cat([old_mass, mass], 1)
             key_positions = torch.cat([old_positions, positions])
-    num_old = len(key_positions) - len(positions)
-    step = max(1, PULL_PAIRS // (len(key_positions) * q.shape[1]))
     shares_of = _published_weights if attn.config.law == "published" else _newton_shares
-    for start in range(0, len(positions), step):
-        rows = slice(start, min(start + step, len(positions)))
-        keys = slice(num_old + rows.stop)  # no later token pulls these
+    for rows, keys in _blocks(q, k):
         shares = shares_of(
             attn,
             q[:, :, rows].float(),
@@ -83,6 +87,15 @@ def layer_pulls(attn, z, mass, positions, kv_cache=None):
             key_positions=key_positions[keys],
         )
         yield rows, shares[0]
+
+
+def _blocks(q, k):
+    """Yield `(queries, keys)`, two slices: a block of queries and all keys that may pull them."""
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    step = max(1, PULL_PAIRS // (num_keys * q.shape[1]))
+    for start in range(0, num_queries, step):
+        rows = slice(start, min(start + step, num_queries))
+        yield rows, slice(num_keys - num_queries + rows.stop)  # no later token pulls these
 
 
 def _newton_shares(attn, q, k, query_mass, key_mass, **positions):
@@ -100,25 +113,49 @@ def _published_weights(attn, q, k, query_mass, key_mass, **positions):
     )
 
 
+def attention_weights(attn, h, positions, kv_cache=None, first_values=None, angles=None):
+    """As `layer_pulls`, for a layer of a vanilla transformer without a cache."""
+    q, k = attn.points(h, angles=angles)
+    for rows, keys in _blocks(q, k):
+        score = q[:, :, rows].float() @ k[:, :, keys].float().transpose(-1, -2)
+        score = score / math.sqrt(q.shape[-1])  # (1, H, rows, keys)
+        age = positions[rows, None] - positions[keys]
+        if attn.config.pos == "alibi":
+            score = score - attn.slopes[:, None, None] * age
+        score = score.masked_fill(age < 0, -math.inf)
+        if attn.sink is not None:  # one key more, which passes on nothing
+            sink = attn.sink.float()[:, None, None].expand(*score.shape[:3], 1)
+            score = torch.cat([score, sink], -1)
+        yield rows, score.softmax(-1)[0, :, :, : rows.stop]
+
+
 @torch.no_grad()
-def visit_pulls(model, tokens, visit):
-    """Run an NGT on a text and show the shares of the pull of every layer, in bounded memory.
+def visit_pulls(model, tokens, visit, visit_points=None):
+    """Run a model on a text and show the shares of the pull of every layer, in bounded memory.
 
     Args:
         tokens: (1, T) ids.
         visit: called with `(layer, rows, shares)`; `layer` from 0, the others as in `layer_pulls`:
             shares (num_heads, rows, rows.stop).
+        visit_points: called before with `(layer, q, k)`, (num_heads, T, D) each: where tokens look
+            from and where they pull from, or the queries and keys of a vanilla transformer.
 
     Returns:
-        `(logits, Geometry)` of the forward pass.
+        What the forward pass returns: `(logits, Geometry)`, or the logits of a vanilla transformer.
     """
+    has_gravity = hasattr(model.config, "law")
 
-    def heard(attn, *inputs):
-        for rows, shares in layer_pulls(attn, *inputs):
+    def heard(attn, inputs):
+        h, *others = inputs
+        if visit_points is not None:
+            q, k = attn.points(others[0]) if has_gravity else attn.points(h, angles=others[-1])
+            visit_points(attn.layer, q[0], k[0])
+        shown = layer_pulls(attn, *others) if has_gravity else attention_weights(attn, *inputs)
+        for rows, shares in shown:
             visit(attn.layer, rows, shares)
 
-    with listen(model, heard):
-        return model(tokens, return_geometry=True)
+    with _before_attention(model, heard):
+        return model(tokens, return_geometry=True) if has_gravity else model(tokens)
 
 
 @torch.inference_mode()

@@ -182,15 +182,18 @@ def test_a_wrong_number_is_refused(script, words, value, capsys):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
 def test_freed_memory_is_kept_for_the_next_step():
-    """A block as large as before needs no new pages of the system: 64 MB are 16,384."""
+    """Ten steps of a training fetch no new pages, or few: a block may have moved once."""
     script = """
 import resource, sys, torch
+from torch import nn
 from system.machine import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
-for _ in range(2):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(1 << 24)
+model, x = nn.Sequential(nn.Linear(64, 1024), nn.GELU(), nn.Linear(1024, 64)), torch.ones(1024, 64)
+for step in range(20):
+    if step == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    model(x).square().mean().backward()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     pages = {}
@@ -198,6 +201,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         command = [sys.executable, "-c", script, name]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         pages[name] = int(result.stdout)
-    if pages["default"] < 1000:
+    if pages["default"] < 4000:
         pytest.skip("this C library keeps freed memory by itself")
-    assert pages["kept"] < 1000
+    assert pages["kept"] < pages["default"] / 3
