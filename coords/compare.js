@@ -37,7 +37,7 @@ class PullDifference {
     this.words = mine === others ? `the ${mine} of both` : `${mine} against ${others}`;
     this.found = []; // [token, share that is elsewhere], as far as it is counted
     this.here = element("p", { className: "chosen" });
-    this.everywhere = element("p", { className: "chosen" });
+    this.everywhere = element("p", { className: "chosen", textContent: "Counting …" });
     this.node = element(
       "div",
       { className: "differ", title: "shares, mean over all layers and heads" },
