@@ -65,6 +65,8 @@ class PullDifference {
   update(state) {
     const [run] = this.runs;
     const tokens = this.runs.map((which) => state.token.get(which));
+    if (String(tokens) === this.drawn) return;
+    this.drawn = String(tokens);
     const [rows] = this.#compare(tokens);
     const most = rows
       .toSorted((a, b) => Math.abs(b[1] - b[2]) - Math.abs(a[1] - a[2]))
