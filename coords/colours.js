@@ -82,7 +82,7 @@ const COLOURS = {
     of: (run) => run.mass ?? run.tokens.map(() => null),
     tick: (x) => number(x),
   },
-  surprise: { title: "surprise: loss in nats", of: (run) => run.loss, tick: (x) => number(x) },
+  surprise: { title: "surprise: loss in nats", of: (run) => run.loss, tick: (x) => x.toFixed(2) },
   position: {
     title: "position in the text",
     of: (run) => run.tokens.map((_, n) => n),
