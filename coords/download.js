@@ -113,8 +113,7 @@ const canvasOf = async (svg) => {
   return canvas;
 };
 const savePng = async (view) => {
-  const svg = view.svg?.();
-  const canvas = svg ? await canvasOf(svg) : view.canvas();
+  const canvas = view.svg ? await canvasOf(view.svg()) : view.canvas();
   const blob = await new Promise((done) => canvas.toBlob(done));
   save(fileName(view.run, ".png"), blob, "image/png");
 };
@@ -125,10 +124,11 @@ const saveData = (state) => {
   save(fileName(RUNS[0], ".json"), text, "application/json");
 };
 
-// The menu's entries for the shown views, [title, what it does]; a view may have no picture.
+// The menu's entries for the shown views, [title, what it does].
 const downloads = (state, views) => {
-  const drawn = views.filter((view) => view.svg?.());
-  const pictures = views.filter((view) => view.svg?.() ?? view.canvas?.());
+  // those with a picture: not the tables, and no orbit or map of a model without gravity
+  const pictures = views.filter((view) => (view.svg || view.canvas) && view.run.hasGravity);
+  const drawn = pictures.filter((view) => view.svg);
   return [
     ["Data (JSON)", () => saveData(state)],
     ["Tokens (CSV)", () => RUNS.forEach((run) => saveTable(state, run))],

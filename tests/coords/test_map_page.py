@@ -387,10 +387,10 @@ def test_bad_input(open_map, browser, in_tmp):
 
 
 def test_two_runs_side_by_side(open_map):
-    """One slider moves both, and a selection goes by the word in the text."""
+    """Gravity beside attention: one slider moves both, a selection goes by the word in the text."""
     make_checkpoint("x.pt")
     bpe = BPETokenizer.train([TEXT] * 5, 280)
-    make_checkpoint("y.pt", bpe, num_layers=3, law="published", block_size=512)
+    make_checkpoint("y.pt", bpe, num_layers=3, model_type="vanilla", block_size=512)
     page, (one, two) = open_map("--text", TEXT, "--compare", "y.pt", address="#view=map")
     assert page.locator(".stage").count() == 2 and page.input_value("#layer") == "3"
     page.locator(".words").nth(1).locator(".token").nth(6).click()
@@ -413,5 +413,9 @@ def test_two_runs_side_by_side(open_map):
     for (text, first, _), (before, _, last) in zip(lines[1:], lines, strict=False):
         assert first == last or text.startswith(" ") or before.endswith(" ")
     assert len({last for _, _, last in lines}) > 1
+    assert "Pulled in" in page.locator(".details").nth(0).inner_text()
+    assert "Attention in" in page.locator(".details").nth(1).inner_text()
+    page.click("#tab-orbit")
+    assert downloaded(page, "PNG").startswith(b"\x89PNG")  # of the one that has a picture
     page.click("#tab-heads")
     assert page.locator(".stage:visible").count() == 2
