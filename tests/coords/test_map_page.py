@@ -39,7 +39,7 @@ def rows(page, place):
     """[(label, percent)] of a list of bars in the details."""
     found = page.locator(f"{place} li").all()
     shown = [(row.locator(".chip").inner_text(), row.locator("b").inner_text()) for row in found]
-    return [(label, float(share.rstrip(" %"))) for label, share in shown]
+    return [(label, float(share.strip("< %"))) for label, share in shown]
 
 
 def in_the_text(page, name):
@@ -314,8 +314,8 @@ def test_a_background_shows_how_quiet_a_token_is(open_map, background):
 def test_on_a_phone(open_map):
     make_checkpoint("x.pt")
     page, _ = open_map("--text", LINES * 6, width=390, height=844, has_touch=True, is_mobile=True)
-    stage, sheet = (page.locator(name).bounding_box() for name in (".stage", "#sheet"))
-    assert stage["y"] + stage["height"] <= 844 and page.is_hidden("#controls")
+    picture, sheet = (page.locator(name).bounding_box() for name in (".sky", "#sheet"))
+    assert picture["y"] + picture["height"] <= sheet["y"] and page.is_hidden("#controls")
     assert sheet["y"] + sheet["height"] == pytest.approx(844, abs=1)
     assert page.is_visible(".title .chip") and fact(page, "surprise")
     # a selection opens the sheet, which leaves the middle of the picture free, and can be closed
@@ -325,7 +325,7 @@ def test_on_a_phone(open_map):
     page.wait_for_timeout(100)
     opened = page.locator("#sheet").bounding_box()
     assert opened["height"] > 2 * sheet["height"]
-    assert opened["y"] > stage["y"] + stage["height"] / 2
+    assert opened["y"] > picture["y"] + picture["height"] / 2
     page.get_by_role("button", name="Close", exact=True).tap()
     assert page.locator("#sheet").bounding_box()["height"] == sheet["height"]
     page.tap("#more")
