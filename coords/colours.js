@@ -40,9 +40,10 @@ const mixed = (one, two, share) => {
   const [from, to] = [one, two].map(channels);
   return `rgb(${from.map((c, n) => Math.round(c + (to[n] - c) * share)).join(",")})`;
 };
-// The dark end cannot be seen on a dark page, nor the light end on a light one: each is left out.
+// The dark end cannot be seen on a dark page, nor the light end on a light one: each is left out,
+// and high values are what stands out most on either.
 const shade = (share) => {
-  const [low, high] = dark.matches ? [0.22, 1] : [0, 0.94];
+  const [low, high] = dark.matches ? [0.22, 1] : [0.94, 0];
   const at = (low + (high - low) * share) * (CIVIDIS.length - 1);
   return mixed(CIVIDIS[Math.floor(at)], CIVIDIS[Math.ceil(at)], at % 1);
 };
@@ -81,7 +82,7 @@ const COLOURS = {
     of: (run) => run.mass ?? run.tokens.map(() => null),
     tick: (x) => number(x),
   },
-  surprise: { title: "surprise: loss in nats", of: (run) => run.loss, tick: (x) => number(x) },
+  surprise: { title: "surprise: loss in nats", of: (run) => run.loss, tick: (x) => x.toFixed(2) },
   position: {
     title: "position in the text",
     of: (run) => run.tokens.map((_, n) => n),

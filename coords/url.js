@@ -16,7 +16,7 @@ const ADDRESS = {
   },
   token: {
     write: (state) => state.token.get(RUNS[0]),
-    read: (text) => wholeIn(text, 0, RUNS[0].count - 1),
+    read: (text) => wholeIn(text, 0, (RUNS[0]?.count ?? 0) - 1),
   },
   layer: {
     write: (state) => state.layer,

@@ -258,6 +258,21 @@ def test_names_axes_and_legend(open_map, in_tmp):
     page.keyboard.press("Shift+ArrowRight")
     assert np.abs(pixels(page) - before).mean() > 1
 
+    # a vanilla transformer: a sentence that says where to look instead
+    def vanilla(run):
+        run.update(
+            dict.fromkeys(("points", "axes", "z", "zScale", "numCoords", "mass", "vocabulary"))
+        )
+        law = {"slope": None, "sink": None}
+        run["kind"] = run["law"] = "vanilla"
+        run["attention"]["heads"] = [[law] * run["numHeads"]] * run["numLayers"]
+
+    rewrite(in_tmp, vanilla)
+    page, _ = open_map(address="#view=map")
+    for view in ("map", "masses"):
+        page.click(f"#tab-{view}")
+        assert "See Heads" in page.inner_text(".no-picture:visible")
+
 
 def test_letters_a_phone_and_lines_on_log_axes(open_map):
     """A model of characters shows the letters themselves; curves are where the ticks say."""
@@ -266,14 +281,37 @@ def test_letters_a_phone_and_lines_on_log_axes(open_map):
     found = written(page)
     letters = [text for text, *_ in found if not text.startswith("PC")]
     assert sorted(letters) == sorted(run["labels"])
-    # on a phone, the frame still holds its legend, and a vertical swipe scrolls the page
-    page, _ = open_map(address="#view=map", width=390, height=844, has_touch=True)
+    # on a phone the frame still holds its legend; a finger that moves sideways turns the map, one
+    # that moves upwards scrolls the page, two zoom
+    page, _ = open_map(address="#view=map", width=390, height=844, has_touch=True, is_mobile=True)
     stage, note = (page.locator(name).bounding_box() for name in (".stage", ".scene .note"))
     assert note["y"] + note["height"] <= stage["y"] + stage["height"]
-    assert page.locator(".scene canvas").bounding_box()["height"] > 200
-    assert page.evaluate("getComputedStyle(document.querySelector('canvas')).touchAction") == (
-        "pan-y"
-    )
+    box = page.locator(".scene canvas").bounding_box()
+    assert box["height"] > 200
+    touch = page.context.new_cdp_session(page)
+
+    def swipe(*fingers):
+        """Fingers that move from one place to another, both relative to the middle of the map."""
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        for step in range(6):
+            points = [
+                {"id": n, "x": x + a + (c - a) * step / 5, "y": y + b + (d - b) * step / 5}
+                for n, (a, b, c, d) in enumerate(fingers)
+            ]
+            kind = "touchMove" if step else "touchStart"
+            touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+        touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+        return camera(page)
+
+    first = camera(page)
+    turned = swipe((0, 0, 100, 0))
+    assert turned[0] < first[0] - 0.5 and page.evaluate("scrollY") == 0
+    zoomed = swipe((-20, 0, -60, 0), (20, 0, 60, 0))
+    assert zoomed[2] == pytest.approx(3, rel=0.1)
+    page.evaluate("document.body.style.minHeight = '2000px'")
+    swiped = swipe((0, 60, 0, -60))
+    page.wait_for_function("scrollY > 60")
+    assert abs(swiped[0] - zoomed[0]) < 0.1
 
     # curves
     page, _ = open_map(address="#view=heads&layer=1")
