@@ -40,9 +40,10 @@ const mixed = (one, two, share) => {
   const [from, to] = [one, two].map(channels);
   return `rgb(${from.map((c, n) => Math.round(c + (to[n] - c) * share)).join(",")})`;
 };
-// The dark end cannot be seen on a dark page, nor the light end on a light one: each is left out.
+// The dark end cannot be seen on a dark page, nor the light end on a light one: each is left out,
+// and high values are what stands out most on either.
 const shade = (share) => {
-  const [low, high] = dark.matches ? [0.22, 1] : [0, 0.94];
+  const [low, high] = dark.matches ? [0.22, 1] : [0.94, 0];
   const at = (low + (high - low) * share) * (CIVIDIS.length - 1);
   return mixed(CIVIDIS[Math.floor(at)], CIVIDIS[Math.ceil(at)], at % 1);
 };

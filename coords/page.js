@@ -1,4 +1,4 @@
-// The state of the page, the controls that change it, the tabs and the keys.
+// The state of the page, the controls that change it, and the tabs.
 
 const SECONDS_PER_LAYER = 1.1;
 
@@ -93,8 +93,10 @@ function openSheet(isOpen) {
 
 function choose(run, token) {
   const place = Math.max(0, Math.min(run.count - 1, token));
+  // a word may begin with its space, which is a token of its own for another model
+  const space = /^[␣⏎⇥]*(?=.)/u.exec(run.texts[place])?.[0].length ?? 0;
   for (const other of RUNS)
-    state.token.set(other, other === run ? place : other.tokenAt(run.starts[place]));
+    state.token.set(other, other === run ? place : other.tokenAt(run.starts[place] + space));
 }
 
 // Draws what is shown; each part changes only what changed.
@@ -119,6 +121,7 @@ function draw() {
 
 function drawControls() {
   const { controls } = VIEWS[state.view];
+  $("controls").hidden = !controls.length;
   for (const label of $("controls").querySelectorAll("[data-of]"))
     label.hidden = !controls.includes(label.dataset.of);
   $("play").hidden = !controls.includes("play");
@@ -138,6 +141,7 @@ function drawControls() {
   $("trails").checked = state.trails;
   $("colour").value = state.colour;
   $("play").textContent = state.playing ? "Pause" : "Play";
+  $("play").title = state.view === "map" ? "from layer to layer" : "token by token";
   $("play").setAttribute("aria-pressed", String(state.playing));
   $("scale").hidden ||= state.colour === "none";
   if ($("scale").hidden) return;
@@ -150,6 +154,7 @@ function drawControls() {
 // The orbit plays the sentence itself; the map is moved from layer to layer here.
 function play(isPlaying) {
   state.playing = isPlaying;
+  if (!isPlaying) state.at = state.layer;
   const views = shownViews();
   if (views.some((view) => view.play)) views.forEach((view) => view.play?.(isPlaying));
   else if (isPlaying) playLayers();
@@ -183,6 +188,7 @@ function writeAddressSoon() {
   writing = setTimeout(writeAddress, 150);
 }
 function followAddress() {
+  if (!parts.length) return;
   const { changes, own } = readAddress(location.hash);
   actions.set(changes);
   if (own) shownViews().forEach((view) => view.restore?.(own));
@@ -318,6 +324,7 @@ function openPage(given) {
   state.isFit = RUNS.some((run) => run.isUneven);
   if (!RUNS.some((run) => run.hasGravity)) state.view = "heads";
   followAddress();
+  find();
 }
 
 makeTabs();

@@ -3,6 +3,7 @@
 const RINGED = 6; // of the same token elsewhere, the nearest
 const SHADED = 0.005; // sources with a smaller share of the pull stay unshaded
 const MARKS = { "␣": " ", "⏎": "\n", "⇥": "\t" };
+const unmarked = (text) => text.replace(/[␣⏎⇥]/g, (mark) => MARKS[mark]);
 
 // The orbit shows one head: the chosen one, or for "mean" that with the strongest single pull.
 const orbitHead = (state, run) => {
@@ -21,7 +22,8 @@ const shownHead = (state, run) => {
   return state.head < run.numHeads ? state.head : "mean";
 };
 
-const isBroken = (before, after) => /[^\p{L}\p{N}\p{M}]$/u.test(before) || /^[^\p{L}\p{N}\p{M}]/u.test(after);
+const isBroken = (before, after) =>
+  /[^\p{L}\p{N}\p{M}]$/u.test(before) || /^[^\p{L}\p{N}\p{M}]/u.test(after);
 const startsWord = (run, token) => !token || isBroken(run.texts[token - 1], run.texts[token]);
 // The first token of the word that holds a token, and the one after its last.
 const wordAround = (run, token) => {
@@ -55,7 +57,7 @@ class Words {
     this.text = element("div", { className: "text", tabIndex: 0 });
     for (const [name, value] of [
       ["role", "listbox"],
-      ["aria-label", `The text${RUNS.length > 1 ? ` as ${run.name} reads it` : ""}, token by token`],
+      ["aria-label", `The text${RUNS.length > 1 ? ` of ${run.name}` : ""}, token by token`],
       ["aria-orientation", "horizontal"],
     ])
       this.text.setAttribute(name, value);
@@ -85,7 +87,7 @@ class Words {
 
   // Spaces and line ends are themselves; their marks show while one points at the token.
   #span(text, token) {
-    const textContent = text.replace(/[␣⏎⇥]/g, (mark) => MARKS[mark]);
+    const textContent = unmarked(text);
     const span = element("span", { id: this.prefix + token, className: "token", textContent });
     span.dataset.token = token;
     const lead = /^[␣⏎⇥]+/.exec(text)?.[0];
