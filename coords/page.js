@@ -274,6 +274,16 @@ function listen() {
   }).observe($("panel"));
 }
 
+// Where a page opens: the head whose pull on a token is strongest, by another than the one before.
+function firstHead(run, token) {
+  let found = { layer: run.numLayers, head: "mean", share: 0 };
+  for (let layer = 1; layer <= run.numLayers; layer++)
+    for (let head = 0; head < run.numHeads; head++)
+      for (const [source, share] of run.pulls(layer, head, token, 3))
+        if (token - source > 1 && share > found.share) found = { layer, head, share };
+  return { layer: found.layer, head: found.head };
+}
+
 // Shows what was given: at the start the page's own data, on the live page each new text.
 function openPage(given) {
   pause();
@@ -320,7 +330,9 @@ function openPage(given) {
   );
   state.token = new Map();
   choose(run, firstToken(run));
-  Object.assign(state, { layer: given.layer, at: given.layer });
+  Object.assign(state, firstHead(run, state.token.get(run)));
+  if (given.layer !== null) Object.assign(state, { layer: given.layer, head: "mean" });
+  state.at = state.layer;
   state.isFit = RUNS.some((run) => run.isUneven);
   if (!RUNS.some((run) => run.hasGravity)) state.view = "heads";
   followAddress();

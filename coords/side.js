@@ -50,6 +50,8 @@ const nearestTwins = (run, layer, token) =>
     .map((twin) => [twin, run.z ? run.distance(layer, token, twin) : Math.abs(token - twin)])
     .sort((a, b) => a[1] - b[1]);
 
+const SPACED_WORD = /^␣(?=[^␣⏎⇥])/u;
+
 class Words {
   constructor(run, actions) {
     Object.assign(this, { run, lit: new Set(), ringed: [], found: [] });
@@ -66,7 +68,9 @@ class Words {
     // Korean puts spaces between words, and a browser would break inside them
     this.text.classList.toggle("spaced", run.texts.some((text) => /\p{Script=Hangul}/u.test(text)));
     this.spans = run.texts.map((text, token) => this.#span(text, token));
-    this.text.append(...this.spans);
+    // a word's space stands before it: shaded, it would hang at the end of a line
+    for (const [token, span] of this.spans.entries())
+      this.text.append(...(SPACED_WORD.test(run.texts[token]) ? [" "] : []), span);
     this.node = element(
       "section",
       { className: "words" },
@@ -87,8 +91,10 @@ class Words {
 
   // Spaces and line ends are themselves; their marks show while one points at the token.
   #span(text, token) {
-    const textContent = unmarked(text);
+    const shown = unmarked(text);
+    const textContent = SPACED_WORD.test(text) ? shown.slice(1) : shown;
     const span = element("span", { id: this.prefix + token, className: "token", textContent });
+    span.classList.toggle("spaced", textContent !== shown);
     span.dataset.token = token;
     const lead = /^[␣⏎⇥]+/.exec(text)?.[0];
     if (lead) span.dataset.mark = lead;
@@ -96,7 +102,7 @@ class Words {
     span.classList.toggle("end", text.startsWith("⏎"));
     span.classList.toggle("part", text === "");
     span.setAttribute("role", "option");
-    if (textContent !== this.run.labels[token])
+    if (shown !== this.run.labels[token])
       span.setAttribute("aria-label", this.run.labels[token]);
     span.setAttribute("aria-selected", "false");
     return span;

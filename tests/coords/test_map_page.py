@@ -24,7 +24,8 @@ SHOWN = """async () => {
 }"""
 LINES_OF_TOKENS = """(all) => all.map((span) => {
   const boxes = [...span.getClientRects()];
-  return [span.textContent, boxes[0].top, boxes.at(-1).top];
+  const space = span.previousSibling?.nodeType === Node.TEXT_NODE ? " " : "";
+  return [space + span.textContent, boxes[0].top, boxes.at(-1).top];
 })"""
 MS_PER_SELECTION = """() => {
   const spans = [...document.querySelectorAll(".token")];
@@ -92,6 +93,8 @@ def test_text_and_details(open_map, capsys):
 
     page.locator(".token").nth(CHOSEN).click()
     page.click("#tab-map")
+    page.select_option("#head", "mean")
+    page.fill("#layer", "2")
     assert selected(page) == [CHOSEN]
     weights = pull_weights(model, torch.tensor([ids]))[1].double().numpy()
     expected = np.sort(weights.mean(0)[CHOSEN])[::-1][:6]
@@ -291,11 +294,26 @@ def test_whole_characters_of_a_byte_level_vocabulary(open_map):
     assert "\\x" not in shown + page.inner_text(".spoken") + page.inner_text(".text")
 
 
+def test_where_a_page_opens(open_map):
+    """At the head that pulls most, but not from one token back; --layer and the address win."""
+    model = make_checkpoint("x.pt")
+    page, (run,) = open_map("--text", TEXT)
+    (token,) = selected(page)
+    weights = pull_weights(model, torch.tensor([run["tokens"]]))[:, :, token, : token - 1]
+    layer, head = np.unravel_index(int(weights.amax(-1).argmax()), weights.shape[:2])
+    assert page.input_value("#layer") == str(layer + 1)
+    assert page.input_value("#head") == str(head)
+    page, _ = open_map("--text", TEXT, "--layer", "1")
+    assert page.input_value("#layer") == "1" and page.input_value("#head") == "mean"
+    page, _ = open_map("--text", TEXT, "--layer", "1", address="#layer=2&head=1")
+    assert page.input_value("#layer") == "2" and page.input_value("#head") == "0"
+
+
 @pytest.mark.parametrize("background", [1e-5, 1e7])
 def test_a_background_shows_how_quiet_a_token_is(open_map, background):
     """Beside the pulls; also if all pulls are too weak to show."""
     model = make_checkpoint_with_background("x.pt", background)
-    page, (run,) = open_map("--text", TEXT, address="#view=map&token=30")
+    page, (run,) = open_map("--text", TEXT, address="#view=map&token=30&layer=2&head=mean")
     quiet = 1 - float(pull_weights(model, torch.tensor([run["tokens"]]))[1, :, 30].sum(-1).mean())
     found = re.search(r"Quiet ([\d.]+) %", page.inner_text(".details"))
     assert float(found[1]) == pytest.approx(100 * quiet, abs=0.51)
@@ -391,7 +409,9 @@ def test_two_runs_side_by_side(open_map):
     make_checkpoint("x.pt")
     bpe = BPETokenizer.train([TEXT] * 5, 280)
     make_checkpoint("y.pt", bpe, num_layers=3, model_type="vanilla", block_size=512)
-    page, (one, two) = open_map("--text", TEXT, "--compare", "y.pt", address="#view=map")
+    page, (one, two) = open_map(
+        "--text", TEXT, "--compare", "y.pt", address="#view=map&layer=3&head=mean"
+    )
     assert page.locator(".stage").count() == 2 and page.input_value("#layer") == "3"
     page.locator(".words").nth(1).locator(".token").nth(6).click()
     first, second = selected(page)

@@ -91,8 +91,9 @@ def written(page):
     """[[text, x, y, width], ...] of the next picture."""
     page.evaluate(RECORD)
     page.focus(".scene canvas")
+    page.evaluate("window.written = []")
     page.keyboard.press("0")
-    page.wait_for_timeout(60)
+    page.wait_for_function("window.written.length > 0")
     return page.evaluate("window.written")
 
 
@@ -146,8 +147,8 @@ def test_tokens_are_where_the_camera_shows_them(open_map):
         assert np.mean(dark) > 0.9
         # the middles of the discs, to a fraction of a pixel
         page.evaluate(f"window.discs ?? ({RECORD})()")
-        page.evaluate("location.hash = location.hash.replace(/token=20/, 'token=20&')")
-        page.wait_for_timeout(60)
+        page.evaluate("[window.discs, location.hash] = [[], location.hash + '&again=1']")
+        page.wait_for_function("window.discs.length > 0")
         discs = np.array(page.evaluate("window.discs"))[:, :2] + [box["x"], box["y"]]
         off = np.linalg.norm(discs[:, None] - places[:, :2], axis=2).min(0)
         assert off.max() < 0.1
@@ -391,18 +392,13 @@ def test_masses_on_one_scale_around_1(open_map, in_tmp):
         "y.pt",
         address="#view=map&token=20&colour=mass&layer=2&fit=layer",
     )
-    masses = np.concatenate([[*run["mass"], *run["vocabulary"]["masses"]] for run in runs])
+    masses = np.concatenate([run["mass"] for run in runs])
     high = max(1 / 0.9, masses.max(), 1 / masses.min())
     legends = page.locator(".scene .legend").all_inner_texts()
     assert legends[0].split("mass")[0] == legends[1].split("mass")[0]
     low_and_high = [float(x) for x in re.findall(r"[\d.]+", legends[0])[:2]]
     assert np.allclose(low_and_high, [1 / high, high], rtol=0.006)
-    still = [
-        SimpleNamespace(
-            measured=SimpleNamespace(mass=np.array(run["mass"])), vocabulary=run["vocabulary"]
-        )
-        for run in runs
-    ]
+    still = [SimpleNamespace(measured=SimpleNamespace(mass=np.array(run["mass"]))) for run in runs]
     assert np.allclose(mass_scale(still), [1 / high, high], rtol=1e-4)
     picture = pixels(page)
     shown = MASS_COLOURS(share_of_scale(runs[0]["mass"][20], high))[:3]
@@ -424,7 +420,8 @@ def test_masses_on_one_scale_around_1(open_map, in_tmp):
     far = np.log2(2 * np.maximum(given["counts"], 0.5)) * (along["1"] - along["never"])
     assert np.allclose([p[0] for p in points], along["never"] + far, atol=0.1)
     assert max(given["counts"]) > 2
-    share = share_of_scale(np.array(given["masses"]), high)
+    # what is beyond the masses of the text looks like the last of them
+    share = share_of_scale(np.array(given["masses"]), high).clip(0, 1)
     assert np.allclose([p[2] for p in points], 3.5 * 4**share / 2, rtol=1e-3)
     expected = [f"rgb({','.join(str(round(255 * c)) for c in MASS_COLOURS(s)[:3])})" for s in share]
     drawn = np.array([re.findall(r"\d+", p[-1]) for p in points], float)
