@@ -66,8 +66,7 @@ const massScale = () => {
   const masses = RUNS.flatMap((run) => run.mass ?? []);
   const ratio = (mass) => Math.min(MOST_HIGH, Math.max(mass, 1 / mass));
   const high = masses.reduce((most, mass) => Math.max(most, ratio(mass)), 1 / LEAST_LOW);
-  const share = (mass) =>
-    Math.max(0, Math.min(1, 0.5 + Math.log(mass) / Math.log(high) / 2));
+  const share = (mass) => Math.max(0, Math.min(1, 0.5 + Math.log(mass) / Math.log(high) / 2));
   const size = (mass) => 2 ** (2 * share(mass) - 1);
   keptScale = { runs: RUNS, scale: { low: 1 / high, high, share, size } };
   return keptScale.scale;
@@ -95,8 +94,8 @@ const COLOURS = {
   },
 };
 
-// The colour of every token of a run, on one scale for all runs: { title, low, high, colours, ramp },
-// `ramp` the colours from low to high. "none" is the page's text colour.
+// The colour of every token of a run, on one scale for all runs: { title, low, high, colours, ramp }
+// with `ramp` the colours from low to high. "none" is the page's text colour.
 const colouring = (run, name) => {
   if (!COLOURS[name]) {
     const ink = css("--ink");
