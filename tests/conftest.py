@@ -1,6 +1,8 @@
 """What all tests share: the repository's folder, small corpora, and running a script."""
 
+import functools
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -39,6 +41,29 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Tests of a file with fixtures for the whole file share a process, all others take any.
+
+    A browser or Triton's interpreter then starts once per file. (`--dist loadgroup` does this by
+    marks, but xdist 3.8 cannot under pytest 9.2.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path = nodeid.split("::")[0]
+            return path if _is_kept_together(path) else nodeid
+
+    return Scheduling(config, log)
+
+
+@functools.cache
+def _is_kept_together(path):
+    text = (ROOT / path).read_text(encoding="utf-8")
+    return re.search(r'scope="module"|\b(open_map|browser)\b', text) is not None
 
 
 @pytest.hookimpl(tryfirst=True)

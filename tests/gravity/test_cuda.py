@@ -305,7 +305,7 @@ def test_decoding(interpreted, cutoff):
 @pytest.mark.parametrize("cutoff", ["hard", "soft"])
 def test_beyond_the_radius(interpreted, cutoff, repeatable):
     """Blocks beyond the reach of the radius, which are not read, would have changed nothing."""
-    data = particles(70, heads=3, seed=6)
+    data = particles(54, heads=3, seed=6)
     data["time_scale"] = torch.tensor([4.0, 1.5, 0.6]).double()
     data["time_offset"] = torch.tensor([0.5, 1.0, -3.0]).double()
     found = interpreted(errors, data, cutoff, blocks=(16, 16), repeatable=repeatable)
@@ -337,10 +337,10 @@ def test_background(interpreted, tolerance, cutoff, length):
 @pytest.mark.parametrize("cutoff", CUTOFFS)
 def test_decoding_with_a_background(interpreted, cutoff, queries):
     """A few new queries against cached keys; positions with gaps, windows of a few tokens."""
-    data = particles(80, heads=3, queries=queries, seed=5, background=True)
+    data = particles(52, heads=3, queries=queries, seed=5, background=True)
     data["time_scale"] = torch.tensor([4.0, 1.5, 0.3]).double()
-    tk = torch.cumsum(torch.randint(1, 4, (80,), generator=torch.Generator().manual_seed(2)), 0)
-    tq = torch.stack([tk[20] + 1, tk[77], tk[79] + 2])[-queries:]
+    tk = torch.cumsum(torch.randint(1, 4, (52,), generator=torch.Generator().manual_seed(2)), 0)
+    tq = torch.stack([tk[20] + 1, tk[49], tk[51] + 2])[-queries:]
     settings = {"positions": (tq, tk), "tolerance": 1e-6, "mass_in_value": True}
     found = interpreted(errors, data, cutoff, blocks=(16, 16), **settings)
     assert_small(found, limit=3e-5, scalars=3e-5)
