@@ -1,4 +1,4 @@
-// The state of the page, the controls that change it, the tabs and the keys.
+// The state of the page, the controls that change it, and the tabs.
 
 const SECONDS_PER_LAYER = 1.1;
 
@@ -141,6 +141,7 @@ function drawControls() {
   $("trails").checked = state.trails;
   $("colour").value = state.colour;
   $("play").textContent = state.playing ? "Pause" : "Play";
+  $("play").title = state.view === "map" ? "from layer to layer" : "token by token";
   $("play").setAttribute("aria-pressed", String(state.playing));
   $("scale").hidden ||= state.colour === "none";
   if ($("scale").hidden) return;
@@ -153,6 +154,7 @@ function drawControls() {
 // The orbit plays the sentence itself; the map is moved from layer to layer here.
 function play(isPlaying) {
   state.playing = isPlaying;
+  if (!isPlaying) state.at = state.layer;
   const views = shownViews();
   if (views.some((view) => view.play)) views.forEach((view) => view.play?.(isPlaying));
   else if (isPlaying) playLayers();
@@ -272,6 +274,16 @@ function listen() {
   }).observe($("panel"));
 }
 
+// Where a page opens: the head whose pull on a token is strongest, by another than the one before.
+function firstHead(run, token) {
+  let found = { layer: run.numLayers, head: "mean", share: 0 };
+  for (let layer = 1; layer <= run.numLayers; layer++)
+    for (let head = 0; head < run.numHeads; head++)
+      for (const [source, share] of run.pulls(layer, head, token, 3))
+        if (token - source > 1 && share > found.share) found = { layer, head, share };
+  return { layer: found.layer, head: found.head };
+}
+
 // Shows what was given: at the start the page's own data, on the live page each new text.
 function openPage(given) {
   pause();
@@ -318,7 +330,9 @@ function openPage(given) {
   );
   state.token = new Map();
   choose(run, firstToken(run));
-  Object.assign(state, { layer: given.layer, at: given.layer });
+  Object.assign(state, firstHead(run, state.token.get(run)));
+  if (given.layer !== null) Object.assign(state, { layer: given.layer, head: "mean" });
+  state.at = state.layer;
   state.isFit = RUNS.some((run) => run.isUneven);
   if (!RUNS.some((run) => run.hasGravity)) state.view = "heads";
   followAddress();

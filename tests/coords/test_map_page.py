@@ -24,7 +24,8 @@ SHOWN = """async () => {
 }"""
 LINES_OF_TOKENS = """(all) => all.map((span) => {
   const boxes = [...span.getClientRects()];
-  return [span.textContent, boxes[0].top, boxes.at(-1).top];
+  const space = span.previousSibling?.nodeType === Node.TEXT_NODE ? " " : "";
+  return [space + span.textContent, boxes[0].top, boxes.at(-1).top];
 })"""
 MS_PER_SELECTION = """() => {
   const spans = [...document.querySelectorAll(".token")];
@@ -39,7 +40,7 @@ def rows(page, place):
     """[(label, percent)] of a list of bars in the details."""
     found = page.locator(f"{place} li").all()
     shown = [(row.locator(".chip").inner_text(), row.locator("b").inner_text()) for row in found]
-    return [(label, float(share.rstrip(" %"))) for label, share in shown]
+    return [(label, float(share.strip("< %"))) for label, share in shown]
 
 
 def in_the_text(page, name):
@@ -92,6 +93,8 @@ def test_text_and_details(open_map, capsys):
 
     page.locator(".token").nth(CHOSEN).click()
     page.click("#tab-map")
+    page.select_option("#head", "mean")
+    page.fill("#layer", "2")
     assert selected(page) == [CHOSEN]
     weights = pull_weights(model, torch.tensor([ids]))[1].double().numpy()
     expected = np.sort(weights.mean(0)[CHOSEN])[::-1][:6]
@@ -291,11 +294,26 @@ def test_whole_characters_of_a_byte_level_vocabulary(open_map):
     assert "\\x" not in shown + page.inner_text(".spoken") + page.inner_text(".text")
 
 
+def test_where_a_page_opens(open_map):
+    """At the head that pulls most, but not from one token back; --layer and the address win."""
+    model = make_checkpoint("x.pt")
+    page, (run,) = open_map("--text", TEXT)
+    (token,) = selected(page)
+    weights = pull_weights(model, torch.tensor([run["tokens"]]))[:, :, token, : token - 1]
+    layer, head = np.unravel_index(int(weights.amax(-1).argmax()), weights.shape[:2])
+    assert page.input_value("#layer") == str(layer + 1)
+    assert page.input_value("#head") == str(head)
+    page, _ = open_map("--text", TEXT, "--layer", "1")
+    assert page.input_value("#layer") == "1" and page.input_value("#head") == "mean"
+    page, _ = open_map("--text", TEXT, "--layer", "1", address="#layer=2&head=1")
+    assert page.input_value("#layer") == "2" and page.input_value("#head") == "0"
+
+
 @pytest.mark.parametrize("background", [1e-5, 1e7])
 def test_a_background_shows_how_quiet_a_token_is(open_map, background):
     """Beside the pulls; also if all pulls are too weak to show."""
     model = make_checkpoint_with_background("x.pt", background)
-    page, (run,) = open_map("--text", TEXT, address="#view=map&token=30")
+    page, (run,) = open_map("--text", TEXT, address="#view=map&token=30&layer=2&head=mean")
     quiet = 1 - float(pull_weights(model, torch.tensor([run["tokens"]]))[1, :, 30].sum(-1).mean())
     found = re.search(r"Quiet ([\d.]+) %", page.inner_text(".details"))
     assert float(found[1]) == pytest.approx(100 * quiet, abs=0.51)
@@ -314,8 +332,8 @@ def test_a_background_shows_how_quiet_a_token_is(open_map, background):
 def test_on_a_phone(open_map):
     make_checkpoint("x.pt")
     page, _ = open_map("--text", LINES * 6, width=390, height=844, has_touch=True, is_mobile=True)
-    stage, sheet = (page.locator(name).bounding_box() for name in (".stage", "#sheet"))
-    assert stage["y"] + stage["height"] <= 844 and page.is_hidden("#controls")
+    picture, sheet = (page.locator(name).bounding_box() for name in (".sky", "#sheet"))
+    assert picture["y"] + picture["height"] <= sheet["y"] and page.is_hidden("#controls")
     assert sheet["y"] + sheet["height"] == pytest.approx(844, abs=1)
     assert page.is_visible(".title .chip") and fact(page, "surprise")
     # a selection opens the sheet, which leaves the middle of the picture free, and can be closed
@@ -325,7 +343,7 @@ def test_on_a_phone(open_map):
     page.wait_for_timeout(100)
     opened = page.locator("#sheet").bounding_box()
     assert opened["height"] > 2 * sheet["height"]
-    assert opened["y"] > stage["y"] + stage["height"] / 2
+    assert opened["y"] > picture["y"] + picture["height"] / 2
     page.get_by_role("button", name="Close", exact=True).tap()
     assert page.locator("#sheet").bounding_box()["height"] == sheet["height"]
     page.tap("#more")
@@ -387,11 +405,13 @@ def test_bad_input(open_map, browser, in_tmp):
 
 
 def test_two_runs_side_by_side(open_map):
-    """One slider moves both, and a selection goes by the word in the text."""
+    """Gravity beside attention: one slider moves both, a selection goes by the word in the text."""
     make_checkpoint("x.pt")
     bpe = BPETokenizer.train([TEXT] * 5, 280)
-    make_checkpoint("y.pt", bpe, num_layers=3, law="published", block_size=512)
-    page, (one, two) = open_map("--text", TEXT, "--compare", "y.pt", address="#view=map")
+    make_checkpoint("y.pt", bpe, num_layers=3, model_type="vanilla", block_size=512)
+    page, (one, two) = open_map(
+        "--text", TEXT, "--compare", "y.pt", address="#view=map&layer=3&head=mean"
+    )
     assert page.locator(".stage").count() == 2 and page.input_value("#layer") == "3"
     page.locator(".words").nth(1).locator(".token").nth(6).click()
     first, second = selected(page)
@@ -413,5 +433,9 @@ def test_two_runs_side_by_side(open_map):
     for (text, first, _), (before, _, last) in zip(lines[1:], lines, strict=False):
         assert first == last or text.startswith(" ") or before.endswith(" ")
     assert len({last for _, _, last in lines}) > 1
+    assert "Pulled in" in page.locator(".details").nth(0).inner_text()
+    assert "Attention in" in page.locator(".details").nth(1).inner_text()
+    page.click("#tab-orbit")
+    assert downloaded(page, "PNG").startswith(b"\x89PNG")  # of the one that has a picture
     page.click("#tab-heads")
     assert page.locator(".stage:visible").count() == 2
