@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the gallery: trains small models on English, Korean and Python code, and writes a page of each.
 #
-#   bash docs/gallery/make.sh                      half an hour on two cores; call again to continue
+#   bash docs/gallery/make.sh                      about half an hour on two cores; again to continue
 #   PAGES=korean bash docs/gallery/make.sh         only this page, a few minutes
 #   PAGES="english code" bash docs/gallery/make.sh
 #
