@@ -2,7 +2,8 @@
 
 That is the length of the context, the place in the window, the frequency of the token, and whether
 the text repeats itself. With --long-range also whether the model uses what is far behind it, and
-with --wikitext the perplexity per word, which models with other tokenizers have too.
+with --wikitext the perplexity per word, which models with other tokenizers have too; with
+--minimal-pairs whether it finds the grammatical one of two sentences.
 """
 
 import json
@@ -70,6 +71,12 @@ def make_parser():
         help="with --wikitext: also with windows that predict so many new tokens each and have the "
         "others as context (default: only windows that follow each other)",
     )
+    add(
+        "--minimal-pairs",
+        action="store_true",
+        help="measure only how often the grammatical one of two English sentences has the higher "
+        "probability (default: off)",
+    )
     add("--json", type=file_path, metavar="FILE", help="also write the numbers to this file")
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
     add("--threads", type=thread_count, help=THREADS_HELP)
@@ -120,6 +127,14 @@ def show_wikitext(result):
         )
 
 
+def show_minimal_pairs(rows):
+    """Print the table of `minimal_pairs`."""
+    print(f"\n{'the grammatical sentence is likelier':<38}{'pairs':>6}{'share':>17}")
+    for row in rows:
+        share = f"{row['accuracy']:.1%} ± {row['error']:.1%}"
+        print(f"{row['phenomenon']:<38}{row['pairs']:>6}{share:>17}")
+
+
 def show_long_range(found):
     """Print the tables of `long_range`."""
     print(
@@ -161,6 +176,8 @@ def main(argv=None):
     from engine.losses import TOKENS_AT_ONCE, Losses
     from gravity.trial import computes
 
+    if args.minimal_pairs and args.wikitext is not None:
+        raise UsageError("--wikitext and --minimal-pairs exclude each other: run them one by one")
     if args.stride is not None and args.wikitext is None:
         raise UsageError("--stride needs --wikitext: add it")
     if min(args.context_lengths) < TARGETS:
@@ -172,6 +189,14 @@ def main(argv=None):
     model, tokenizer, checkpoint = load_model(path, choose_device(args.device, computes))
     choose_threads(args.threads, model, TOKENS_AT_ONCE)
     result = {"checkpoint": str(path), "step": checkpoint.get("iter")}
+    if args.minimal_pairs:
+        from engine.minimal_pairs import minimal_pairs
+
+        losses = Losses(model, checkpoint["config"])
+        result["minimal_pairs"] = minimal_pairs(losses, tokenizer)
+        write_json(args.json, result)
+        show_minimal_pairs(result["minimal_pairs"])
+        return 0
     if args.wikitext is not None:
         from engine.wikitext import find_wikitext, wikitext
 
