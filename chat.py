@@ -98,7 +98,8 @@ def make_parser():
     add(
         "--serve",
         action="store_true",
-        help="chat on a web page that shows what pulls each token; only this computer can open it",
+        help="chat on a web page that shows what pulls each token, with a page that looks inside "
+        "the model for any sentence and changes it (/look); only this computer can open them",
     )
     add(
         "--host",
@@ -150,13 +151,15 @@ def main(argv=None):
     settings = {name: getattr(args, name) for name in SETTINGS}
     about = introduction(model, checkpoint, path)
     if args.serve:
+        from talk.look import Look
         from talk.server import KEPT_TOKENS, serve
 
         conversation = Conversation(model, tokenizer, settings, KEPT_TOKENS)
         conversation.warm_up()
         host = DEFAULT_HOST if args.host is None else args.host
         port = DEFAULT_PORT if args.port is None else args.port
-        return serve(conversation, host, port, one_line(about))
+        look = Look(conversation, checkpoint, path)
+        return serve(conversation, host, port, one_line(about), look)
     conversation = Conversation(model, tokenizer, settings)
     chat = Chat(conversation)
     if args.prompt is not None:

@@ -1,8 +1,8 @@
-"""Draw the map of an NGT checkpoint: where its tokens are, what pulls them, how far its heads see.
+"""Draw what a checkpoint does with a text: what pulls each token, and what comes next.
 
-Writes one self-contained HTML page. It shows in 3-D how tokens move from layer to layer; a click
-on one shows what pulls it. Further tabs show each head's field by distance, and the masses of the
-vocabulary.
+Writes one self-contained HTML page: the sources of a token at their distances, the way of all
+tokens through the layers in 3-D, what each head looks at, the masses, and what the model expects
+next. A vanilla transformer has attention weights in place of pulls, and no places and masses.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ EXAMPLES = """examples:
   python visualize_coords.py --compare checkpoints/other.pt_best.pt --output two.html
   python visualize_coords.py --layer 0 --png first.png --heads-png heads.png
 """
-MAX_TOKENS = 1 << 16  # the page stores places in the text as 16-bit integers
+MAX_TOKENS = 1 << 16  # the page then has more than a hundred megabytes
 
 
 def make_parser():
@@ -27,14 +27,14 @@ def make_parser():
         "--checkpoint-path",
         type=file_path,
         default="checkpoints/shakespeare.pt_best.pt",
-        help="an NGT checkpoint; if it does not exist, the same path with _best.pt or _last.pt is "
-        "read (default: %(default)s)",
+        help="of an NGT or a vanilla transformer; if it does not exist, the same path with "
+        "_best.pt or _last.pt is read (default: %(default)s)",
     )
     add(
         "--compare",
         type=file_path,
         metavar="CHECKPOINT",
-        help="a second NGT checkpoint, shown beside it",
+        help="a second checkpoint of either kind, shown beside it under the same text",
     )
     add(
         "--output",
@@ -46,7 +46,7 @@ def make_parser():
         "--png",
         type=file_path,
         metavar="FILE",
-        help="also write a still of the map (default: none)",
+        help="also write a still of the map, which only an NGT has (default: none)",
     )
     add(
         "--heads-png",
@@ -83,7 +83,7 @@ def make_parser():
     add(
         "--layer",
         type=whole_or_zero,
-        help="the layer at which the map opens and that the still shows; 0: before the first "
+        help="the layer at which the page opens and that the still shows; 0: before the first "
         "(default: the last)",
     )
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")

@@ -28,7 +28,7 @@ const OKABE_ITO = [
   "#f0e442",
   null,
 ];
-const DASHES = ["solid", "dash", "dot", "dashdot"];
+const DASHES = ["", "7 4", "2 3", "7 3 2 3"]; // as in stroke-dasharray
 const headLine = (head) => ({
   color: OKABE_ITO[head % OKABE_ITO.length] ?? css("--ink"),
   dash: DASHES[Math.floor(head / OKABE_ITO.length) % DASHES.length],
@@ -36,22 +36,55 @@ const headLine = (head) => ({
 });
 
 const channels = (hex) => [1, 3, 5].map((n) => parseInt(hex.slice(n, n + 2), 16));
+const mixed = (one, two, share) => {
+  const [from, to] = [one, two].map(channels);
+  return `rgb(${from.map((c, n) => Math.round(c + (to[n] - c) * share)).join(",")})`;
+};
 // The dark end cannot be seen on a dark page, nor the light end on a light one: each is left out.
 const shade = (share) => {
   const [low, high] = dark.matches ? [0.22, 1] : [0, 0.94];
   const at = (low + (high - low) * share) * (CIVIDIS.length - 1);
-  const [one, two] = [CIVIDIS[Math.floor(at)], CIVIDIS[Math.ceil(at)]].map(channels);
-  return `rgb(${one.map((c, n) => Math.round(c + (two[n] - c) * (at % 1))).join(",")})`;
+  return mixed(CIVIDIS[Math.floor(at)], CIVIDIS[Math.ceil(at)], at % 1);
+};
+// Lighter than 1 is green, heavier purple, 1 a grey that can be seen on either page. Orange and
+// blue are left to pulls and rings.
+const massShade = (share) => {
+  const [light, heavy] = dark.matches ? ["#7be39a", "#e3a4f5"] : ["#0b5a2a", "#6a1b7d"];
+  const grey = "#959595";
+  return share < 0.5 ? mixed(light, grey, 2 * share) : mixed(grey, heavy, 2 * share - 1);
+};
+
+// The scale of masses, the same for all runs and views: of their ratio to 1, since a field is
+// proportional to the mass, so twice is as far from 1 as half. It spans at least 10 % either way.
+// share(mass) is 0 at `low`, 0.5 at 1 and 1 at `high`; size(mass) the radius beside that of mass 1.
+const LEAST_LOW = 0.9;
+const MOST_HIGH = 100; // a mass may be as good as 0
+let keptScale = { runs: null };
+const massScale = () => {
+  if (keptScale.runs === RUNS) return keptScale.scale;
+  const masses = RUNS.flatMap((run) => [...(run.mass ?? []), ...(run.vocabulary?.masses ?? [])]);
+  const ratio = (mass) => Math.min(MOST_HIGH, Math.max(mass, 1 / mass));
+  const high = masses.reduce((most, mass) => Math.max(most, ratio(mass)), 1 / LEAST_LOW);
+  const share = (mass) =>
+    Math.max(0, Math.min(1, 0.5 + Math.log(mass) / Math.log(high) / 2));
+  const size = (mass) => 2 ** (2 * share(mass) - 1);
+  keptScale = { runs: RUNS, scale: { low: 1 / high, high, share, size } };
+  return keptScale.scale;
 };
 
 const plural = (count, word) => `${plain.format(count)} ${word}${count === 1 ? "" : "s"}`;
 
 // What a colour can stand for: the title, the values (null: none), and how one is written.
 const COLOURS = {
-  mass: { title: "mass", of: (run) => run.mass, tick: (x) => number(x) },
+  mass: {
+    title: "mass, 1 in the middle",
+    of: (run) => run.mass ?? run.tokens.map(() => null),
+    tick: (x) => number(x),
+  },
+  surprise: { title: "surprise: loss in nats", of: (run) => run.loss, tick: (x) => number(x) },
   position: {
     title: "position in the text",
-    of: (run) => run.mass.map((_, n) => n),
+    of: (run) => run.tokens.map((_, n) => n),
     tick: (x) => plain.format(x),
   },
   frequency: {
@@ -59,24 +92,28 @@ const COLOURS = {
     of: (run) => run.counts.map((count) => Math.log10(Math.max(count, 0.5))),
     tick: (x) => plain.format(x < 0 ? 0 : Math.round(10 ** x)),
   },
-  loss: { title: "loss in nats", of: (run) => run.loss, tick: (x) => number(x) },
 };
 
+// The colour of every token of a run, on one scale for all runs: { title, low, high, colours, ramp },
+// `ramp` the colours from low to high. "none" is the page's text colour.
 const colouring = (run, name) => {
+  if (!COLOURS[name]) {
+    const ink = css("--ink");
+    return { title: "", low: "", high: "", colours: run.tokens.map(() => ink), ramp: [ink, ink] };
+  }
   const { title, of, tick } = COLOURS[name];
-  const values = of(run);
-  const known = values.filter((x) => x !== null);
-  const [low, high] = [Math.min(...known), Math.max(...known)];
-  const shares = values.map((x) => (x === null ? null : (x - low) / (high - low || 1)));
+  const known = RUNS.flatMap(of).filter((x) => x !== null);
+  const scale = massScale();
+  const [low, high] =
+    name === "mass"
+      ? [scale.low, scale.high]
+      : [Math.min, Math.max].map((best) => known.reduce((a, b) => best(a, b), known[0] ?? 0));
+  const shareOf = name === "mass" ? scale.share : (x) => (x - low) / (high - low || 1);
+  const shadeOf = name === "mass" ? massShade : shade;
+  const faint = css("--faint");
   return {
-    title,
-    low: tick(low),
-    high: tick(high),
-    colours: shares.map((x) => (x === null ? css("--faint") : shade(x))),
+    ...{ title, low: tick(low), high: tick(high) },
+    colours: of(run).map((x) => (x === null ? faint : shadeOf(shareOf(x)))),
+    ramp: [0, 0.25, 0.5, 0.75, 1].map(shadeOf),
   };
 };
-
-// Plotly's 3-D text reads tags but no entities: a space of no width after "<" breaks a tag.
-const tagless = (label) => cut(label).replaceAll("<", "<\u200b");
-// Plotly's charts read tags and entities.
-const escaped = (text) => text.replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);

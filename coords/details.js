@@ -3,29 +3,6 @@
 const LISTED = 6;
 const CONTEXT = 26; // characters, the token's own included
 
-const ordinal = (n) => {
-  const end = { 1: "st", 2: "nd", 3: "rd" }[n % 10];
-  return `${plain.format(n)}${(n % 100 > 10 && n % 100 < 14) || !end ? "th" : end}`;
-};
-// The place of one value among all, from 1, the smallest first.
-const rankOf = (values, one) => 1 + values.filter((value) => value < values[one]).length;
-const ranked = (rank, word) => (rank === 1 ? word : `${ordinal(rank)} ${word}`);
-
-// Why the strongest source pulls: how near, how heavy and how recent it is among all sources.
-const whyStrongest = (run, layer, head, token) => {
-  const [source] = run.pulls(layer, head, token, 1)[0] ?? [];
-  if (!run.hasGravity || source === undefined || !token) return null;
-  const parts = [];
-  if (head !== "mean") {
-    const { distance } = run.orbit(layer, head, token);
-    parts.push(`${ranked(rankOf([...distance], source), "nearest")} (${number(distance[source], 2)})`);
-  }
-  const weights = run.mass.slice(0, token + 1).map((mass) => -mass);
-  parts.push(`${ranked(rankOf(weights, source), "heaviest")} (${number(run.mass[source])})`);
-  parts.push(source === token ? "itself" : `${ranked(token - source + 1, "most recent")}`);
-  return [chip(run.labels[source]), ` of ${plural(token + 1, "token")}: ${parts.join(", ")}.`];
-};
-
 class Details {
   constructor(run, actions) {
     Object.assign(this, { run, actions, open: new Set() });
@@ -100,7 +77,6 @@ class Details {
     const who = head === "mean" ? `mean of ${plural(run.numHeads, "head")}` : `head ${head + 1}`;
     const pulls = run.pulls(layer, head, token, LISTED);
     const whole = run.shares(layer, head, token).reduce((sum, share) => sum + share, 0);
-    const why = whyStrongest(run, layer, head, token);
     return [
       heading(`${run.hasGravity ? "Pulled" : "Attention"} in layer ${layer}, ${who}`),
       ...pulledBy(
@@ -111,7 +87,6 @@ class Details {
         (source) => run.labels[source],
         this.#go,
       ),
-      ...(why ? [element("p", { className: "note why" }, ...why)] : []),
     ];
   }
 

@@ -1,175 +1,109 @@
-// The second tab: what each head looks at.
+// The view of the heads: layers x heads at a glance, one of them large, and what they learned.
 
-const headName = (row) => `layer ${row.layer} · head ${row.head + 1}`;
-const farBack = (distance, share) => {
-  if (distance === null) return "nothing";
-  if (share < 0.1) return "spread out";
-  return `${distance ? `${plain.format(distance)} back` : "itself"} (${percent(share)})`;
-};
-const orNone = (write) => (x) => (x === null ? "none" : write(x));
-
-// A column of the table: the key of a row, the title, what it means, and how its value is written.
-const column = (key, title, hint, write = (x) => number(x)) => ({
-  key,
-  title,
-  hint,
-  of: (row) => write(row[key], row),
-  order: (row) => row[key] ?? -Infinity,
-});
-const NAME = {
-  key: "name",
-  title: "head",
-  of: headName,
-  order: (row) => row.layer * 1000 + row.head,
-};
-const COLUMNS = [
-  column(
-    "most_distance",
-    "looks mostly",
-    "the distance that most of its pull comes from in this text, and the share; spread out: no distance gives a tenth",
-    (distance, row) => farBack(distance, row.most_share),
-  ),
-  column(
-    "one_back",
-    "from 1 back",
-    "share of its pull in this text that comes from one token back",
-    orNone(percent),
-  ),
-  column("mean_distance", "mean distance", "tokens back, mean over its pull in this text"),
-  column(
-    "within",
-    "90 % within",
-    "90 % of its pull in this text comes from at most this many tokens back",
-    orNone(plain.format),
-  ),
-  column(
-    "quiet",
-    "quiet",
-    "the background's share, mean over this text: so much weaker is what it passes on",
-    orNone(percent),
-  ),
-  column(
-    "window",
-    "window",
-    "tokens back beyond which its pull is exactly 0; with a background, next to nothing beside it",
-  ),
-  column(
-    "time_scale",
-    "time scale",
-    "softening lengths per token of time: the smaller, the farther back it sees",
-  ),
-  column("time_offset", "offset", "tokens back at which its field is strongest"),
-  column(
-    "radius",
-    "radius",
-    "distance beyond which its pull is 0; with the law newton in softening lengths",
-  ),
-  column(
-    "retardation",
-    "retardation",
-    "how much a source is felt at the place of the token before it (1: only there), mean over the head's coordinates",
-  ),
-  column(
-    "background",
-    "background",
-    "what is added to the sum of its fields; a sum much smaller than that passes on next to nothing",
-  ),
-  column("gamma", "gamma", "scales the score -gamma / r²"),
-  column("bias", "bias", "added to the score"),
-];
-const log1p = (distance) => Math.log10(1 + distance);
-const TICKS = [0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000];
-
-const figure = (caption, chart) =>
-  element("figure", {}, element("figcaption", { textContent: caption }), chart);
-const table = (caption, headings, body) =>
-  element(
-    "table",
-    {},
-    element("caption", { textContent: caption }),
-    element("thead", {}, element("tr", {}, ...headings)),
-    body,
-  );
-
-const chartLayout = (x, y, more = {}) => ({
-  font: { family: css("--font"), size: 12, color: css("--ink") },
-  paper_bgcolor: "rgba(0,0,0,0)",
-  plot_bgcolor: "rgba(0,0,0,0)",
-  margin: { l: 58, r: 12, t: 8, b: 46 },
-  hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: css("--ink") } },
-  legend: { orientation: "h", y: 1.02, yanchor: "bottom" },
-  xaxis: { title: { text: x }, gridcolor: css("--line"), zeroline: false, ...more.xaxis },
-  yaxis: { title: { text: y }, gridcolor: css("--line"), zeroline: false, ...more.yaxis },
-  hovermode: more.hovermode ?? "closest",
-});
-const QUIET = { displayModeBar: false, responsive: true };
-
-// The table in sentences: which head looks one token back, and which looks farthest.
-const answers = (run) => {
+// The table in sentences: which head copies, which looks one token back, which looks farthest.
+const answers = (run, measures) => {
   const best = (value) => run.heads.reduce((a, b) => (value(b) > value(a) ? b : a));
-  const called = (row) => `layer ${row.layer} head ${row.head + 1}`;
   const one = best((row) => row.one_back ?? -1);
   const far = best((row) => row.within ?? -1);
   const reach = best((row) => row.window ?? -1);
   const found = [
+    copies(run, measures),
     one.one_back >= 0.1
-      ? `Looks one token back: ${called(one)}; ${percent(one.one_back)} of its pull comes from there.`
-      : `No head looks one token back: at most ${percent(Math.max(0, one.one_back))} of the pull comes from there (${called(one)}).`,
-    `Looks farthest in this text: ${called(far)}; 90 % of its pull comes from within ${plural(far.within ?? 0, "token")}, mean distance ${number(far.mean_distance)}.`,
+      ? `Looks one token back: ${calledHead(one)}; ${percent(one.one_back)} of its ${pullWord(run)} comes from there.`
+      : `No head looks one token back: at most ${percent(Math.max(0, one.one_back))} of the ${pullWord(run)} comes from there (${calledHead(one)}).`,
+    `Looks farthest in this text: ${calledHead(far)}; 90 % of its ${pullWord(run)} comes from within ${plural(far.within ?? 0, "token")}, mean distance ${number(far.mean_distance)}.`,
   ];
-  if (run.law !== "published") {
+  if (run.kind === "newton") {
     found.push(
       run.heads.some((row) => row.window === null)
         ? "Without a cutoff every head feels all earlier tokens."
-        : `Could see farthest: ${called(reach)}; its window ends ${plural(reach.window, "token")} back.`,
+        : `Could see farthest: ${calledHead(reach)}; its window ends ${plural(reach.window, "token")} back.`,
     );
   }
   return found;
 };
 
+function copies(run, measures) {
+  if (run.heads.some((row) => !measures.isKnown(row.layer, row.head))) return "Copies: counting …";
+  const known = run.heads
+    .map((row) => ({ row, seen: measures.seen(row.layer, row.head).copies }))
+    .filter(({ seen }) => seen !== null);
+  if (!known.length) return "No token occurs again in this text, so no head can be seen to copy.";
+  // a head that copies first of all, then by the share
+  const [best] = known.sort(
+    (a, b) => isMarked(b.seen) - isMarked(a.seen) || b.seen.share - a.seen.share,
+  );
+  const { share, chance } = best.seen;
+  const told = `${calledHead(best.row)}; ${percent(share)} of its ${pullWord(run)} goes to what followed an earlier token like this, where the distance alone would send ${percent(chance)}.`;
+  return `${isMarked(best.seen) && share >= 0.1 ? "Copies" : "No head clearly copies; nearest to it"}: ${told}`;
+}
+
 class Heads {
   constructor(run, actions) {
-    Object.assign(this, { run, actions, layer: 1, order: null, falling: false });
+    Object.assign(this, { run, actions, curvesOf: "" });
+    Object.assign(this, { mode: "distance", isLarge: false, measures: new Measures(run) });
+    this.answers = element("ul", { className: "answers" });
+    this.modes = Object.entries(MODES).map(([mode, [textContent]]) =>
+      element("button", {
+        type: "button",
+        textContent,
+        dataset: { mode },
+        onclick: () => this.#show({ mode, isLarge: false }),
+      }),
+    );
+    this.legend = element("p", { className: "note" });
+    this.smalls = run.heads.map((row) => new Small(run, row, () => this.#open(row)));
+    // the highest bar of all, of the other run as well
+    this.most = Math.max(
+      1e-9,
+      ...RUNS.flatMap((one) =>
+        one.heads.flatMap((row) => binned(profileOf(one, row.layer, row.head))),
+      ),
+    );
+    this.grid = element(
+      "div",
+      { className: "multiples", style: { "--heads": run.numHeads } },
+      ...Array.from({ length: run.numLayers }, (_, layer) =>
+        element(
+          "div",
+          { className: "layer" },
+          ...this.smalls.filter(({ row }) => row.layer === layer + 1).map(({ node }) => node),
+        ),
+      ),
+    );
+    this.grid.addEventListener("keydown", (event) => this.#onKey(event));
+    this.heatmap = new Heatmap(run, actions);
+    this.told = element("div", { className: "told" });
+    this.large = element("div", { className: "large", hidden: true }, this.heatmap.node, this.told);
+    const other = RUNS.find((which) => which !== run);
+    // once for both, in the first of them
+    this.difference = run === RUNS[0] && other ? new PullDifference(run, other, actions) : null;
     this.field = element("div", { className: "chart" });
     this.pull = element("div", { className: "chart" });
     this.picker = element(
       "select",
-      {
-        onchange: () => {
-          this.layer = Number(this.picker.value);
-          this.draw();
-        },
-      },
+      { onchange: () => actions.set({ layer: Number(this.picker.value) }) },
       ...Array.from({ length: run.numLayers }, (_, n) =>
         element("option", { value: n + 1, textContent: `layer ${n + 1}` }),
       ),
     );
-    this.body = element("tbody");
-    // a column that no head of this run has a value for is left out
-    this.columns = [
-      NAME,
-      ...COLUMNS.filter(({ key }) => run.heads.some((row) => (row[key] ?? null) !== null)),
-    ];
-    this.heads = this.columns.map((column) =>
-      element(
-        "th",
-        { scope: "col" },
-        element("button", {
-          type: "button",
-          textContent: column.title,
-          title: column.hint ?? "",
-          onclick: () => this.#sort(column),
-        }),
-      ),
+    this.table = new HeadTable(run, (row) =>
+      run.hasGravity ? actions.showHead(row.layer, row.head) : this.#open(row),
     );
     this.node = element(
       "section",
       { className: "heads" },
-      element("h2", { textContent: `${run.name}: what its heads look at` }),
+      this.answers,
+      ...(this.difference ? [this.difference.node] : []),
+      element("div", { className: "modes" }, `The ${pullWord(run)}`, ...this.modes),
+      this.grid,
+      this.large,
+      this.legend,
       element(
-        "ul",
-        { className: "answers" },
-        ...answers(run).map((line) => element("li", { textContent: line })),
+        "details",
+        {},
+        element("summary", { textContent: "How the words are found" }),
+        note(WORD_RULES),
       ),
       element("label", { className: "picker" }, "Curves of ", this.picker),
       element(
@@ -188,117 +122,189 @@ class Heads {
           this.pull,
         ),
       ),
-      element(
-        "div",
-        { className: "scroller", tabIndex: 0 },
-        table(
-          "Every head. Press a heading to sort, a head to see its pull on the map.",
-          this.heads,
-          this.body,
-        ),
-      ),
-      element(
-        "dl",
-        { className: "glossary" },
-        ...this.columns
-          .filter(({ hint }) => hint)
-          .flatMap(({ title, hint }) => [
-            element("dt", { textContent: title }),
-            element("dd", { textContent: hint }),
-          ]),
-      ),
-      note(this.#note()),
-    );
-    this.#fill();
-  }
-
-  #note() {
-    if (this.run.field === null)
-      return "The law of the first release is a softmax over scores that do not depend on time. Its positions are learned coordinates, so there is no field by distance; the pull is measured.";
-    const retarded = this.run.heads.some((row) => row.retardation !== null);
-    return (
-      "Layers and heads are counted from 1." +
-      (retarded
-        ? " A head with retardation near 1 feels each token at the place of the token before it, so it finds what followed a token like this one. Its field stays the same; the distance in space is measured to another place."
-        : "")
+      this.table.node,
     );
   }
 
-  #sort(column) {
-    this.falling = this.order === column ? !this.falling : column !== NAME;
-    this.order = column;
-    this.#fill();
-  }
-
-  #fill() {
-    const value = this.order?.order;
-    const rows = value
-      ? this.run.heads.toSorted((a, b) => (this.falling ? -1 : 1) * (value(a) - value(b)))
-      : this.run.heads;
-    this.heads.forEach((th, n) => {
-      if (this.columns[n] === this.order)
-        th.setAttribute("aria-sort", this.falling ? "descending" : "ascending");
-      else th.removeAttribute("aria-sort");
-    });
-    const showOnMap = (row) => () => this.actions.showHead(row.layer, row.head);
-    this.body.replaceChildren(
-      ...rows.map((row) =>
-        element(
-          "tr",
-          {},
-          ...this.columns.map((column, n) =>
-            n
-              ? element("td", { textContent: column.of(row) })
-              : element(
-                  "th",
-                  { scope: "row" },
-                  goButton("show its pull on the map", showOnMap(row), column.of(row)),
-                ),
-          ),
-        ),
-      ),
+  update(state) {
+    const { run } = this;
+    const [layer, token] = [Math.max(1, run.layerOf(state.layer)), state.token.get(run)];
+    const head = state.head === "mean" || state.head >= run.numHeads ? "mean" : state.head;
+    Object.assign(this, { state, layer, head, token });
+    for (const button of this.modes)
+      button.setAttribute("aria-pressed", String(!this.isLarge && button.dataset.mode === this.mode));
+    this.grid.hidden = this.isLarge;
+    this.large.hidden = !this.isLarge;
+    this.legend.replaceChildren(
+      `${MODES[this.isLarge ? "all" : this.mode][1]} Selected: `,
+      chip(run.labels[token]),
+      ` (${token}).`,
     );
+    this.difference?.update(state);
+    if (this.isLarge) this.#drawLarge();
+    this.#mark();
+    this.#drawCurves();
+    this.jobs = this.#jobs();
+    this.#work(60);
   }
 
-  draw() {
+  hash() {
+    return this.mode + (this.isLarge ? "-large" : "");
+  }
+
+  restore(text) {
+    const [mode, large] = text.split("-");
+    if (!Object.hasOwn(MODES, mode)) return;
+    Object.assign(this, { mode, isLarge: large === "large" });
+    this.update(this.state);
+  }
+
+  #show(changed) {
+    Object.assign(this, changed);
+    this.actions.set({});
+  }
+
+  #open({ layer, head }) {
+    this.isLarge = true;
+    this.actions.set({ layer, head });
+    this.large.querySelector("button").focus();
+  }
+
+  // The small one that stands for the chosen head is marked, and the one that Tab reaches.
+  #mark() {
+    const chosen = this.smalls.find(({ row }) => row.layer === this.layer && row.head === this.head);
+    for (const small of this.smalls) {
+      small.node.tabIndex = -1;
+      if (small === chosen) small.node.setAttribute("aria-current", "true");
+      else small.node.removeAttribute("aria-current");
+    }
+    (chosen ?? this.smalls[0]).node.tabIndex = 0;
+  }
+
+  #onKey(event) {
+    const { numHeads } = this.run;
+    const moves = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -numHeads, ArrowDown: numHeads };
+    const at = this.smalls.findIndex(({ node }) => node === document.activeElement);
+    const next = this.smalls[at + moves[event.key]];
+    if (!(event.key in moves) || at < 0) return;
+    event.preventDefault();
+    event.stopPropagation();
+    next?.node.focus();
+  }
+
+  // What there is to draw and to count, a small piece at a time.
+  *#jobs() {
+    this.answers.replaceChildren(
+      ...answers(this.run, this.measures).map((textContent) => element("li", { textContent })),
+    );
+    if (!this.isLarge) {
+      const width = this.smalls[0].canvas.clientWidth;
+      const room = this.#room(this.grid) / this.run.numLayers - 26;
+      const most = this.mode === "all" ? width : 72;
+      const height = Math.round(Math.max(26, Math.min(most, room)));
+      for (const small of this.smalls) {
+        small.draw(this.mode, this.token, width, height, this.most);
+        yield;
+      }
+    }
+    for (const small of this.smalls.filter((one) => !one.words.textContent)) {
+      small.tell(this.measures.seen(small.row.layer, small.row.head));
+      yield;
+    }
+    this.answers.firstChild.textContent = copies(this.run, this.measures);
+    if (this.isLarge) this.#tellLarge();
+    if (this.difference) yield* this.difference.jobs();
+  }
+
+  // The jobs for so many milliseconds; the rest when the page has had time for other things.
+  #work(time) {
+    clearTimeout(this.later);
+    const end = performance.now() + time;
+    while (!this.jobs.next().done) {
+      if (performance.now() < end) continue;
+      this.later = setTimeout(() => this.#work(30), 0);
+      return;
+    }
+  }
+
+  // The height that is left for a part of the view in the first screen.
+  #room(part) {
+    const [inside, around] = [part, this.node.parentElement].map((x) => x.getBoundingClientRect());
+    const above = inside.top - this.node.getBoundingClientRect().top;
+    const high = Math.min(around.height, window.innerHeight - around.top - window.scrollY);
+    return Math.max(high, window.innerHeight / 2) - above - 34;
+  }
+
+  #drawLarge() {
+    const wide = this.large.clientWidth - LEFT;
+    const side = Math.min(wide, this.#room(this.large) - BELOW - 24, 620);
+    this.heatmap.draw(this.layer, this.head, this.token, Math.floor(Math.max(200, side)));
+    this.#tellLarge();
+  }
+
+  // Beside the large one: what the head does, and its row of the table.
+  #tellLarge() {
+    const { run, layer, head } = this;
+    const row = run.heads.find((one) => one.layer === layer && one.head === head);
+    const press = (textContent, onclick) =>
+      element("button", { type: "button", className: "close", textContent, onclick });
+    const buttons = [press("All heads", () => this.#show({ isLarge: false }))];
+    if (row && run.hasGravity)
+      buttons.push(press("Show in orbit", () => this.actions.showHead(layer, head, "orbit")));
+    const focused = [...this.told.querySelectorAll("button")].indexOf(document.activeElement);
+    this.told.replaceChildren(
+      element("p", { className: "modes" }, ...buttons),
+      element("h3", { textContent: row ? headName(row) : `layer ${layer} · mean of all heads` }),
+      ...(row ? this.#aboutHead(row) : []),
+    );
+    if (focused >= 0) this.told.querySelectorAll("button")[focused]?.focus();
+  }
+
+  #aboutHead(row) {
+    const { run } = this;
+    const [words, share] = headWords(run, row, this.measures.seen(row.layer, row.head));
+    const told = `${words[0].toUpperCase()}${words.slice(1)}${share === null ? "" : `: ${percent(share)} of its ${pullWord(run)}`}.`;
+    const late =
+      row.retardation >= 0.5 && words.startsWith("copies")
+        ? ` Its retardation of ${number(row.retardation, 2)} lets it feel a token at the place of the token before it.`
+        : "";
+    return [
+      element("p", { textContent: told + late }),
+      facts(this.table.columns.slice(1).map((column) => [column.title, column.of(row)])),
+    ];
+  }
+
+  #drawCurves() {
     const { run, layer } = this;
+    const key = [layer, this.node.clientWidth, dark.matches].join(" ");
+    if (key === this.curvesOf) return;
+    this.curvesOf = key;
     this.picker.value = layer;
-    const curves = (measured, unit) =>
+    const curves = (measured) =>
       measured.of[layer - 1].map((values, head) => ({
-        type: "scatter",
-        mode: "lines",
+        ...headLine(head),
         name: `head ${head + 1}`,
-        line: headLine(head),
-        x: measured.back.map(log1p),
-        y: values,
-        customdata: measured.back,
-        hovertemplate: `head ${head + 1}: %{y:.3g} ${unit} %{customdata} back<extra></extra>`,
+        points: measured.back.map((back, n) => [back, values[n]]),
       }));
-    const axis = { tickvals: TICKS.map(log1p), ticktext: TICKS.map((tick) => plain.format(tick)) };
-    const layout = (y, longest, yaxis) =>
-      chartLayout("tokens back (log)", y, {
-        xaxis: { ...axis, range: [-0.02, log1p(longest)] },
-        yaxis,
-      });
+    const x = { title: "tokens back (log)", scale: "log1p", write: plain.format };
     if (run.field)
-      Plotly.react(
-        this.field,
-        curves(run.field, "at"),
-        layout("field", run.field.back.at(-1), {
-          range: [-0.02, 1.04 * Math.max(...run.field.of[layer - 1].flat())],
+      this.field.replaceChildren(
+        lineChart({
+          series: curves(run.field),
+          x,
+          y: { title: "field", low: 0 },
+          label: `Possible field by distance, layer ${layer}`,
+          tell: ({ name }, [back, value]) => `${name}: ${number(value)} at ${plain.format(back)} back`,
         }),
-        QUIET,
       );
-    Plotly.react(
-      this.pull,
-      curves(run.pull, "of the pull from"),
-      layout("share of the pull (log)", run.pull.back.at(-1), {
-        type: "log",
-        range: [-4.2, 0.05],
-        tickvals: [0.0001, 0.001, 0.01, 0.1, 1],
-        ticktext: ["0.01 %", "0.1 %", "1 %", "10 %", "100 %"],
+    this.pull.replaceChildren(
+      lineChart({
+        series: curves(run.pull),
+        x,
+        y: { title: "share of the pull (log)", scale: "log", low: 1e-4, high: 1, write: percent },
+        label: `Measured pull by distance, layer ${layer}`,
+        tell: ({ name }, [back, value]) => `${name}: ${percent(value)} from ${plain.format(back)} back`,
       }),
-      QUIET,
     );
   }
 }

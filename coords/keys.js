@@ -76,7 +76,7 @@ function onKey(event) {
 
 function closeAll() {
   $("download").open = false;
-  document.body.classList.remove("sheet-open");
+  openSheet(false);
   if ($("search").value) {
     $("search").value = "";
     find();

@@ -1,127 +1,104 @@
-// The third tab: the mass of every token, and how often it occurs.
+// The view of masses: the mass of every token of the vocabulary, and how often it occurs.
 
-const NAMED = 90;
+const NEVER = 0.5; // a log axis has no 0: tokens that do not occur are drawn here
 
-class Vocabulary {
+class Masses {
   constructor(run) {
     this.run = run;
-    const { labels, masses, counts, size, median } = run.vocabulary;
+    if (!run.hasGravity) {
+      this.node = note(
+        `${run.name} is a vanilla transformer: its tokens have no masses. See Heads for what it looks at, or open a checkpoint with gravity.`,
+      );
+      return;
+    }
+    const { labels, masses, size, median } = run.vocabulary;
     const listed = Math.min(20, Math.floor(labels.length / 2));
     const order = [...labels.keys()];
-    const ranked = (caption, rows) =>
-      table(
-        caption,
-        ["token", "mass", "times"].map((textContent) =>
-          element("th", { scope: "col", textContent }),
-        ),
-        element(
-          "tbody",
-          {},
-          ...rows.map((n) =>
-            element(
-              "tr",
-              {},
-              element("th", { scope: "row" }, chip(labels[n])),
-              element("td", { textContent: number(masses[n], 4) }),
-              element("td", { textContent: plain.format(counts[n]) }),
-            ),
-          ),
-        ),
-      );
-    this.chart = element("div", { className: "chart tall" });
     const sampled =
       labels.length < size
         ? ` ${plain.format(labels.length)} of them are drawn, evenly spaced in the order of mass.`
         : "";
+    const { low, high } = massScale(run);
+    this.place = element("figure");
     this.node = element(
       "section",
-      { className: "vocabulary" },
+      { className: "masses" },
       element("h2", { textContent: `${run.name}: the masses of its tokens` }),
       note(
-        `${plain.format(size)} tokens, masses from ${number(masses.at(-1))} to ${number(masses[0])}, median ${number(median)}. Times counted in ${run.counted}.${sampled}`,
+        `A token of mass 2 pulls twice as hard as one of mass 1 at the same distance. ${plain.format(size)} tokens, masses from ${number(masses.at(-1))} to ${number(masses[0])}, median ${number(median)}; colours from ${number(low)} to ${number(high)}, as in every view. Times counted in ${run.counted}.${sampled}`,
       ),
       element(
         "div",
         { className: "weights" },
-        figure("Mass against frequency, one point per token", this.chart),
-        ranked("Heaviest", order.slice(0, listed)),
-        ranked("Lightest", order.slice(-listed).reverse()),
+        this.place,
+        this.#ranked("Heaviest", order.slice(0, listed)),
+        this.#ranked("Lightest", order.slice(-listed).reverse()),
       ),
     );
   }
 
-  // The points whose names fit without overlap, taken from the edges of the cloud inwards.
-  #named() {
+  #ranked(caption, rows) {
     const { labels, masses, counts } = this.run.vocabulary;
-    const [width, height] = [this.chart.clientWidth - 70, this.chart.clientHeight - 54];
-    const decades = Math.log10(Math.max(...counts, 1)) + 0.8;
-    const spread = masses[0] - masses.at(-1) || 1;
-    const often = [...labels.keys()].sort((a, b) => counts[b] - counts[a]);
-    const edges = [...labels.keys()].flatMap((n) => [
-      n,
-      labels.length - 1 - n,
-      often[n],
-      often[labels.length - 1 - n],
-    ]);
-    const taken = [];
-    const found = new Set();
-    for (const n of new Set(edges)) {
-      if (found.size >= NAMED) break;
-      const x = (width * (Math.log10(counts[n] || 0.5) + 0.3)) / decades;
-      const y = (height * (masses[n] - masses.at(-1))) / spread;
-      const half = 4 * cut(labels[n]).length + 3;
-      if (
-        taken.some(
-          (other) => Math.abs(other.x - x) < other.half + half && Math.abs(other.y - y) < 17,
-        )
-      )
-        continue;
-      taken.push({ x, y, half });
-      found.add(n);
-    }
-    return found;
-  }
-
-  draw() {
-    const { labels, masses, counts } = this.run.vocabulary;
-    const named = this.#named();
-    const never = 0.5; // a log axis has no 0: tokens that do not occur are drawn here
-    const trace = {
-      type: "scatter",
-      mode: "markers+text",
-      x: counts.map((count) => count || never),
-      y: masses,
-      text: labels.map((label, n) => (named.has(n) ? escaped(cut(label)) : "")),
-      textposition: "top center",
-      textfont: { size: 11, color: css("--soft") },
-      customdata: counts.map((count, n) => [count, escaped(labels[n])]),
-      marker: {
-        size: 7,
-        opacity: 0.85,
-        color: masses,
-        colorscale: [0, 0.25, 0.5, 0.75, 1].map((x) => [x, shade(x)]),
-        line: { width: 0.5, color: css("--page") },
-      },
-      hovertemplate:
-        "<b>%{customdata[1]}</b><br>mass %{y:.4g}<br>%{customdata[0]:,} times<extra></extra>",
+    const heading = (textContent) => element("th", { scope: "col", textContent });
+    const row = (n) => {
+      const dot = element("i", { className: "dot", dataset: { mass: masses[n] } });
+      const name = element("th", { scope: "row" }, dot, chip(labels[n]));
+      const cell = (textContent) => element("td", { textContent });
+      return element("tr", {}, name, cell(number(masses[n], 4)), cell(plain.format(counts[n])));
     };
-    const most = Math.max(1, Math.ceil(Math.log10(Math.max(...counts, 1))));
-    const powers = Array.from({ length: most + 1 }, (_, n) => 10 ** n);
-    Plotly.react(
-      this.chart,
-      [trace],
-      chartLayout(
-        `times in ${this.run.isCorpus ? "the training text" : "this text"} (log)`,
-        "mass",
-        {
-          xaxis: {
-            type: "log",
-            tickvals: [never, ...powers],
-            ticktext: ["never", ...powers.map((x) => plain.format(x))],
-          },
-        },
-      ),
-      QUIET,
+    return element(
+      "table",
+      {},
+      element("caption", { textContent: caption }),
+      element("thead", {}, element("tr", {}, ...["token", "mass", "times"].map(heading))),
+      element("tbody", {}, ...rows.map(row)),
     );
+  }
+
+  // Nothing here depends on the selection: drawn again only for another theme.
+  update() {
+    if (!this.run.hasGravity || this.isDark === dark.matches) return;
+    this.isDark = dark.matches;
+    const { share, size } = massScale(this.run);
+    for (const dot of this.node.querySelectorAll(".dot")) {
+      dot.style.setProperty("background", massShade(share(Number(dot.dataset.mass))));
+      dot.style.setProperty("--size", `${7 * size(Number(dot.dataset.mass))}px`);
+    }
+    this.place.replaceChildren(
+      element("figcaption", { textContent: "Mass against frequency, one point per token" }),
+      this.#chart(),
+    );
+  }
+
+  #chart() {
+    const { labels, masses, counts } = this.run.vocabulary;
+    const { share, size, low, high } = massScale(this.run);
+    const points = labels.map((name, n) => ({
+      x: counts[n] || NEVER,
+      y: masses[n],
+      name,
+      color: massShade(share(masses[n])),
+      size: 3.5 * size(masses[n]),
+      told: `mass ${number(masses[n], 4)}, ${plain.format(counts[n])} times`,
+    }));
+    // names from the edges of the cloud inwards: heaviest, lightest, most and least frequent
+    const last = labels.length - 1;
+    const often = [...labels.keys()].sort((a, b) => counts[b] - counts[a]);
+    const order = [...labels.keys()].flatMap((n) => [n, last - n, often[n], often[last - n]]);
+    const most = counts.reduce((a, b) => Math.max(a, b), 1);
+    const ticks = [NEVER, ...roundTicks("log", 1, most * 1.6)];
+    return scatterChart({
+      points,
+      order: new Set(order),
+      mark: 1,
+      height: 490,
+      x: {
+        title: `times in ${this.run.isCorpus ? "the training text" : "this text"} (log)`,
+        ...{ scale: "log", low: NEVER / 1.6, high: most * 1.6, ticks },
+        write: (x) => (x < 1 ? "never" : plain.format(x)),
+      },
+      y: { title: "mass (log)", scale: "log", low: low / 1.03, high: high * 1.03 },
+      label: `Mass against frequency of ${plural(labels.length, "token")}; the tables list the heaviest and the lightest.`,
+    });
   }
 }

@@ -3,35 +3,20 @@
 const SECONDS_PER_LAYER = 1.1;
 
 // The views in the order of their keys 1 to 5: their class, and the controls that they use.
-const ALL_VIEWS = {
-  orbit: { title: "Orbit", make: typeof Orbit === "undefined" ? null : Orbit, controls: ["layer", "head", "split", "colour", "play"] },
+const VIEWS = {
+  orbit: { title: "Orbit", make: typeof Orbit === "undefined" ? null : Orbit, controls: ["layer", "head", "split", "colour", "scale", "play"] },
   map: {
     title: "Map",
     make: typeof Scene === "undefined" ? null : Scene,
     controls: ["layer", "head", "colour", "fit", "trails", "play"],
   },
   heads: { title: "Heads", make: typeof Heads === "undefined" ? null : Heads, isWide: true, controls: ["layer", "head"] },
-  next: { title: "Next token", make: typeof Next === "undefined" ? null : Next, controls: ["layer", "head", "colour"] },
+  next: { title: "Next token", make: typeof Next === "undefined" ? null : Next, controls: ["layer", "head", "colour", "scale"] },
   masses: { title: "Masses", make: typeof Masses === "undefined" ? null : Masses, isWide: true, controls: [] },
 };
 // Until every view is there, the others are shown without it.
-const VIEWS = Object.fromEntries(
-  Object.entries(ALL_VIEWS).filter(
-    ([, { make }]) => make && make.length < 3 && "update" in make.prototype,
-  ),
-);
-// Until the data are there.
-if (!Run.prototype.shares) {
-  COLOURS.surprise = COLOURS.loss;
-  Run.prototype.hasGravity = true;
-  Run.prototype.next = () => [];
-  Run.prototype.orbit = (layer, head, token) => ({ distance: new Float64Array(token + 1) });
-  Run.prototype.shares = function (layer, head, token) {
-    const found = new Float64Array(token + 1);
-    for (const [source, share] of this.pulls(layer, head, token)) found[source] = share;
-    return found;
-  };
-}
+const isThere = ({ make }) => Boolean(make && make.length < 3 && "update" in make.prototype);
+COLOURS.surprise ??= COLOURS.loss;
 
 const state = {
   view: "orbit",
@@ -67,7 +52,7 @@ const actions = {
   },
   select(run, token) {
     if (token === null || token === undefined) return;
-    document.body.classList.add("sheet-open");
+    openSheet(true);
     actions.set({ token }, run);
   },
   hover(run, token) {
@@ -104,6 +89,12 @@ const actions = {
 };
 const live = GIVEN.live ? new Live(actions) : null;
 
+// On a phone the details are a sheet at the bottom: closed, it shows the token and its facts.
+function openSheet(isOpen) {
+  document.body.classList.toggle("sheet-open", isOpen);
+  $("sheet").firstElementChild.textContent = isOpen ? "Close" : "More";
+}
+
 function choose(run, token) {
   const place = Math.max(0, Math.min(run.count - 1, token));
   for (const other of RUNS)
@@ -113,16 +104,17 @@ function choose(run, token) {
 // Draws what is shown; each part changes only what changed.
 function draw() {
   if (!parts.length) return;
-  if (!VIEWS[state.view]) state.view = Object.keys(VIEWS)[0];
-  const { isWide, make } = VIEWS[state.view] ?? {};
+  const { isWide, make } = VIEWS[state.view];
   $("panel").className = `${parts.length > 1 ? "two" : "one"}${isWide ? " wide" : ""}`;
   for (const part of parts) {
     const { run, stage, words, details, views } = part;
-    views[state.view] ??= new make(run, actions);
-    const { node } = views[state.view];
-    if (node.parentElement !== stage) stage.append(node);
-    for (const view of Object.values(views)) view.node.hidden = view.node !== node;
-    views[state.view].update(state);
+    if (isThere(VIEWS[state.view])) {
+      views[state.view] ??= new make(run, actions);
+      const { node } = views[state.view];
+      if (node.parentElement !== stage) stage.append(node);
+      for (const view of Object.values(views)) view.node.hidden = view.node !== node;
+      views[state.view].update(state);
+    }
     if (isWide) continue;
     words.update(state);
     details.update(state);
@@ -156,10 +148,10 @@ function drawControls() {
   $("play").setAttribute("aria-pressed", String(state.playing));
   $("scale").hidden ||= state.colour === "none";
   if ($("scale").hidden) return;
-  const { low, high } = colouring(RUNS[0], state.colour);
+  const { low, high, ramp } = colouring(RUNS[0], state.colour);
   const [first, bar, last] = $("scale").children;
   [first.textContent, last.textContent] = [low, high];
-  bar.style.background = `linear-gradient(to right, ${[0, 0.25, 0.5, 0.75, 1].map(shade).join(",")})`;
+  bar.style.background = `linear-gradient(to right, ${ramp})`;
 }
 
 // The orbit plays the sentence itself; the map is moved from layer to layer here.
@@ -187,7 +179,7 @@ function playLayers() {
 }
 
 // The address follows a little later: a browser refuses hundreds of changes in a few seconds.
-let [writing, cameraToRestore] = [null, null];
+let writing = null;
 const address = () => addressOf(state, parts[0]?.views[state.view]?.hash?.());
 function writeAddress() {
   clearTimeout(writing);
@@ -198,9 +190,9 @@ function writeAddressSoon() {
   writing = setTimeout(writeAddress, 150);
 }
 function followAddress() {
-  const { changes, camera } = readAddress(location.hash);
+  const { changes, own } = readAddress(location.hash);
   actions.set(changes);
-  if (camera) shownViews().forEach((view) => view.restore?.(camera));
+  if (own) shownViews().forEach((view) => view.restore?.(own));
 }
 
 function fillDownloads() {
@@ -219,7 +211,7 @@ function fillDownloads() {
 }
 
 function makeTabs() {
-  const tabs = Object.entries(VIEWS).map(([name, { title }], n) => {
+  const tabs = Object.entries(VIEWS).filter(([, view]) => isThere(view)).map(([name, { title }], n) => {
     const tab = element("button", { id: `tab-${name}`, type: "button", textContent: title });
     tab.setAttribute("role", "tab");
     tab.setAttribute("aria-controls", "panel");
@@ -301,14 +293,19 @@ function openPage(given) {
     details: new Details(run, actions),
   }));
   const sheet = element("div", { id: "sheet" }, ...parts.map((part) => part.details.node));
-  const close = clearButton(() => document.body.classList.toggle("sheet-open"));
-  sheet.prepend(close);
+  sheet.prepend(
+    element("button", {
+      ...{ className: "close", type: "button" },
+      onclick: () => openSheet(!document.body.classList.contains("sheet-open")),
+    }),
+  );
   $("panel").replaceChildren(
     ...parts.map((part) => part.stage),
     ...parts.map((part) => part.words.node),
     ...(parts.length ? [sheet] : []),
   );
   if (!run) return;
+  openSheet(false);
   $("subtitle").textContent = $("subtitle").title =
     `${RUNS.map((run) => `${run.name}, step ${plain.format(run.step)}, ${run.law}`).join(" · ")} · ${plural(run.count, "token")} of ${run.source}`;
   $("layer").max = DEEPEST;

@@ -18,7 +18,8 @@ STYLES = (
 )
 SCRIPTS = (
     *("web/shared.js", "web/chart.js", "coords/colours.js", "coords/data.js", "coords/orbit.js"),
-    *("coords/scene.js", "coords/multiples.js", "coords/heads.js", "coords/next.js"),
+    *("coords/camera.js", "coords/scene.js", "coords/multiples.js", "coords/head_table.js"),
+    *("coords/heads.js", "coords/compare.js", "coords/what_if.js", "coords/next.js"),
     *("coords/masses.js", "coords/side.js", "coords/details.js", "coords/url.js"),
     *("coords/download.js", "coords/live.js", "coords/keys.js", "coords/page.js"),
 )
@@ -173,18 +174,19 @@ def map_page(runs, title, layer, live=False):
         "data": json_for_script({"layer": layer, "live": live, "runs": runs}),
         "script": page_script(),
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _texts(["coords/page.html"]))
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], page_texts(["coords/page.html"]))
 
 
 def page_style():
     """All CSS of the page, as one text."""
-    return _texts(STYLES)
+    return page_texts(STYLES)
 
 
 def page_script():
     """All JavaScript of the page, as one text: the files inside one function."""
-    return f'(() => {{\n"use strict";\n{_texts(SCRIPTS)}\n}})();'
+    return f'(() => {{\n"use strict";\n{page_texts(SCRIPTS)}\n}})();'
 
 
-def _texts(names):
+def page_texts(names):
+    """Files of the repository, one after the other."""
     return "\n".join((ROOT / name).read_text(encoding="utf-8") for name in names)

@@ -1,361 +1,407 @@
-// The map of one run in 3-D: tokens, trails, pull lines, and the tooltip.
-
-const PICK_PIXELS = 14;
-const TRACES = { trails: 0, tokens: 1, trail: 2, twins: 3, sources: 4, selected: 5, pull: 6 };
-const AXES = ["x", "y", "z"];
+// The map of one run in 3-D on a canvas: tokens, trails, pulls, labels, and the tooltip.
 
 class Scene {
-  constructor(run, root, actions) {
-    Object.assign(this, { run, actions });
-    this.node = root.querySelector(".scene");
-    this.tooltip = root.querySelector(".tooltip");
-    this.legend = root.querySelector(".legend");
-    const masses = run.mass;
-    const [low, high] = [Math.min(...masses), Math.max(...masses)];
-    this.sizes = masses.map((mass) => 5 + 11 * ((mass - low) / (high - low || 1)));
-    this.node.setAttribute(
+  static #most = 2000; // more tokens have no trails and no names, which would take too long
+  static #names = 20;
+  static #nearest = 6; // rings around the same token elsewhere
+  static #reach = 14; // pixels from the pointer to the middle of a token
+
+  constructor(run, actions) {
+    Object.assign(this, { run, actions, camera: new Camera() });
+    if (!run.hasGravity) {
+      this.node = note(
+        `${run.name} is a vanilla transformer: its tokens have no coordinates, so there is no map of them. See Heads for what it looks at, and Next token for what it expects.`,
+      );
+      return;
+    }
+    this.surface = element("canvas", { tabIndex: 0 });
+    this.surface.setAttribute("role", "application");
+    this.surface.setAttribute(
       "aria-label",
-      `Map of ${run.count} tokens of ${run.name} in three dimensions. The text beside it lists them.`,
+      `Map of ${plural(run.count, "token")} of ${run.name} in three dimensions. Shift with an arrow turns it, plus and minus zoom, 0 shows it from the start. The text beside it lists the tokens.`,
     );
-  }
-
-  async draw(state) {
-    const line = (width) => ({
-      type: "scatter3d",
-      mode: "lines",
-      x: [],
-      y: [],
-      z: [],
-      hoverinfo: "skip",
-      line: { width },
-    });
-    const marks = (mode, marker, extra) => ({
-      type: "scatter3d",
-      mode,
-      x: [],
-      y: [],
-      z: [],
-      hoverinfo: "skip",
-      marker,
-      ...extra,
-    });
-    const traces = [
-      line(1.5),
-      marks("markers", { size: this.sizes, opacity: 1, line: { width: 0.6 } }),
-      line(5),
-      marks("markers", { symbol: "circle-open", size: 11, line: { width: 1.5 } }),
-      marks("markers+text", { size: 5 }, { text: [], textposition: "top center" }),
-      marks(
-        "markers+text",
-        { symbol: "circle-open", size: 18, line: { width: 3 } },
-        { text: [], textposition: "top center" },
-      ),
-      ...Array.from({ length: this.run.numStored }, () => line(2)),
-    ];
-    this.state = state;
-    this.#paint(traces);
-    this.#put(traces, this.#moving(state));
-    this.#put(traces, this.#marked(state));
-    await Plotly.newPlot(this.node, traces, this.#layout(), {
-      displayModeBar: false,
-      responsive: true,
-      scrollZoom: true,
-      showTips: false,
-    });
+    this.tooltip = element("div", { className: "tooltip", hidden: true });
+    this.legend = element("p", { className: "legend" });
+    this.node = element(
+      "section",
+      { className: "scene" },
+      this.surface,
+      this.legend,
+      note(this.#axesInWords()),
+      this.tooltip,
+    );
+    // a model of characters: its tokens are drawn as letters
+    const letters = run.labels.filter((label) => [...label].length === 1);
+    this.isLetters = letters.length > 0.9 * run.count;
+    this.ranked = this.#ranked();
     this.#listen();
-    this.#drawLegend(state);
   }
 
-  #layout() {
-    const { middle, half } = this.run.frame(this.state.at, this.state.isFit);
-    const longest = Math.max(...half);
-    const axis = (n) => ({
-      title: { text: this.#axisTitle(n), font: { size: 11, color: css("--soft") } },
-      range: [middle[n] - half[n], middle[n] + half[n]],
-      showspikes: false,
-      showbackground: false,
-      gridcolor: css("--line"),
-      zeroline: false,
-      showticklabels: false,
-      linecolor: css("--line"),
-    });
-    return {
-      scene: {
-        ...Object.fromEntries(AXES.map((name, n) => [`${name}axis`, axis(n)])),
-        aspectmode: "manual",
-        aspectratio: Object.fromEntries(AXES.map((name, n) => [name, (1.1 * half[n]) / longest])),
-        camera: this.camera ?? this.#firstCamera(),
-        dragmode: "turntable",
-      },
-      font: { family: css("--font"), color: css("--ink") },
-      paper_bgcolor: "rgba(0,0,0,0)",
-      margin: { l: 0, r: 0, t: 0, b: 0 },
-      showlegend: false,
-      hovermode: false,
-      uirevision: "kept",
-    };
+  #axesInWords() {
+    const { axes, numCoords } = this.run;
+    const hidden =
+      numCoords > 3 ? ` What is near here can be far apart in all ${numCoords} dimensions.` : "";
+    const drawn = axes[0].startsWith("t-SNE")
+      ? "The axes come from t-SNE, which keeps neighbours together but no distances."
+      : `The axes (PC: principal component, share of the variance) are those along which the places of all layers differ most.${hidden}`;
+    return `${drawn} Lines join the places after the layer; a head looks from and at its own projections of the places before it: see Orbit.`;
   }
 
-  #isNarrow() {
-    return this.node.clientWidth < 480;
-  }
-
-  #axisTitle(axis) {
-    // a long title would leave the picture when the axes turn: the legend explains them
-    return escaped(this.run.axes[axis].replace("component ", "PC ").replace(" of variance", ""));
-  }
-
-  #firstCamera() {
-    const far = this.#isNarrow() ? 1.3 : 1;
-    return { eye: { x: 1.2 * far, y: 1.2 * far, z: 0.75 * far }, center: { x: 0, y: 0, z: -0.1 } };
-  }
-
-  // The traces that depend on the layer but not on the selection.
-  #moving({ at, trails }) {
-    const { run } = this;
-    const tokens = { x: [], y: [], z: [] };
-    const lines = { x: [], y: [], z: [] };
-    for (let token = 0; token < run.count; token++) {
-      const here = run.place(at, token);
-      AXES.forEach((name, n) => tokens[name].push(here[n]));
-      if (trails) this.#addTrail(lines, token, at, here, at % 1 ? 1 : Infinity);
-    }
-    return { [TRACES.trails]: lines, [TRACES.tokens]: tokens };
-  }
-
-  // A moving token draws only its last step: whole trails would be too slow on many computers.
-  #addTrail(lines, token, at, here, steps = Infinity) {
-    const layer = Math.ceil(this.run.layerOf(at));
-    const passed = this.run.points.slice(Math.max(0, layer - steps), layer);
-    AXES.forEach((name, n) =>
-      lines[name].push(...passed.map((layer) => layer[token][n]), here[n], null),
+  // The heaviest and the most surprising tokens in turn, each token once.
+  #ranked() {
+    const { mass, loss, tokens } = this.run;
+    const [heavy, surprising] = [mass, loss].map((values) =>
+      [...values.keys()].sort((a, b) => (values[b] ?? -1) - (values[a] ?? -1)),
     );
+    const seen = new Set();
+    return heavy
+      .flatMap((one, n) => [one, surprising[n]])
+      .filter((n) => !seen.has(tokens[n]) && seen.add(tokens[n]));
   }
 
-  // The traces of the selected token.
-  #marked({ at, shown, head, selected }) {
-    const { run } = this;
-    const nothing = { x: [], y: [], z: [], text: [] };
-    const places = (tokens) => {
-      const found = tokens.map((token) => run.place(at, token));
-      return Object.fromEntries(AXES.map((name, n) => [name, found.map((place) => place[n])]));
-    };
-    const token = selected?.get(run);
-    const marked = {};
-    for (const [name, trace] of Object.entries(TRACES))
-      if (trace >= TRACES.trail && name !== "pull") marked[trace] = nothing;
-    for (let n = 0; n < run.numStored; n++) marked[TRACES.pull + n] = { x: [], y: [], z: [] };
-    if (token === undefined) return marked;
-    const pulls = run.pulls(shown, head, token);
-    const sources = pulls.map(([source]) => source).filter((source) => source !== token);
-    const trail = { x: [], y: [], z: [] };
-    this.#addTrail(trail, token, at, run.place(at, token));
-    marked[TRACES.trail] = trail;
-    marked[TRACES.twins] = places(run.twins(token).filter((twin) => !sources.includes(twin)));
-    marked[TRACES.sources] = {
-      ...places(sources),
-      text: sources.map((source) => (at % 1 ? "" : tagless(run.labels[source]))),
-    };
-    marked[TRACES.selected] = {
-      ...places([token]),
-      text: [`<b>${tagless(run.labels[token])}</b><br> `],
-    };
-    pulls.forEach(([source, weight], n) => {
-      const ends = source === token ? nothing : places([token, source]);
-      marked[TRACES.pull + n] = { ...ends, width: Math.max(1.5, 26 * Math.sqrt(weight)) };
-    });
-    return marked;
-  }
-
-  #put(traces, changes) {
-    for (const [trace, { width, ...places }] of Object.entries(changes)) {
-      Object.assign(traces[trace], places);
-      if (width) traces[trace].line.width = width;
-    }
-  }
-
-  #paint(traces) {
-    const { state } = this;
-    const [accent, ink, faint] = ["--accent", "--ink", "--faint"].map(css);
-    const isSelected = state.selected?.get(this.run) !== undefined;
-    traces[TRACES.trails].line.color = faint;
-    traces[TRACES.trails].opacity = isSelected ? 0.15 : 0.5;
-    traces[TRACES.tokens].marker.color = colouring(this.run, state.colour).colours;
-    traces[TRACES.tokens].marker.opacity = isSelected ? 0.6 : 1;
-    traces[TRACES.tokens].marker.line.color = css("--page");
-    traces[TRACES.trail].line.color = ink;
-    traces[TRACES.twins].marker.color = css("--twin");
-    traces[TRACES.sources].marker.color = accent;
-    traces[TRACES.sources].textfont = { color: ink, size: 13 };
-    traces[TRACES.selected].marker.color = ink;
-    traces[TRACES.selected].textfont = { color: ink, size: 16 };
-    for (let n = 0; n < this.run.numStored; n++) traces[TRACES.pull + n].line.color = accent;
-  }
-
-  // Draw everything again; the camera stays.
   update(state) {
+    if (!this.run.hasGravity) return;
     this.state = state;
-    this.#drawLegend(state);
-    this.hideTooltip();
-    if (!this.#glplot()) return;
-    const traces = this.node.data;
-    this.#paint(traces);
-    this.#put(traces, this.#moving(state));
-    this.#put(traces, this.#marked(state));
-    this.camera = this.node._fullLayout.scene._scene.getCamera();
-    Plotly.react(
-      this.node,
-      traces.map((trace) => ({ ...trace })),
-      this.#layout(),
+    const names = ["ink", "card", "soft", "faint", "accent", "twin", "font"];
+    this.ink = Object.fromEntries(names.map((name) => [name, css(`--${name}`)]));
+    this.#mark();
+    this.#drawLegend();
+    this.hover(null);
+    this.#draw();
+  }
+
+  // What does not depend on the camera: colours, sizes, and which tokens are marked and named.
+  #mark() {
+    const { run, state } = this;
+    const { size } = massScale(run);
+    const token = state.token.get(run);
+    const base = Math.max(1.4, Math.min(5.5, 95 / Math.sqrt(run.count)));
+    const pulls = run
+      .pulls(run.layerOf(state.layer), state.head, token)
+      .filter(([source]) => source !== token);
+    const far = (twin) => run.distance(state.layer, token, twin);
+    const twins = run.twins(token).map((twin) => [far(twin), twin]);
+    twins.sort((a, b) => a[0] - b[0]);
+    const first = [token, ...pulls.map(([source]) => source)];
+    const taken = new Set(first.map((n) => run.tokens[n]));
+    const others = this.isLetters || run.count > Scene.#most ? [] : this.ranked;
+    Object.assign(this, { token, pulls });
+    this.sources = new Set(first.slice(1));
+    this.twins = new Set(twins.slice(0, Scene.#nearest).map(([, twin]) => twin));
+    this.colours = colouring(run, state.colour).colours;
+    this.radii = run.mass.map((mass) => base * size(mass));
+    this.named = [...first, ...others.filter((n) => !taken.has(run.tokens[n]))];
+  }
+
+  #draw() {
+    const { surface, run, state } = this;
+    const { clientWidth: width, clientHeight: height } = surface;
+    if (!width || !height) return;
+    const ratio = devicePixelRatio || 1;
+    const size = [width, height].map((x) => Math.round(x * ratio));
+    if (surface.width !== size[0]) surface.width = size[0];
+    if (surface.height !== size[1]) surface.height = size[1];
+    this.pen = surface.getContext("2d");
+    this.pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+    this.pen.fillStyle = this.ink.card;
+    this.pen.fillRect(0, 0, width, height);
+    Object.assign(this.pen, { lineJoin: "round", lineCap: "round", textAlign: "center" });
+    const frame = run.frame(state.at, state.isFit);
+    const project = this.camera.projection(frame, width, height);
+    surface.dataset.camera = this.camera.text;
+    this.places = run.labels.map((_, token) => project(run.place(state.at, token)));
+    const middles = this.#drawBox(project, frame);
+    if (run.count <= Scene.#most && state.trails) this.#drawTrails(project);
+    this.#drawPulls(project);
+    this.#drawTokens();
+    this.#drawAxisNames(middles, width, height);
+    if (!this.isLetters) this.#drawNames(width, height);
+  }
+
+  #line(color, width, path, alpha = 1) {
+    const { pen } = this;
+    pen.beginPath();
+    path();
+    Object.assign(pen, { strokeStyle: color, lineWidth: width, globalAlpha: alpha });
+    pen.stroke();
+    pen.globalAlpha = 1;
+  }
+
+  #circle(x, y, radius) {
+    this.pen.beginPath();
+    this.pen.arc(x, y, radius, 0, 2 * Math.PI);
+  }
+
+  // Text that can be read over what is below it.
+  #write(text, x, y, color) {
+    Object.assign(this.pen, { lineWidth: 3, strokeStyle: this.ink.card, fillStyle: color });
+    this.pen.strokeText(text, x, y);
+    this.pen.fillText(text, x, y);
+  }
+
+  // The edges of the box but for those that meet in the corner nearest the eye. Returns per axis
+  // where its name stands: the middle of the lowest edge, for the upright one of the leftmost.
+  #drawBox(project, { middle, half }) {
+    const corners = Array.from({ length: 8 }, (_, n) =>
+      project(middle.map((x, axis) => x + ((n >> axis) & 1 ? half[axis] : -half[axis]))),
     );
-  }
-
-  // None if the browser has no WebGL: Plotly says so in place of the map, and the rest works.
-  #glplot() {
-    return this.node._fullLayout?.scene?._scene?.glplot;
-  }
-
-  #drawLegend({ colour }) {
-    const { title, low, high } = colouring(this.run, colour);
-    const [first, second] = this.legend.querySelectorAll("span");
-    [first.textContent, second.textContent] = [low, high];
-    this.legend.querySelector("i").style.background =
-      `linear-gradient(to right, ${[0, 0.25, 0.5, 0.75, 1].map(shade).join(",")})`;
-    const masses = [Math.min(...this.run.mass), Math.max(...this.run.mass)].map((mass) =>
-      number(mass),
+    const depths = corners.map(([, , depth]) => depth);
+    const nearest = depths.indexOf(Math.max(...depths));
+    const edges = [0, 1, 2].map((axis) =>
+      [...corners.keys()].filter((n) => !((n >> axis) & 1)).map((n) => [n, n | (1 << axis)]),
     );
-    const { size } = this.run.frame(this.state.shown, this.state.isFit);
-    const larger =
-      size < 0.995 ? ` · drawn ${number(1 / size, 2)} × larger than the widest layer` : "";
-    const last =
-      this.state.shown > this.run.numLayers ? ` · at layer ${this.run.numLayers}, its last` : "";
-    const isPca = this.run.axes[0].startsWith("component");
-    const axes = isPca ? " · axes: principal components of all layers, share of variance" : "";
-    this.legend.querySelector("b").textContent =
-      `colour: ${title} · size: mass, ${masses.join(" to ")}${larger}${last}${axes}`;
-  }
-
-  // [x, y, depth] of every token on the screen, x and y in pixels of the scene.
-  screen() {
-    if (!this.#glplot()) return [];
-    const scene = this.node._fullLayout.scene._scene;
-    const { model, view, projection } = scene.glplot.cameraParams;
-    const times = (m, v) =>
-      [0, 1, 2, 3].map((i) => m[i] * v[0] + m[4 + i] * v[1] + m[8 + i] * v[2] + m[12 + i] * v[3]);
-    const { clientWidth: width, clientHeight: height } = this.node;
-    return Array.from({ length: this.run.count }, (_, token) => {
-      const place = this.run.place(this.state.at, token);
-      const point = [...place.map((x, n) => x * scene.dataScale[n]), 1];
-      const [x, y, depth, w] = times(projection, times(view, times(model, point)));
-      return [((x / w + 1) / 2) * width, ((1 - y / w) / 2) * height, depth / w];
+    this.#line(this.ink.faint, 1, () => {
+      for (const [one, other] of edges.flat()) {
+        if (one === nearest || other === nearest) continue;
+        this.pen.moveTo(...corners[one]);
+        this.pen.lineTo(...corners[other]);
+      }
+    });
+    return edges.map((four, axis) => {
+      const middles = four.map((ends) =>
+        [0, 1].map((n) => (corners[ends[0]][n] + corners[ends[1]][n]) / 2),
+      );
+      const outside = ([x, y]) => (axis === 2 ? -x : y);
+      return middles.reduce((best, at) => (outside(at) > outside(best) ? at : best));
     });
   }
 
-  // The token under the pointer, or null; near tokens win over far ones, the front over the back.
-  tokenUnder(event) {
-    const box = this.node.getBoundingClientRect();
-    const [left, top] = [event.clientX - box.left, event.clientY - box.top];
+  #drawAxisNames(middles, width, height) {
+    this.pen.font = `12px ${this.ink.font}`;
+    middles.forEach(([x, y], axis) => {
+      const name = this.run.axes[axis].replace("component", "PC").replace(" of variance", "");
+      const half = this.pen.measureText(name).width / 2 + 4;
+      const isLeft = axis === 2 || x < width / 2;
+      const left = Math.max(half, Math.min(width - half, isLeft ? x - half - 4 : x + half + 4));
+      const down = Math.max(14, Math.min(height - 6, axis === 2 ? y : y + 14));
+      this.#write(name, left, down, this.ink.soft);
+    });
+  }
+
+  #trail(project, token) {
+    const [x, y] = this.places[token];
+    const passed = this.run.points.slice(0, Math.ceil(this.run.layerOf(this.state.at)));
+    passed.forEach((points, n) => this.pen[n ? "lineTo" : "moveTo"](...project(points[token])));
+    if (passed.length) this.pen.lineTo(x, y);
+  }
+
+  #drawTrails(project) {
+    const trails = () => this.radii.forEach((_, token) => this.#trail(project, token));
+    this.#line(this.ink.faint, 0.8, trails, 0.4);
+  }
+
+  // Lines to the sources, as wide as their shares, and the selected token's own trail.
+  #drawPulls(project) {
+    for (const [source, share] of this.pulls)
+      this.#line(
+        this.ink.accent,
+        Math.max(1, 14 * share),
+        () => {
+          this.pen.moveTo(...this.places[this.token]);
+          this.pen.lineTo(...this.places[source]);
+        },
+        0.8,
+      );
+    this.#line(this.ink.ink, 1.8, () => this.#trail(project, this.token));
+  }
+
+  // Back to front; what is farther away is smaller and paler.
+  #drawTokens() {
+    const { pen, ink, places } = this;
+    const order = [...places.keys()].sort((a, b) => places[a][2] - places[b][2]);
+    const far = places[order[0]][2];
+    const deep = places[order.at(-1)][2] - far || 1;
+    const larger = Math.sqrt(Math.max(1, this.camera.zoom));
+    const isPlain = this.state.colour === "none";
+    const palest = isPlain ? 0.4 : 0.7; // a colour must be told apart from others
+    this.drawn = this.radii.map((radius, n) => {
+      const isMarked = n === this.token || this.sources.has(n);
+      return radius * places[n][3] * larger * (isMarked ? 1.25 : 1);
+    });
+    for (const n of order) {
+      const [x, y, depth] = places[n];
+      const isSource = this.sources.has(n);
+      const isMarked = isSource || n === this.token;
+      const color = isSource && isPlain ? ink.accent : this.colours[n];
+      const alpha = isMarked ? 1 : palest + ((1 - palest) * (depth - far)) / deep;
+      if (this.isLetters) this.#drawLetter(n, color, alpha, isMarked);
+      else {
+        this.#circle(x, y, this.drawn[n] + 0.8);
+        pen.fillStyle = ink.card;
+        pen.fill();
+        this.#circle(x, y, this.drawn[n]);
+        Object.assign(pen, { fillStyle: color, globalAlpha: alpha });
+        pen.fill();
+        pen.globalAlpha = 1;
+      }
+      if (isMarked || this.twins.has(n)) this.#drawRing(n);
+    }
+  }
+
+  #drawLetter(n, color, alpha, isMarked) {
+    const [x, y] = this.places[n];
+    const size = Math.round(2.6 * this.drawn[n] + (isMarked ? 4 : 0));
+    Object.assign(this.pen, {
+      font: `${isMarked ? 700 : 400} ${size}px ${this.ink.font}`,
+      globalAlpha: alpha,
+    });
+    this.#write(this.run.labels[n], x, y + 0.35 * size, color);
+    this.pen.globalAlpha = 1;
+  }
+
+  #drawRing(n) {
+    const [x, y] = this.places[n];
+    const { ink, accent, twin } = this.ink;
+    const color = n === this.token ? ink : this.twins.has(n) ? twin : accent;
+    if (color === accent && this.state.colour === "none") return;
+    const radius = this.drawn[n] + (this.isLetters ? 6 : 3.5);
+    this.#line(color, 2, () => this.pen.arc(x, y, radius, 0, 2 * Math.PI));
+  }
+
+  // A label without marks for the spaces beside it.
+  #name(token) {
+    const label = this.run.labels[token];
+    return cut(label.replaceAll("␣", " ").trim() || label);
+  }
+
+  // Names that overlap none before; those of tokens that are not marked are spread over the picture.
+  #drawNames(width, height) {
+    const [boxes, tokens] = [[], []];
+    const isNear = (x, y) => (other) =>
+      Math.hypot(this.places[other][0] - x, this.places[other][1] - y) < 45;
+    for (const token of this.named) {
+      if (tokens.length >= Scene.#names) break;
+      const [x, y] = this.places[token];
+      const isMarked = token === this.token || this.sources.has(token);
+      if (!isMarked && tokens.some(isNear(x, y))) continue;
+      this.pen.font = `${token === this.token ? "700 15px" : "12px"} ${this.ink.font}`;
+      const name = this.#name(token);
+      const half = this.pen.measureText(name).width / 2;
+      const gap = this.drawn[token] + 4;
+      const spots = [
+        [x, y - gap - 2],
+        [x + gap + half, y + 4],
+        [x - gap - half, y + 4],
+        [x, y + gap + 11],
+      ];
+      const boxOf = ([at, down]) => [at - half - 2, down - 13, at + half + 2, down + 4];
+      const fits = (box) =>
+        box[0] > 0 && box[1] > 0 && box[2] < width && box[3] < height && isFree(box, boxes);
+      const spot = spots.find((one) => fits(boxOf(one)));
+      if (!spot) continue;
+      boxes.push(boxOf(spot));
+      tokens.push(token);
+      this.#write(name, ...spot, isMarked ? this.ink.ink : this.ink.soft);
+    }
+  }
+
+  #drawLegend() {
+    const { run, state } = this;
+    const { title, low, high, ramp } = colouring(run, state.colour);
+    const scale = massScale(run);
+    const part = (...children) => element("span", {}, ...children);
+    const sample = (className, style) => element("i", { className, style });
+    const { size } = run.frame(state.layer, state.isFit);
+    this.legend.replaceChildren(
+      ...(state.colour === "none"
+        ? []
+        : [part(low, sample("ramp", { background: `linear-gradient(90deg, ${ramp})` }), high, title)]),
+      part(`size: mass, ${number(scale.low, 2)} to ${number(scale.high, 2)}`),
+      ...(this.pulls.length ? [part(sample("pull"), "pull on the selected token")] : []),
+      ...(this.twins.size ? [part(sample("twin"), "same token, the nearest")] : []),
+      ...(size < 0.995 ? [part(`${number(1 / size, 2)} × larger than the widest layer`)] : []),
+      ...(state.layer > run.numLayers ? [part(`layer ${run.numLayers}, its last`)] : []),
+      ...(run.count > Scene.#most
+        ? [part(`${plural(run.count, "token")}: too many for trails and names`)]
+        : []),
+    );
+  }
+
+  // The token at a place of the canvas, or null: of those under it the front one, or the nearest.
+  #tokenAt(x, y) {
     let [found, best] = [null, Infinity];
-    this.screen().forEach(([x, y, depth], token) => {
-      const far = Math.hypot(x - left, y - top);
-      const reach = Math.max(PICK_PIXELS, this.sizes[token] / 2 + 3);
-      const rank = far / reach + depth;
-      if (far <= reach && rank < best) [found, best] = [token, rank];
+    this.places?.forEach(([left, top, depth], token) => {
+      const far = Math.hypot(left - x, top - y);
+      const rank = far <= this.drawn[token] + 1 ? -100 - depth : far;
+      if (far <= Math.max(Scene.#reach, this.drawn[token] + 1) && rank < best)
+        [found, best] = [token, rank];
     });
     return found;
   }
 
   #listen() {
-    let [down, waiting] = [null, false];
-    this.node.addEventListener(
-      "pointerdown",
-      (event) => {
-        down = [event.clientX, event.clientY];
-        this.hideTooltip();
-      },
-      true,
-    );
-    this.node.addEventListener(
-      "click",
-      (event) => {
-        const moved =
-          down === null ? 0 : Math.hypot(event.clientX - down[0], event.clientY - down[1]);
-        if (moved > 4) return;
-        const token = this.tokenUnder(event);
-        this.actions.select(this.run, token);
-        if (token !== null) this.showTooltip(token);
-      },
-      true,
-    );
-    this.node.addEventListener(
-      "pointermove",
-      (event) => {
-        if (event.buttons || waiting) return;
-        waiting = true;
-        requestAnimationFrame(() => {
-          waiting = false;
-          const token = this.tokenUnder(event);
-          this.node.classList.toggle("pointing", token !== null);
-          if (token === null) this.hideTooltip();
-          else this.showTooltip(token);
-        });
-      },
-      true,
-    );
-    this.node.addEventListener("pointerleave", () => this.hideTooltip());
-  }
-
-  showTooltip(token) {
-    const { run, state } = this;
-    if (!this.#glplot()) return;
-    const [x, y] = this.screen()[token];
-    const loss =
-      run.loss[token] === null ? "none: it comes first" : `${number(run.loss[token])} nats`;
-    const pulls = run.pulls(state.shown, state.head, token).slice(0, 3);
-    const quiet = run.quietOf(state.shown, state.head, token);
-    this.tooltip.replaceChildren(
-      chip(run.labels[token]),
-      element("div", {
-        textContent: `position ${token} · mass ${number(run.mass[token])} · loss ${loss}`,
-      }),
-      element(
-        "div",
-        {},
-        ...(pulls.length ? ["pulled by "] : quiet === null ? ["nothing has pulled yet"] : []),
-        ...pulls.flatMap(([source, weight], n) => [
-          n ? ", " : "",
-          chip(run.labels[source]),
-          ` ${percent(weight)}`,
-        ]),
-        ...(quiet === null ? [] : [`${pulls.length ? ", " : ""}quiet ${percent(quiet)}`]),
-      ),
-    );
-    this.tooltip.hidden = false;
-    const { clientWidth: width } = this.node;
-    const { offsetWidth, offsetHeight } = this.tooltip;
-    const top = this.node.offsetTop + y;
-    this.tooltip.style.left = `${Math.max(4, Math.min(x - offsetWidth / 2, width - offsetWidth - 4))}px`;
-    this.tooltip.style.top = `${top - offsetHeight - 14 > 0 ? top - offsetHeight - 14 : top + 16}px`;
-  }
-
-  hideTooltip() {
-    this.tooltip.hidden = true;
-  }
-
-  // Move the camera by angles in radians and a factor of its distance.
-  move(turn, tilt, zoom) {
-    if (!this.#glplot()) return;
-    const camera = this.node._fullLayout.scene._scene.getCamera();
-    const { x, y, z } = camera.eye;
-    const far = Math.hypot(x, y, z) * zoom;
-    const around = Math.atan2(y, x) + turn;
-    const up = Math.max(-1.5, Math.min(1.5, Math.asin(z / Math.hypot(x, y, z)) + tilt));
-    camera.eye = {
-      x: far * Math.cos(up) * Math.cos(around),
-      y: far * Math.cos(up) * Math.sin(around),
-      z: far * Math.sin(up),
+    const { surface, run, actions } = this;
+    const under = ({ clientX, clientY }) => {
+      const { left, top } = surface.getBoundingClientRect();
+      return this.#tokenAt(clientX - left, clientY - top);
     };
-    Plotly.relayout(this.node, { "scene.camera": camera });
-    this.hideTooltip();
+    this.camera.follow(surface, this.#turned, () => actions.set({}));
+    surface.addEventListener("click", (event) => {
+      const token = under(event);
+      if (this.camera.travelled < 5 && token !== null) actions.select(run, token);
+    });
+    surface.addEventListener("pointermove", (event) => {
+      if (event.buttons || event.pointerType === "touch") return;
+      const token = under(event);
+      surface.classList.toggle("pointing", token !== null);
+      if (token !== this.hovered) actions.hover(run, token);
+    });
+    surface.addEventListener("pointerleave", () => actions.hover(run, null));
+  }
+
+  // Draws at most once per frame.
+  #turned = () => {
+    this.hover(null);
+    cancelAnimationFrame(this.waiting);
+    this.waiting = requestAnimationFrame(() => this.#draw());
+  };
+
+  // Show what a token is beside it, or nothing.
+  hover(token) {
+    this.hovered = token;
+    if (!this.tooltip) return;
+    this.tooltip.hidden = token === null || !this.places;
+    if (this.tooltip.hidden) return;
+    const { run, state, tooltip } = this;
+    const [x, y] = this.places[token];
+    const pulls = run.pulls(run.layerOf(state.layer), state.head, token).slice(0, 3);
+    const quiet = run.quietOf(run.layerOf(state.layer), state.head, token);
+    const loss = run.loss[token] === null ? "none: it comes first" : number(run.loss[token]);
+    const facts = `position ${token} · mass ${number(run.mass[token])} · loss ${loss}`;
+    const names = pulls.flatMap(([source, share], n) => [
+      n ? ", " : "pulled by ",
+      chip(run.labels[source]),
+      ` ${percent(share)}`,
+    ]);
+    if (quiet) names.push(`${pulls.length ? ", " : ""}quiet ${percent(quiet)}`);
+    tooltip.replaceChildren(
+      chip(run.labels[token]),
+      element("div", { textContent: facts }),
+      element("div", {}, ...names),
+    );
+    const { offsetWidth, offsetHeight } = tooltip;
+    const left = Math.min(x - offsetWidth / 2, this.node.clientWidth - offsetWidth - 4);
+    const above = y - this.drawn[token] - offsetHeight - 8;
+    tooltip.style.left = `${Math.max(4, left)}px`;
+    tooltip.style.top = `${above > 0 ? above : y + this.drawn[token] + 10}px`;
+  }
+
+  keys(event) {
+    if (!this.run.hasGravity || !this.camera.key(event)) return false;
+    this.#turned();
+    return true;
+  }
+
+  hash() {
+    return this.camera.text;
+  }
+
+  restore(text) {
+    this.camera.restore(text);
+    if (this.state) this.#draw();
+  }
+
+  canvas() {
+    return this.surface;
   }
 }

@@ -48,11 +48,14 @@ const ADDRESS = {
   },
 };
 
-const addressOf = (state, camera) => {
+// What a view keeps of its own: the map its camera, another what it shows of the heads.
+const ownKey = (state) => (state.view === "map" ? "camera" : "shown");
+
+const addressOf = (state, own) => {
   const found = new URLSearchParams();
   for (const [key, { write }] of Object.entries(ADDRESS)) found.set(key, write(state));
-  if (camera) found.set("camera", camera);
-  return `#${found}`;
+  if (own) found.set(ownKey(state), own);
+  return `#${String(found).replaceAll("%2C", ",")}`;
 };
 
 // The changes that an address asks for. Whatever it says wrong is left out, the rest holds.
@@ -63,7 +66,8 @@ const readAddress = (hash) => {
     const value = given.has(key) ? read(given.get(key)) : undefined;
     if (value !== undefined) changes[name] = value;
   }
-  return { changes, camera: given.get("camera") };
+  const own = given.get(ownKey({ ...state, ...changes }));
+  return { changes, own };
 };
 
 // The clipboard may be closed to a page, then an older way serves.

@@ -1,5 +1,6 @@
 """A conversation with a model: reads text, answers it, and yields what happens as events."""
 
+import contextlib
 import io
 import threading
 import time
@@ -93,6 +94,18 @@ class Conversation:
         """The tokens that are kept, oldest first."""
         with self._lock:
             return list(self.tokens)
+
+    @contextlib.contextmanager
+    def unrecorded(self):
+        """Within this the model may read another text: no pulls are recorded."""
+        if self.record is None:
+            yield
+            return
+        was_on, self.record.is_on = self.record.is_on, False
+        try:
+            yield
+        finally:
+            self.record.is_on = was_on
 
     def label(self, token):
         """A token id for people to read, escaped and cut short."""
@@ -236,6 +249,7 @@ class Conversation:
         new = [
             Token(
                 position=self.num_tokens + n,
+                id=token,
                 turn=self.turn,
                 author=author,
                 label=self.label(token),

@@ -24,6 +24,7 @@ class Token:
     """One token as users see it. `position` counts from the start of the conversation."""
 
     position: int
+    id: int
     turn: int
     author: str  # you, or model
     label: str  # printable, with marks for spaces and line ends

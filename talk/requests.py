@@ -7,10 +7,12 @@ can name a file, and every refusal is one line of text.
 import contextlib
 import json
 import socket
+import unicodedata
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 from system.errors import warn
+from talk.conversation import NO_TEXT_YET
 from talk.events import Token
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +28,7 @@ FILES = {
 }
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 LARGEST_BODY = 1 << 18  # bytes
 MOST_DISCARDED, READ_SIZE = 1 << 24, 1 << 16  # bytes of a refused request
@@ -49,8 +51,6 @@ class Refused(Exception):
 class Handler(BaseHTTPRequestHandler):
     """One connection to a `talk.server.ChatServer`."""
 
-    files = read_files()
-
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "newton-gravity-chat", ""
     timeout = LONGEST_SILENCE
@@ -64,8 +64,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _get(self):
         path, _, query = self.path.partition("?")
-        if path in self.files:
-            return self._send(200, *self.files[path])
+        if path in self.server.files:
+            return self._send(200, *self.server.files[path])
         if path == "/state":
             return self._send_json(self.server.state())
         if path == "/version":
@@ -77,9 +77,11 @@ class Handler(BaseHTTPRequestHandler):
     def _post(self):
         server = self.server
         actions = {"/stop": server.stop, "/reset": server.reset, "/undo": server.undo}
-        if self.path not in (*actions, "/talk"):
+        if self.path not in (*actions, *server.look.actions, "/talk"):
             raise Refused(404, "there is no such page")
         request = self._request()
+        if self.path in server.look.actions:
+            return self._send_json(server.ask(server.look.actions[self.path](request)))
         if self.path in actions:
             return self._send_json(actions[self.path]())
         self._stream(self.server.talk(request))
@@ -193,6 +195,25 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         """Log nothing: the terminal shows only the URL and warnings."""
+
+
+def checked_text(text):
+    """The text that a user sent, with every line end as a line feed.
+
+    Raises:
+        Refused: if it is empty, is not a string, or holds control characters.
+    """
+    if not isinstance(text, str):
+        raise Refused(400, "text must be a string")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if not text:
+        raise Refused(400, NO_TEXT_YET)
+    for character in text:
+        if unicodedata.category(character) == "Cc" and character not in "\n\t":
+            raise Refused(
+                400, f"the text has a control character, U+{ord(character):04X}: remove it"
+            )
+    return text
 
 
 def _to_json(data):

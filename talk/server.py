@@ -12,13 +12,12 @@ import queue
 import signal
 import socket
 import threading
-import unicodedata
 from http.server import ThreadingHTTPServer
 
 from system.errors import UserError, warn
 from system.safe_text import one_line, printable
 from talk.conversation import NO_ANSWER_YET, NO_TEXT_YET, NOTHING_TO_UNDO
-from talk.requests import Handler, Refused
+from talk.requests import Handler, Refused, checked_text, read_files
 from talk.settings import OPTIONAL_SETTINGS, SETTINGS
 
 KEPT_TOKENS = 2000  # the page shows the newest, however long the conversation is
@@ -62,8 +61,9 @@ class ChatServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, host, port, conversation, introduction):
-        self.conversation, self.introduction = conversation, introduction
+    def __init__(self, host, port, conversation, introduction, look):
+        self.conversation, self.introduction, self.look = conversation, introduction, look
+        self.files = read_files() | look.files()
         self.version = 1  # counts the changes, so that a tab notices those of another
         self.named_host = host
         self.jobs = queue.Queue()
@@ -137,6 +137,7 @@ class ChatServer(ThreadingHTTPServer):
         config = conversation.stream.model.config
         return {
             "introduction": self.introduction,
+            "suggestions": self.look.suggestions,
             "law": getattr(config, "law", None),
             "numLayers": config.num_layers,
             "numHeads": config.num_heads,
@@ -174,7 +175,7 @@ class ChatServer(ThreadingHTTPServer):
         action, settings = request.get("action"), self._settings(request.get("settings", {}))
         if action not in ("send", "retry", "more"):
             raise Refused(400, "action must be send, retry or more")
-        text = _text(request.get("text", "")) if action == "send" else ""
+        text = checked_text(request.get("text", "")) if action == "send" else ""
 
         def check():
             version = request.get("version", self.version)
@@ -251,6 +252,29 @@ class ChatServer(ThreadingHTTPServer):
             pass
         return self.state()
 
+    def ask(self, question):
+        """The answer of a function that needs the model.
+
+        Raises:
+            Refused: if it raises a `UserError`, or an answer is being written.
+        """
+
+        def make_events(_):
+            try:
+                yield question()
+            except Exception as error:  # for the thread that waits: the model's goes on
+                yield error
+
+        job = self.begin(make_events)
+        answer = job.events.get()
+        while job.events.get() is not None:
+            pass
+        if isinstance(answer, UserError):
+            raise Refused(400, one_line(str(answer))[:300])
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
     def _abilities(self):
         """What the page's buttons can do now."""
         conversation = self.conversation
@@ -307,13 +331,14 @@ class ChatServer(ThreadingHTTPServer):
         """Print nothing: it is no error if a browser leaves in the middle of a request."""
 
 
-def serve(conversation, host, port, introduction):
+def serve(conversation, host, port, introduction, look):
     """Serve until Ctrl-C, which raises `KeyboardInterrupt`.
 
     Args:
         conversation: a `Conversation` that keeps tokens.
         port: 0 takes any free port.
         introduction: a line about the model.
+        look: a `talk.look.Look`.
 
     Raises:
         UserError: if it cannot listen at this host and port.
@@ -321,7 +346,7 @@ def serve(conversation, host, port, introduction):
     # a script starts its background jobs with Ctrl-C ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        server = ChatServer(host, port, conversation, introduction)
+        server = ChatServer(host, port, conversation, introduction, look)
     except (OSError, OverflowError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
@@ -350,22 +375,3 @@ def _host_name(host):
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.rpartition(":")[0].lower() if ":" in host else host.lower()
-
-
-def _text(text):
-    """The text that a user sent, with every line end as a line feed.
-
-    Raises:
-        Refused: if it is empty, is not a string, or holds control characters.
-    """
-    if not isinstance(text, str):
-        raise Refused(400, "text must be a string")
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if not text:
-        raise Refused(400, NO_TEXT_YET)
-    for character in text:
-        if unicodedata.category(character) == "Cc" and character not in "\n\t":
-            raise Refused(
-                400, f"the text has a control character, U+{ord(character):04X}: remove it"
-            )
-    return text

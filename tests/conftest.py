@@ -14,6 +14,7 @@ import torch
 
 from gravity import attention, blocked, cpu
 from gravity.tiles import PackedInputs
+from map_browser import browser, open_map  # noqa: F401, fixtures
 from system.machine import cpu_multiplies_bf16
 
 ROOT = Path(__file__).resolve().parent.parent

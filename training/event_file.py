@@ -59,10 +59,10 @@ class EventFile:
     Args:
         directory: a `Path`; this program's event files in it are merged into the new one.
         head: summaries at the start of the file; older events with their tags are dropped.
-        is_kept: called with tag and step of every older event; returns whether it is kept.
+        kept_as: called with tag and step of every older event; returns its tag, None to drop it.
     """
 
-    def __init__(self, directory, head, is_kept):
+    def __init__(self, directory, head, kept_as):
         # PyTorch's writer, which a user may have in the same process, ends its names in a number
         name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.ngt"
         self.path = directory / name
@@ -73,8 +73,10 @@ class EventFile:
         for path in old:
             for event in read_events(path):
                 for value in event.summary.value:
-                    if value.tag not in replaced and is_kept(value.tag, event.step):
-                        kept[value.tag, event.step] = Event(
+                    tag = kept_as(value.tag, event.step)
+                    if tag is not None and value.tag not in replaced:
+                        value.tag = tag
+                        kept[tag, event.step] = Event(
                             wall_time=event.wall_time,
                             step=event.step,
                             summary=Summary(value=[value]),

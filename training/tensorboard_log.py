@@ -43,8 +43,12 @@ HYPERPARAMETERS = (
     "gradient_accumulation_steps",
     *("learning_rate", "weight_decay", "max_steps", "seed"),
 )
-HISTOGRAMS = ("radius", "time_scale", "time_offset", "window", "retardation", "background")
+HISTOGRAMS = ("time_scale", "time_offset", "window", "retardation", "background", "gamma")
 SHOWN_FIRST = ("model", "law", "pos", "recipe", "parameters", "learning_rate")
+PROJECTOR_PLACE = (
+    "The token embeddings of this run are in the tab PROJECTOR: set *Color by* to mass there. "
+    "Until the page is reloaded, the tab is in the menu INACTIVE at the top right."
+)
 
 
 def dashboard_files(directory):
@@ -75,11 +79,12 @@ class Dashboard:
     def __init__(self, directory, config, start_step=0, rows=()):
         self.directory, self.config = directory, config
 
-        def is_kept(tag, step):
-            return step <= start_step and tag.split("/")[0] not in REWRITTEN
+        def kept_as(tag, step):
+            is_kept = step <= start_step and tag.split("/")[0] not in REWRITTEN
+            return _todays_tag(tag, config) if is_kept else None
 
         *head, self._finished = _hyperparameters(config)
-        self._events = EventFile(directory, [_layout(), *head], is_kept)
+        self._events = EventFile(directory, [_layout(), *head], kept_as)
         self._second = 0
         for row in rows:
             is_whole = {"tokens", "wall_time", *COMPARED} <= row.keys()
@@ -91,8 +96,11 @@ class Dashboard:
         """Write the scalars of one evaluation."""
         if not self._is_due(row["step"], MOST_ROWS):
             return
-        values = {name: v for name, v in row.items() if name != "step" and v is not None}
-        self._events.append([summary.scalar(*item) for item in values.items()], row["step"])
+        shown = {n: v for n, v in row.items() if v is not None and _todays_tag(n, self.config)}
+        del shown["step"]
+        if shown.get("skipped_steps") == 0:
+            del shown["skipped_steps"]
+        self._events.append([summary.scalar(*item) for item in shown.items()], row["step"])
         self._compare(row)
 
     def _compare(self, row):
@@ -120,8 +128,9 @@ class Dashboard:
                 )
         tokens = self.config.get("sample_tokens", 0)
         if tokens and self._is_due(step, MOST_SAMPLES):
-            text = sample_text(model, data, tokens, self.config["seed"])
-            self._events.append([summary.text("sample", as_code(text))], step)
+            prompt, answer = sample_text(model, data, tokens, self.config["seed"])
+            text = f"The validation text begins:\n\n{as_code(prompt)}\n\nThe model continues:\n\n"
+            self._events.append([summary.text("sample", text + as_code(answer))], step)
 
     def _is_due(self, step, most):
         """Whether to write at this evaluation, so that about `most` of the run's do."""
@@ -131,19 +140,36 @@ class Dashboard:
         return number == 1 or number % every == 0 or step == end
 
     def projector(self, model, tokenizer, step):
-        """Write token embeddings with readable labels, coloured by mass, for the projector."""
+        """Write an NGT's token embeddings, with readable labels and masses, for the projector.
+
+        The page opens on the run that started first. So a vanilla transformer is left out: it has
+        no masses to colour by.
+        """
+        if not isinstance(model, NGT):
+            return
         count = min(PROJECTOR_LIMIT, max(3, PROJECTOR_NUMBERS // model.config.hidden_dim))
         tokens = _all_tokens(model)[:count]
         columns = {"token": [tokenizer.label(int(i)).replace("\t", " ") for i in tokens]}
         with torch.no_grad():
             embeddings = {"token_embedding": model.token_emb(tokens).float()}
-            if isinstance(model, NGT):
-                columns["mass"] = [f"{float(mass):.4f}" for mass in model.mass(tokens)]
+            columns["mass"] = [f"{float(mass):.4f}" for mass in model.mass(tokens)]
         write_projector(self.directory, embeddings, columns, step)
+        self._events.append([summary.text("projector", PROJECTOR_PLACE)], step)
 
     def finish(self, step):
         """Note that the run is finished."""
         self._events.append([self._finished], step)
+
+
+def _todays_tag(tag, config):
+    """A tag as it is written now; None for a chart that would say nothing about this run."""
+    if tag == "repulsion" and not config.get("repulsion", True):
+        return None  # not part of the loss
+    old = re.fullmatch(r"layer(\d+)/(.+)", tag)  # earlier releases counted from 0
+    if old is None:
+        return tag
+    is_constant = old[2] == "radius" and not config.get("use_soft_cutoff")
+    return None if is_constant else f"layer {int(old[1]) + 1}/{old[2]}"
 
 
 def _layout():
@@ -188,17 +214,19 @@ def _geometry(model):
     """Yield (tag, values) of what the geometry of an NGT learned."""
     yield "mass", model.mass(_all_tokens(model))
     largest_mass = model.largest_mass()
-    for n, layer in enumerate(model.layers):
+    # only the soft cutoff has a radius that is learned
+    names = (*HISTOGRAMS, "radius") if model.config.cutoff == "soft" else HISTOGRAMS
+    for number, layer in enumerate(model.layers, 1):
         for name, values in layer.attn.learned(largest_mass).items():
-            if name in HISTOGRAMS and values is not None:
-                yield f"layer{n}/{name}", values.flatten()
+            if name in names and values is not None:
+                yield f"layer {number}/{name}", values.flatten()
 
 
 def sample_text(model, data, max_new_tokens, seed):
     """The beginning of the validation text, continued by the model, which stays unchanged.
 
     Returns:
-        The prompt and the drawn text; it ends early if the logits are not finite.
+        The prompt and the drawn text, which ends early if the logits are not finite.
     """
     was_training = model.training
     generator = torch.Generator().manual_seed(seed)
@@ -212,7 +240,11 @@ def sample_text(model, data, max_new_tokens, seed):
             stream.feed(drawn[-1:])
     finally:
         model.train(was_training)
-    return data.tokenizer.decode(prompt + drawn)[:LONGEST_SAMPLE]
+    decode = data.tokenizer.decode
+    whole = decode(prompt + drawn)[:LONGEST_SAMPLE]
+    # the prompt's last token may be only a part of a character
+    end = len(decode(prompt).rstrip("\N{REPLACEMENT CHARACTER}"))
+    return whole[:end], whole[end:]
 
 
 def as_code(text):
@@ -230,6 +262,8 @@ def as_code(text):
 def write_projector(directory, embeddings, columns, step):
     """Write the projector's files; embeddings of earlier steps stay in its list.
 
+    The page opens on the name that is first in the alphabet: the newest.
+
     Args:
         embeddings: name to (N, dim).
         columns: title to N strings; the label first, then values to colour points by.
@@ -245,19 +279,22 @@ def write_projector(directory, embeddings, columns, step):
         folder = Path("projector") / f"{step:05d}" / name
         lines = ["\t".join(f"{x:.5g}" for x in point) for point in points.tolist()]
         write_whole(directory / folder / "tensors.tsv", "\n".join(lines).encode())
-        rows = [*zip(*columns.values(), strict=True)]
-        if len(columns) > 1:  # the page would read a single column's title as a label
-            rows.insert(0, tuple(columns))
+        rows = [tuple(columns), *zip(*columns.values(), strict=True)]
         write_whole(
             directory / folder / "metadata.tsv", "\n".join("\t".join(row) for row in rows).encode()
         )
         config.embeddings.add(
-            tensor_name=f"{name}:{step:05d}",
+            tensor_name=f"{name} newest, step {step}",
             tensor_path=str(folder / "tensors.tsv"),
             metadata_path=str(folder / "metadata.tsv"),
         )
-    known = {embedding.tensor_name for embedding in config.embeddings}
-    config.embeddings.extend(e for e in earlier if e.tensor_name not in known)
+    written = {embedding.tensor_path for embedding in config.embeddings}
+    for embedding in earlier:
+        if embedding.tensor_path not in written:
+            if POINTS.fullmatch(embedding.tensor_path):
+                *_, of_step, name, _ = embedding.tensor_path.split("/")
+                embedding.tensor_name = f"{name}, step {int(of_step)}"
+            config.embeddings.append(embedding)
     write_whole(listing, text_format.MessageToString(config).encode())
 
 

@@ -14,11 +14,13 @@ import first_release_files
 import visualize_coords
 from conftest import error_line, run
 from coords import data as coords_data
+from coords import predictions
 from engine import pulls
-from map_contents import TEXT, data_of, unpacked
+from map_contents import TEXT, data_of, predicted, shares_of, unpacked
 from particles import published_by_hand
 from small_models import (
     LETTERS,
+    lively,
     make_checkpoint,
     make_checkpoint_with_background,
     pull_weights,
@@ -96,9 +98,13 @@ def test_points_masses_and_losses(in_tmp):
     chances /= chances.sum(-1, keepdims=True)
     losses = [-np.log(chances[n - 1, tokens[n]]) for n in range(1, len(tokens))]
     assert shown["loss"][0] is None and np.allclose(shown["loss"][1:], losses, atol=1e-3)
-    best = chances[4].argsort()[::-1][:3]
-    assert shown["guesses"][5] == [LETTERS.label(int(token)) for token in best]
-    assert np.allclose(shown["chances"][5], chances[4, best], atol=1e-3)
+    best = chances[5].argsort()[::-1][:5]
+    found, likely = predicted(shown, "lens")
+    assert list(found[2, 5]) == list(best) and np.allclose(
+        likely[2, 5], chances[5, best], atol=1e-3
+    )
+    named = dict(zip(shown["nameIds"], shown["names"], strict=True))
+    assert [named[token] for token in best] == [LETTERS.label(int(token)) for token in best]
     assert shown["labels"][3] == "␣" and shown["starts"] == list(range(len(tokens)))
     assert shown["counts"][3] == TEXT.count(" ") and not shown["isCorpus"]
 
@@ -115,9 +121,9 @@ def test_tokens_without_mass(law, mass_in_value, in_tmp):
     write_map("--text", TEXT, "--output", "map.html", *flags)
     (shown,) = data_of(in_tmp / "map.html")
     assert max(shown["mass"]) == 0
-    shares = unpacked(shown["weights"], "<u2").reshape(2, 3, len(TEXT), -1) / 65535
+    shares = shares_of(shown)
     if law == "published" and mass_in_value:  # the law's weights have no mass in them
-        assert np.allclose(shares[:, :, :8].sum(-1), 1, atol=1e-3)
+        assert np.allclose(shares.sum(-1), 1)
     elif law == "newton" and not mass_in_value:
         assert shares.max() == 0
 
@@ -135,7 +141,7 @@ def test_pulls_that_are_no_numbers(law, in_tmp, monkeypatch):
 @pytest.mark.parametrize("law", ["newton", "published"])
 @pytest.mark.parametrize("pairs", [1 << 18, 50])
 def test_pulls_heads_and_distances(law, pairs, in_tmp, monkeypatch):
-    """The strongest sources, and where heads look, from whole matrices in float64."""
+    """What the page needs for every share, and where heads look, from whole matrices in float64."""
     monkeypatch.setattr(pulls, "PULL_PAIRS", pairs)
     model = make_checkpoint("x.pt", law=law, block_size=64, num_heads=4, head_coord_dim=3)
     tokens = LETTERS.encode(TEXT)
@@ -144,14 +150,7 @@ def test_pulls_heads_and_distances(law, pairs, in_tmp, monkeypatch):
     with torch.no_grad():
         weights = pull_weights(model.double(), torch.tensor([tokens])).numpy()
     assert np.allclose(weights.sum(-1), 1, atol=1e-6) and weights.dtype == np.float64
-    every = np.concatenate([weights, weights.mean(1, keepdims=True)], 1)
-    shape = (2, 5, len(tokens), 8)
-    found = unpacked(shown["weights"], "<u2").reshape(shape) / 65535
-    sources = unpacked(shown["sources"], "<u2").reshape(shape).astype(int)
-    assert np.allclose(found, -np.sort(-every, -1)[..., :8], atol=2e-5)
-    assert np.allclose(
-        np.take_along_axis(every, sources, -1)[found > 0], found[found > 0], atol=1e-4
-    )
+    assert np.allclose(shares_of(shown), weights, atol=2e-3)
     for row in shown["heads"]:
         head = weights[row["layer"] - 1, row["head"]]
         profile = np.array([np.trace(head, -back) for back in range(len(tokens))]) / len(tokens)
@@ -176,9 +175,8 @@ def test_a_background_is_the_rest_of_the_pull(in_tmp):
     with torch.no_grad():
         backgrounds = [layer.attn.background.tolist() for layer in model.layers]
         weights = pull_weights(model.double(), torch.tensor([tokens])).numpy()
-    every = np.concatenate([weights, weights.mean(1, keepdims=True)], 1)
-    quiet = unpacked(shown["quiet"], "<u2").reshape(2, 3, len(tokens)) / 65535
-    assert np.allclose(quiet, 1 - every.sum(-1), atol=2e-5) and 0.1 < quiet.mean() < 0.9
+    quiet = 1 - weights.sum(-1)
+    assert np.allclose(1 - shares_of(shown).sum(-1), quiet, atol=2e-3) and 0.1 < quiet.mean() < 0.9
     for row in shown["heads"]:
         layer, head = row["layer"] - 1, row["head"]
         assert row["quiet"] == pytest.approx(quiet[layer, head].mean(), abs=2e-5)
@@ -194,7 +192,7 @@ def test_a_background_is_the_rest_of_the_pull(in_tmp):
     make_checkpoint("x.pt")
     write_map("--text", TEXT, "--output", "map.html")
     (shown,) = data_of(in_tmp / "map.html")
-    assert shown["quiet"] is None
+    assert shown["attention"]["heads"][0][0]["background"] is None
     assert shown["heads"][0]["quiet"] is None and shown["heads"][0]["background"] is None
 
 
@@ -230,8 +228,7 @@ def test_a_first_release_file_has_a_map(in_tmp):
     )
     (shown,) = data_of(in_tmp / "map.html")
     assert shown["law"] == "published" and shown["step"] == 1234 and shown["field"] is None
-    sums = unpacked(shown["weights"], "<u2").reshape(-1, 8).sum(-1) / 65535
-    assert 0.5 < sums.mean() <= 1.0001 and shown["heads"][0]["gamma"] > 0
+    assert shown["heads"][0]["gamma"] == shown["attention"]["heads"][0][0]["gamma"] > 0
     assert (in_tmp / "heads.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -360,25 +357,68 @@ def test_few_coordinates_still_make_a_map(coord_dim, in_tmp):
     assert np.array(shown["points"]).shape == (3, len(TEXT), 3)
 
 
-@pytest.mark.parametrize("text, words", [("abc", "at least 4"), ("", "at least 4")])
-def test_too_little_text(text, words, in_tmp):
+def test_texts_with_next_to_nothing_to_show(in_tmp):
+    """One token, and tokens that are all at the same place: axes without extent are flat."""
     make_checkpoint("x.pt")
-    with pytest.raises(UserError, match=words):
-        write_map("--text", text)
+    for text in ("a", "aaaaaa"):
+        write_map("--text", text, "--output", "map.html", *(["--png", "map.png"] * (text == "a")))
+        (shown,) = data_of(in_tmp / "map.html")
+        points = np.array(shown["points"])
+        assert points.shape == (3, len(text), 3)  # three places, so that two axes hold them
+        assert (np.abs(points).max((0, 1)) == 0).tolist() == [False, False, True]
+        assert shown["axes"][2] == "no third component"
+    with pytest.raises(UserError, match="--method pca"):
+        write_map("--text", "a", "--method", "tsne")
+    with pytest.raises(UserError, match="at least one"):
+        write_map("--text", "")
+
+
+def test_a_vanilla_transformer_has_a_page(in_tmp):
+    """Alone, and beside an NGT under one text: attention, losses and heads, but no coordinates."""
+    make_checkpoint("x.pt", model_type="vanilla", block_size=64, sink=True, pos="alibi")
+    write_map("--text", TEXT, "--output", "map.html", "--heads-png", "heads.png")
+    (shown,) = data_of(in_tmp / "map.html")
+    missing = ("mass", "vocabulary", "points", "axes", "z", "zScale", "numCoords", "field")
+    assert shown["kind"] == "vanilla" and [shown[name] for name in missing] == [None] * 8
+    shares = shares_of(shown)
+    for row in shown["heads"]:
+        head = shares[row["layer"] - 1, row["head"]]
+        assert row["one_back"] == pytest.approx(np.trace(head, -1) / head.sum(), abs=1e-3)
+        assert row["quiet"] == pytest.approx(1 - head.sum() / len(TEXT), abs=1e-3)
+        assert (row["slope"], type(row["sink"])) == ((1 / 16, 1 / 256)[row["head"]], float)
+    make_checkpoint("y.pt")
+    flags = ("--text", TEXT, "--compare", "y.pt", "--output", "map.html")
+    write_map(*flags)
+    one, two = data_of(in_tmp / "map.html")
+    assert (one["kind"], two["kind"]) == ("vanilla", "newton") and one["tokens"] == two["tokens"]
+    model = make_checkpoint("x.pt", model_type="vanilla", block_size=64)
+    with torch.no_grad():
+        model.layers[0].attn.q_proj.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match="pulls of this checkpoint are not finite"):
+        coords_data.measure(model, LETTERS.encode(TEXT))
+
+
+def test_heads_are_switched_off_if_that_is_quick(monkeypatch):
+    """Never for a live page, and not above a bound on the cost or on the size of the page."""
+    model, tokens = lively("newton modern"), [1, 2, 3, 4, 5]
+    assert coords_data.measure(model, tokens).off.loss.shape == (2, 4, 5)
+    assert coords_data.measure(model, tokens, switch_off=False).off is None
+    for bound, value in (("MOST_WORK", 2e5), ("MOST_ROWS", 39)):
+        with monkeypatch.context() as patch:
+            patch.setattr(predictions, bound, value)
+            assert coords_data.measure(model, tokens).off is None
 
 
 def test_bad_input_is_one_line(in_tmp):
     make_checkpoint("x.pt", model_type="vanilla")
-    line = error_line(run("visualize_coords.py", "--checkpoint-path", "x.pt", cwd=in_tmp, check=2))
-    assert "vanilla" in line
-    make_checkpoint("y.pt", model_type="vanilla")
+    flags = ("--checkpoint-path", "x.pt", "--text", TEXT, "--png", "map.png")
+    line = error_line(run("visualize_coords.py", *flags, cwd=in_tmp, check=2))
+    assert "--png: x.pt is a vanilla transformer" in line
     make_checkpoint("x.pt")
     with pytest.raises(UserError, match="--text"):
         write_map()
     with pytest.raises(UserError, match="--layer 9"):
         write_map("--layer", 9)
-    with pytest.raises(UserError, match="--compare y"):
-        write_map("--text", TEXT, "--compare", "y.pt")
     with pytest.raises(UserError, match="--offset 99"):
         write_map("--text", TEXT, "--offset", 99)
     with pytest.raises(UserError, match="--num-tokens"):
@@ -393,8 +433,6 @@ def test_bad_input_is_one_line(in_tmp):
     assert (in_tmp / "x.pt").read_bytes() == before
     with pytest.raises(UserError, match="cannot be written"):
         write_map("--text", TEXT, "--output", "x.pt/map.html")
-    with pytest.raises(UserError, match="same place"):
-        write_map("--text", "aaaaaaaa")
 
 
 def test_coordinates_that_are_no_numbers(in_tmp):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -43,6 +44,7 @@ CONFIG = {
     **{"model": "ngt", "law": "newton", "pos": "learned", "learning_rate": 1e-3, "seed": 1},
     **{"max_steps": 30, "eval_interval": 10, "sample_tokens": 20, "use_soft_cutoff": True},
 }
+NOTHING = {"background": False, "retardation": False, "use_radius_cutoff": False}
 
 
 def train(*flags, cwd, check=0):
@@ -111,7 +113,8 @@ def test_a_resumed_run_reads_as_one(in_tmp, small_text):
         expected = pytest.approx([row[name] for row in rows], rel=1e-6)
         assert [event.value for event in events.Scalars(name)] == expected
         assert [event.value for event in events.Scalars(f"by_tokens/{name}")] == expected
-    assert [event.step for event in events.Histograms("layer0/time_scale")] == [10, 20, 30]
+    assert [event.step for event in events.Histograms("layer 1/time_scale")] == [10, 20, 30]
+    assert not {"repulsion", "skipped_steps"} & set(events.Tags()["scalars"])
     assert len(texts(events)) == 3
 
     (layout,) = (make_ndarray(e.tensor_proto) for e in events.Tensors("custom_scalars__config__"))
@@ -135,7 +138,8 @@ def test_a_resumed_run_reads_as_one(in_tmp, small_text):
     config = ProjectorConfig()
     text_format.Parse((directory / "projector_config.pbtxt").read_text(), config)
     names = [embedding.tensor_name for embedding in config.embeddings]
-    assert names[0] == "token_embedding:00030" and sorted(names) == sorted(set(names))
+    assert names[0] == min(names) == "token_embedding newest, step 30"  # the page opens on it
+    assert set(names[1:]) == {f"token_embedding, step {step}" for step in (20, 50)}
     for embedding in config.embeddings:
         points = np.loadtxt(directory / embedding.tensor_path, delimiter="\t")
         labels = (directory / embedding.metadata_path).read_text().splitlines()
@@ -146,7 +150,8 @@ def test_a_resumed_run_reads_as_one(in_tmp, small_text):
 
 
 def test_what_an_older_release_left_is_taken_in(in_tmp):
-    """Its event file, and from metrics.jsonl the series that it did not write."""
+    """Its event file, and from metrics.jsonl the series that it did not write. Layers counted from
+    0 become layers from 1, once; what says nothing about this run is dropped."""
     from torch.utils.tensorboard import SummaryWriter
 
     written = [evaluation(step, 3 - step / 100) for step in (10, 20, 30)]
@@ -156,8 +161,34 @@ def test_what_an_older_release_left_is_taken_in(in_tmp):
         for row in written:
             for name in ("val_loss", "bits_per_byte"):
                 writer.add_scalar(name, row[name], row["step"])
-    RunLog(in_tmp, CONFIG, start_step=20)
+            writer.add_scalar("repulsion", 1.0, row["step"])
+            for layer in (0, 1):
+                for name in ("radius", "window"):
+                    writer.add_histogram(f"layer{layer}/{name}", np.full(3, layer), row["step"])
+    names = ("tensor", "metadata")
+    files = [Path(f"projector/00020/token_embedding/{name}s.tsv") for name in names]
+    listed = "".join(f'{n}_path: "{path}"\n' for n, path in zip(names, files, strict=True))
+    files[0].parent.mkdir(parents=True)
+    files[0].touch()
+    Path("projector_config.pbtxt").write_text(
+        f'embeddings {{\ntensor_name: "token_embedding:00020"\n{listed}}}\n'
+    )
+    config = CONFIG | {"use_soft_cutoff": False, "repulsion": False}
+    for _ in range(2):
+        log = RunLog(in_tmp, config, start_step=20)
+    model, data = small()
+    log.dashboard.projector(model, data.tokenizer, 30)
+    found = ProjectorConfig()
+    text_format.Parse(Path("projector_config.pbtxt").read_text(), found)
+    assert [embedding.tensor_name for embedding in found.embeddings] == [
+        "token_embedding newest, step 30",
+        "token_embedding, step 20",
+    ]
     events = read(in_tmp)
+    assert set(events.Tags()["histograms"]) == {"layer 1/window", "layer 2/window"}
+    kept = events.Histograms("layer 2/window")
+    assert [(event.step, event.histogram_value.max) for event in kept] == [(10, 1), (20, 1)]
+    assert "repulsion" not in events.Tags()["scalars"]
     assert steps(events, "val_loss") == [10, 20]
     assert steps(events, "by_tokens/val_loss") == [5120, 10240]
     assert steps(events, "by_seconds/val_loss") == [15, 30]
@@ -184,13 +215,23 @@ def test_a_sample_is_the_models_own_text(model_type):
     model, data = small(model_type)
     model.train()
     before = torch.get_rng_state()
-    text = sample_text(model, data, 50, seed=3)
+    prompt, answer = sample_text(model, data, 50, seed=3)
     assert model.training and torch.equal(before, torch.get_rng_state())
-    assert text.startswith(data.tokenizer.decode(range(11))) and len(text) == 16 + 50
-    assert text == sample_text(model, data, 50, seed=3) != sample_text(model, data, 50, seed=4)
+    assert prompt == data.tokenizer.decode(data.valid[:16]) and len(answer) == 50
+    again, other = (sample_text(model, data, 50, seed) for seed in (3, 4))
+    assert again == (prompt, answer) != other
     with torch.no_grad():
         model.token_emb.weight.fill_(math.nan)
-    assert len(sample_text(model, data, 50, seed=3)) == 16
+    assert sample_text(model, data, 50, seed=3) == (prompt, "")
+
+
+def test_a_prompt_that_ends_within_a_character():
+    """The answer starts with that character, and nothing is lost."""
+    model, data = small()
+    whole = "중력" * 12  # 3 bytes a letter: 16 bytes end within the sixth
+    data.valid = np.frombuffer(whole.encode(), dtype=np.uint8) % model.config.vocab_size
+    data.tokenizer.decode = lambda ids: whole.encode()[: len(ids)].decode(errors="replace")
+    assert sample_text(model, data, 20, seed=1) == (whole[:5], whole[5:12])
 
 
 def test_code_blocks_stay_text():
@@ -272,6 +313,29 @@ def test_a_run_of_15000_steps(in_tmp, small_text):
     assert 100 <= len(events.Histograms("mass")) <= 202 and 20 <= len(texts(events)) <= 52
 
 
+@pytest.mark.parametrize(
+    "config, learned",
+    [
+        (dict(), "time_scale time_offset"),
+        (dict(use_radius_cutoff=True), "time_scale time_offset window"),
+        (
+            dict(use_radius_cutoff=True, use_soft_cutoff=True),
+            "radius time_scale time_offset window",
+        ),
+        (dict(retardation=True), "time_scale time_offset retardation"),
+        (dict(law="published", use_radius_cutoff=True), "gamma"),
+        (dict(law="published", use_radius_cutoff=True, use_soft_cutoff=True), "gamma radius"),
+        (dict(model_type="vanilla"), ""),
+    ],
+)
+def test_a_histogram_of_all_that_is_learned_and_of_nothing_else(config, learned, in_tmp):
+    """A radius with a hard edge never changes, and a window without a cutoff is infinite."""
+    model, data = small(**NOTHING | config)
+    Dashboard(in_tmp, CONFIG).learned(model, data, 10)
+    expected = {f"layer {n}/{name}" for n in (1, 2) for name in learned.split()}
+    assert set(read(in_tmp).Tags()["histograms"]) == expected | ({"mass"} if learned else set())
+
+
 @pytest.mark.parametrize("background", [False, True])
 def test_every_background_is_in_a_histogram_and_in_the_table_of_heads(background, in_tmp):
     """One number per head, and in the table "none" without one."""
@@ -279,9 +343,9 @@ def test_every_background_is_in_a_histogram_and_in_the_table_of_heads(background
     Dashboard(in_tmp, CONFIG | {"background": background}).learned(model, data, 10)
     events = read(in_tmp)
     drawn = {tag for tag in events.Tags()["histograms"] if "background" in tag}
-    assert drawn == ({"layer0/background", "layer1/background"} if background else set())
+    assert drawn == ({"layer 1/background", "layer 2/background"} if background else set())
     if background:
-        (event,) = events.Histograms("layer1/background")
+        (event,) = events.Histograms("layer 2/background")
         values = event.histogram_value
         assert values.num == 2 and values.min == pytest.approx(0.03, rel=1e-5)
     (hyperparameters,) = hparams(in_tmp, "session_start_info")
@@ -290,6 +354,13 @@ def test_every_background_is_in_a_histogram_and_in_the_table_of_heads(background
     head, _, *rows = [line.split("|") for line in heads_table(model).splitlines()]
     column = [title.strip() for title in head].index("background")
     assert {row[column].strip() for row in rows} == {"0.03" if background else "none"}
+
+
+def test_skipped_steps_have_a_chart_once_there_are_some(in_tmp):
+    board = Dashboard(in_tmp, CONFIG)
+    for step, skipped in ((10, 0), (20, 0), (30, 2)):
+        board.row(evaluation(step, 3.0) | {"skipped_steps": skipped})
+    assert steps(read(in_tmp), "skipped_steps") == [30]
 
 
 def test_a_directory_that_vanishes_is_made_again(in_tmp):
@@ -394,7 +465,7 @@ def test_the_real_page(in_tmp, tensorboard):
     hostile_name = "<img src=x onerror=alert(5)>"
     letters = map(chr, range(0x21, 0x7F))  # so many that masses are coloured as numbers
     tokenizer = CharTokenizer([*HOSTILE, "\x1b]0;title\x07", *letters])
-    for name, kind, loss in (("ngt", "ngt", 2.0), (hostile_name, "vanilla", 3.0)):
+    for name, kind, loss in ((hostile_name, "vanilla", 3.0), ("ngt", "ngt", 2.0)):
         log = RunLog(in_tmp / "runs" / name, CONFIG | {"model": kind})
         model, data = small(kind, tokenizer)
         torch.nn.init.normal_(getattr(model, "mass_emb", model.token_emb).weight)
@@ -432,6 +503,8 @@ def test_the_real_page(in_tmp, tensorboard):
         page.reload()
         page.get_by_text(HOSTILE[0]).first.wait_for()
         assert page.get_by_text("\\x1b]0;title\\x07").count()
+        for said in ("The validation text begins:", "The model continues:", "in the tab PROJECTOR"):
+            assert page.get_by_text(said).count()
         page.screenshot(path="text.png")
 
         page.goto(f"{address}/#projector")
