@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-class Block(nn.Module):
+class Layer(nn.Module):
     """Attention and feed-forward, each after a LayerNorm; h is (B, T, hidden_dim)."""
 
     def __init__(self, config, bias):
@@ -48,7 +48,7 @@ class PlainGPT(nn.Module):
         self.config = config
         self.token_emb = nn.Embedding(config.vocab_size, config.hidden_dim)
         self.pos_emb = nn.Embedding(config.block_size, config.hidden_dim)
-        self.blocks = nn.ModuleList(Block(config, bias) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Layer(config, bias) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.hidden_dim, bias=bias)
         self.head = nn.Linear(config.hidden_dim, config.vocab_size, bias=False)
         self.head.weight = self.token_emb.weight
@@ -59,8 +59,8 @@ class PlainGPT(nn.Module):
     def forward(self, tokens, targets=None):
         """Logits (B, T, vocab_size), or the mean cross-entropy if there are targets (B, T)."""
         h = self.token_emb(tokens) + self.pos_emb.weight[: tokens.shape[1]]
-        for block in self.blocks:
-            h = block(h)
+        for layer in self.layers:
+            h = layer(h)
         logits = self.head(self.norm(h))
         if targets is None:
             return logits

@@ -34,8 +34,7 @@ class PullDifference {
   constructor(run, other, actions) {
     Object.assign(this, { runs: [run, other], actions, pieces: commonPieces(run, other) });
     const [mine, others] = [run, other].map(pullWord);
-    this.words =
-      mine === others ? `the ${mine} of both` : `${mine} against ${others}`;
+    this.words = mine === others ? `the ${mine} of both` : `${mine} against ${others}`;
     this.found = []; // [token, share that is elsewhere], as far as it is counted
     this.here = element("p", { className: "chosen" });
     this.everywhere = element("p", { className: "chosen" });

@@ -132,7 +132,10 @@ class Heads {
     const head = state.head === "mean" || state.head >= run.numHeads ? "mean" : state.head;
     Object.assign(this, { state, layer, head, token });
     for (const button of this.modes)
-      button.setAttribute("aria-pressed", String(!this.isLarge && button.dataset.mode === this.mode));
+      button.setAttribute(
+        "aria-pressed",
+        String(!this.isLarge && button.dataset.mode === this.mode),
+      );
     this.grid.hidden = this.isLarge;
     this.large.hidden = !this.isLarge;
     this.legend.replaceChildren(
@@ -172,7 +175,9 @@ class Heads {
 
   // The small one that stands for the chosen head is marked, and the one that Tab reaches.
   #mark() {
-    const chosen = this.smalls.find(({ row }) => row.layer === this.layer && row.head === this.head);
+    const chosen = this.smalls.find(
+      ({ row }) => row.layer === this.layer && row.head === this.head,
+    );
     for (const small of this.smalls) {
       small.node.tabIndex = -1;
       if (small === chosen) small.node.setAttribute("aria-current", "true");
@@ -292,18 +297,20 @@ class Heads {
         lineChart({
           series: curves(run.field),
           x,
-          y: { title: "field", low: 0 },
+          y: { title: "field", low: 0, write: (x) => number(x, 1) },
           label: `Possible field by distance, layer ${layer}`,
-          tell: ({ name }, [back, value]) => `${name}: ${number(value)} at ${plain.format(back)} back`,
+          tell: ({ name }, [back, value]) =>
+            `${name}: ${number(value)} at ${plain.format(back)} back`,
         }),
       );
     this.pull.replaceChildren(
       lineChart({
         series: curves(run.pull),
         x,
-        y: { title: "share of the pull (log)", scale: "log", low: 1e-4, high: 1, write: percent },
+        y: { title: "share of the pull (log)", scale: "log", low: 1e-4, high: 1, write: (x) => `${100 * x} %` },
         label: `Measured pull by distance, layer ${layer}`,
-        tell: ({ name }, [back, value]) => `${name}: ${percent(value)} from ${plain.format(back)} back`,
+        tell: ({ name }, [back, value]) =>
+          `${name}: ${percent(value)} from ${plain.format(back)} back`,
       }),
     );
   }

@@ -20,8 +20,11 @@ function goToFound(step) {
   const { found } = search;
   if (!found.length) return;
   const here = state.token.get(RUNS[0]);
-  // from the selected token on: at the first Enter the next place after it
-  if (search.at < 0) search.at = found.findIndex((token) => token >= here) - (step > 0 ? 1 : 0);
+  // at the first Enter from the selected token on
+  if (search.at < 0) {
+    const next = found.findIndex((token) => token >= here);
+    search.at = (next < 0 ? found.length : next) - (step > 0 ? 1 : 0);
+  }
   search.at = (search.at + step + found.length) % found.length;
   actions.select(RUNS[0], found[search.at]);
   $("found").textContent = `${search.at + 1} of ${found.length}`;

@@ -34,10 +34,16 @@ class Live {
     this.button.title = "Ctrl Enter";
     this.said = element("p", { className: "note" });
     this.said.setAttribute("role", "status");
+    // until there is a text, the page's controls have nothing to control
+    this.hint = note(
+      "The page then shows what pulled each token, what each head looks at and what the model expects next. You can also change the model, without lasting effect: switch a head off, cut a pull, make a token heavier or move it, and see what it would say.",
+    );
+    document.body.classList.add("unread");
     this.suggestions = element("div", { className: "suggestions" }, ...this.suggest());
     const label = element("label", { htmlFor: "sentence", textContent: "Your sentence" });
     const row = element("div", { className: "row" }, this.field, this.button);
-    this.node = element("form", { className: "live" }, label, row, this.suggestions, this.said);
+    this.node = element("form", { className: "live" });
+    this.node.append(label, row, this.suggestions, this.said, this.hint);
     this.node.onsubmit = (event) => {
       event.preventDefault();
       this.look({ text: this.field.value });
@@ -84,17 +90,15 @@ class Live {
     if (body.text === "") return this.say("Write a sentence first.");
     this.say("The model reads …");
     this.button.disabled = true;
-    try {
-      this.show(await this.ask(path, body));
-    } catch (error) {
-      this.say(error.message, true);
-    }
+    const given = await this.ask(path, body).catch((error) => this.say(error.message, true));
     this.button.disabled = false;
+    if (given) this.show(given);
   }
 
   show(given) {
     this.shown = this.field.value = given.text;
-    this.suggestions.hidden = true;
+    this.suggestions.hidden = this.hint.hidden = true;
+    document.body.classList.remove("unread");
     this.say(given.note);
     // what was chosen stays, but for the token, which was one of another text
     const address = new URLSearchParams(location.hash.slice(1));

@@ -24,12 +24,18 @@ function movedChance(before, after) {
   const gained = (from, to) => {
     const chances = new Map(from.map(([, chance, id]) => [id, chance]));
     const last = from.at(-1)[1];
-    return to.reduce((sum, [, chance, id]) => sum + Math.max(0, chance - (chances.get(id) ?? last)), 0);
+    return to.reduce(
+      (sum, [, chance, id]) => sum + Math.max(0, chance - (chances.get(id) ?? last)),
+      0,
+    );
   };
   return Math.max(gained(before, after), gained(after, before));
 }
 
-const chanceBar = (share) => ({ style: { "--share": `${100 * Math.min(1, share)}%` }, className: "bar" });
+const chanceBar = (share) => ({
+  style: { "--share": `${100 * Math.min(1, share)}%` },
+  className: "bar",
+});
 
 class Next {
   constructor(run, actions) {
@@ -68,7 +74,14 @@ class Next {
       .slice(0, MOST_SURPRISING);
     const wordOf = (token) => {
       const [first, end] = wordAround(run, token);
-      return end - first > 1 ? `in ${cut(run.texts.slice(first, end).join("").replace(/^[␣⏎⇥]+/, ""))}, ` : "";
+      return end - first > 1
+        ? `in ${cut(
+            run.texts
+              .slice(first, end)
+              .join("")
+              .replace(/^[␣⏎⇥]+/, ""),
+          )}, `
+        : "";
     };
     return element(
       "p",
@@ -104,7 +117,12 @@ class Next {
     const { run } = this;
     const token = state.token.get(run);
     if (this.difference) this.difference.update(state);
-    else this.strip.draw(run.loss.map((nats) => nats ?? 0), token, 40);
+    else
+      this.strip.draw(
+        run.loss.map((nats) => nats ?? 0),
+        token,
+        40,
+      );
     if (token !== this.token) {
       this.token = token;
       this.title.replaceChildren("After ", chip(run.labels[token]), ` (position ${token})`);
@@ -130,15 +148,15 @@ class Next {
     this.sentence.replaceChildren(
       ...(real === null
         ? ["The text ends here: nothing follows."]
-        : [
-            "What follows is ",
-            chip(real[0]),
-            `: ${surpriseInWords(run.loss[token + 1])}.`,
-          ]),
+        : ["What follows is ", chip(real[0]), `: ${surpriseInWords(run.loss[token + 1])}.`]),
     );
     const branch = (label, id) =>
       GIVEN.live
-        ? goButton(`go on with ${label} instead`, () => actions.branch(run, token, id, label), chip(label))
+        ? goButton(
+            `go on with ${label} instead`,
+            () => actions.branch(run, token, id, label),
+            chip(label),
+          )
         : chip(label);
     this.likeliest.replaceChildren(
       heading("Likeliest next"),
@@ -198,7 +216,10 @@ class Next {
               element(
                 "tr",
                 {},
-                element("th", { scope: "row", textContent: layer ? `layer ${layer}` : "embedding" }),
+                element("th", {
+                  scope: "row",
+                  textContent: layer ? `layer ${layer}` : "embedding",
+                }),
                 ...run.next(layer, token).map(([label, chance, id], n) => {
                   const cell = element(
                     "td",

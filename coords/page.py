@@ -17,9 +17,12 @@ STYLES = (
     "coords/heads.css",
 )
 SCRIPTS = (
-    *("web/shared.js", "web/chart.js", "coords/colours.js", "coords/data.js", "coords/orbit.js"),
-    *("coords/camera.js", "coords/scene.js", "coords/multiples.js", "coords/head_table.js"),
-    *("coords/heads.js", "coords/compare.js", "coords/what_if.js", "coords/next.js"),
+    *("web/shared.js", "web/chart.js", "coords/colours.js", "coords/data.js"),
+    *("coords/distances.js", "coords/picture.js", "coords/why.js", "coords/strip.js"),
+    *("coords/orbit.js", "coords/camera.js", "coords/scene.js", "coords/multiples.js"),
+    "coords/heatmap.js",
+    *("coords/head_table.js", "coords/heads.js", "coords/compare.js", "coords/what_if.js"),
+    "coords/next.js",
     *("coords/masses.js", "coords/side.js", "coords/details.js", "coords/url.js"),
     *("coords/download.js", "coords/live.js", "coords/keys.js", "coords/page.js"),
 )

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from engine.interventions import head_off
 from layers.parts import soft_cap
 from system.errors import UserError
 
@@ -81,25 +82,6 @@ def hidden_states(model):
         yield found
 
 
-@contextlib.contextmanager
-def heads_off(model, layer):
-    """Within this, text n of a batch is read with head n of a layer, counted from 0, off: what it
-    hands on is 0."""
-    heads = model.config.num_heads
-
-    def silence(_, inputs):
-        received = inputs[0].unflatten(-1, (heads, -1)).clone()  # (B, T, H, D)
-        for head in range(heads):
-            received[head, :, head] = 0
-        return (received.flatten(-2),)
-
-    hook = model.layers[layer].attn.out_proj.register_forward_pre_hook(silence)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 @torch.no_grad()
 def with_heads_off(model, tokens):
     """`Predictions` (L, H, T, ...) with each head off in turn; None if that would take too long.
@@ -115,10 +97,11 @@ def with_heads_off(model, tokens):
         return None
     found = []
     bar = tqdm(total=heads, unit=" heads", desc="heads off", delay=PROGRESS_DELAY, leave=False)
-    for layer in range(config.num_layers):
-        with heads_off(model, layer), hidden_states(model) as states:
-            model(tokens.expand(config.num_heads, -1))
-        found.append(stacked([predictions(model, h, tokens) for h in states[-1]]))
-        bar.update(config.num_heads)
-    bar.close()
-    return stacked(found)
+    with bar:
+        for layer, head in np.ndindex(config.num_layers, config.num_heads):
+            with head_off(model, layer + 1, head), hidden_states(model) as states:
+                model(tokens[None])
+            found.append(predictions(model, states[-1][0], tokens))
+            bar.update()
+    shape = (config.num_layers, config.num_heads)
+    return Predictions(*(x.reshape(*shape, *x.shape[1:]) for x in stacked(found)))

@@ -69,17 +69,3 @@ const readAddress = (hash) => {
   const own = given.get(ownKey({ ...state, ...changes }));
   return { changes, own };
 };
-
-// The clipboard may be closed to a page, then an older way serves.
-const copyText = async (text) => {
-  try {
-    await navigator.clipboard.writeText(text);
-  } catch {
-    const field = element("textarea", { value: text, className: "spoken" });
-    document.body.append(field);
-    field.select();
-    const isCopied = document.execCommand("copy");
-    field.remove();
-    if (!isCopied) throw new Error("not copied");
-  }
-};

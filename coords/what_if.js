@@ -12,7 +12,7 @@ class WhatIf {
     this.switches = this.#switches();
     this.result = element("div", { className: "result" });
     this.result.setAttribute("aria-live", "polite");
-    this.sliders = GIVEN.live && run.hasGravity ? element("div", { className: "changes" }) : null;
+    this.sliders = GIVEN.live ? element("div", { className: "changes" }) : null;
     this.node = element(
       "div",
       { className: "whatif" },
@@ -144,7 +144,10 @@ class WhatIf {
     const options = () => [
       element("option", { value: "", textContent: "none" }),
       ...sources.map(([source, share]) =>
-        element("option", { value: source, textContent: `${run.labels[source]} ${source} (${percent(share)})` }),
+        element("option", {
+          value: source,
+          textContent: `${run.labels[source]} ${source} (${percent(share)})`,
+        }),
       ),
     ];
     const range = (max, value, step, write, onchange) => {
@@ -154,40 +157,64 @@ class WhatIf {
       made.onchange = () => onchange(made.valueAsNumber);
       return [made, told];
     };
-    const mass = range(4, this.changes.get("mass")?.factor ?? 1, 0.1, (x) => `${x} ×`, (factor) =>
-      this.#set("mass", factor === 1 ? null : { kind: "mass", token, factor }),
+    const mass = range(
+      4,
+      this.changes.get("mass")?.factor ?? 1,
+      0.1,
+      (x) => `${x} ×`,
+      (factor) => this.#set("mass", factor === 1 ? null : { kind: "mass", token, factor }),
     );
     const cutFrom = element("select", {}, ...options());
     cutFrom.onchange = () =>
       this.#set(
         "cut",
         cutFrom.value
-          ? { kind: "cut", layer, head: head === "mean" ? null : head, token, source: Number(cutFrom.value) }
+          ? {
+              kind: "cut",
+              layer,
+              head: head === "mean" ? null : head,
+              token,
+              source: Number(cutFrom.value),
+            }
           : null,
       );
     const moved = element("select", {}, ...options());
-    const nearer = range(100, 50, 5, (x) => `${x} %`, () => move());
+    const nearer = range(
+      100,
+      50,
+      5,
+      (x) => `${x} %`,
+      () => move(),
+    );
     const move = () =>
       this.#set(
         "move",
         moved.value && nearer[0].valueAsNumber
-          ? { kind: "move", token: Number(moved.value), toward: token, share: nearer[0].valueAsNumber / 100 }
+          ? {
+              kind: "move",
+              token: Number(moved.value),
+              toward: token,
+              share: nearer[0].valueAsNumber / 100,
+            }
           : null,
       );
     moved.onchange = move;
     const who = `layer ${layer} ${head === "mean" ? "all heads" : `head ${head + 1}`}`;
+    const cuts = element("label", {}, `Cut the pull (${who}) of`, cutFrom);
+    // dot-product attention has no masses and no places
     this.sliders.replaceChildren(
-      element("label", {}, `Mass of ${name}`, ...mass),
-      element("label", {}, `Cut the pull (${who}) of`, cutFrom),
-      element("label", {}, "Move nearer", moved, nearer[0], nearer[1]),
+      ...(run.hasGravity ? [element("label", {}, `Mass of ${name}`, ...mass), cuts] : [cuts]),
+      ...(run.hasGravity ? [element("label", {}, "Move nearer", moved, ...nearer)] : []),
     );
   }
 
   #inWords(change) {
     const { labels } = this.run;
     if (change.kind === "off") return `without ${calledHead(change)}`;
-    if (change.kind === "mass") return `with ${change.factor} times the mass of ${labels[change.token]}`;
-    if (change.kind === "cut") return `without the pull of ${labels[change.source]} on ${labels[change.token]}`;
+    if (change.kind === "mass")
+      return `with ${change.factor} times the mass of ${labels[change.token]}`;
+    if (change.kind === "cut")
+      return `without the pull of ${labels[change.source]} on ${labels[change.token]}`;
     return `with ${labels[change.token]} ${percent(change.share)} of the way nearer`;
   }
 
@@ -195,7 +222,10 @@ class WhatIf {
   async #ask() {
     const asked = ++this.asked;
     const chosen = [...this.changes.values()];
-    const changes = chosen.length || !this.best ? chosen : [{ kind: "off", layer: this.best.layer, head: this.best.head }];
+    const changes =
+      chosen.length || !this.best
+        ? chosen
+        : [{ kind: "off", layer: this.best.layer, head: this.best.head }];
     this.buttons.forEach((button, n) => {
       const { layer, head } = this.run.heads[n];
       const isOff = changes.some((x) => x.kind === "off" && x.layer === layer && x.head === head);
@@ -222,8 +252,18 @@ class WhatIf {
     const subject = changes.map((change) => this.#inWords(change)).join(", ");
     const sentence =
       was === becomes
-        ? [`would still say `, chip(was[0]), ` (${percent(was[2])} in place of ${percent(was[1])}).`]
-        : [`would say `, chip(becomes[0]), ` (${percent(becomes[2])}) instead of `, chip(was[0]), ` (${percent(was[1])}).`];
+        ? [
+            `would still say `,
+            chip(was[0]),
+            ` (${percent(was[2])} in place of ${percent(was[1])}).`,
+          ]
+        : [
+            `would say `,
+            chip(becomes[0]),
+            ` (${percent(becomes[2])}) instead of `,
+            chip(was[0]),
+            ` (${percent(was[1])}).`,
+          ];
     const most = rows
       .toSorted((a, b) => Math.max(b[1] ?? 0, b[2] ?? 0) - Math.max(a[1] ?? 0, a[2] ?? 0))
       .slice(0, COMPARED);
@@ -242,13 +282,25 @@ class WhatIf {
         element(
           "thead",
           {},
-          element("tr", {}, ...["next", "before", "after"].map((textContent) => element("th", { scope: "col", textContent }))),
+          element(
+            "tr",
+            {},
+            ...["next", "before", "after"].map((textContent) =>
+              element("th", { scope: "col", textContent }),
+            ),
+          ),
         ),
         element(
           "tbody",
           {},
           ...most.map(([label, before, after]) =>
-            element("tr", {}, element("th", { scope: "row" }, chip(cut(label))), bar(before, 0), bar(after, 1)),
+            element(
+              "tr",
+              {},
+              element("th", { scope: "row" }, chip(cut(label))),
+              bar(before, 0),
+              bar(after, 1),
+            ),
           ),
         ),
       ),
@@ -259,7 +311,10 @@ class WhatIf {
 
   #lossInWords([before, after], token) {
     const change = after - before;
-    const told = Math.abs(change) < 0.005 ? "would surprise it as much" : `would surprise it ${change > 0 ? "more" : "less"}`;
+    const told =
+      Math.abs(change) < 0.005
+        ? "would surprise it as much"
+        : `would surprise it ${change > 0 ? "more" : "less"}`;
     return [
       "What really follows, ",
       chip(this.run.labels[token + 1]),

@@ -50,7 +50,8 @@ def heads_table(model):
     """Markdown: a table with a line per head of every layer."""
     heads, num_heads = heads_learned(model), model.config.num_heads
     lines = [
-        [*divmod(n, num_heads), *map(_number, numbers.values())] for n, numbers in enumerate(heads)
+        [n // num_heads + 1, n % num_heads + 1, *map(_number, numbers.values())]
+        for n, numbers in enumerate(heads)
     ]
     return markdown_table(["layer", "head", *(name.replace("_", " ") for name in heads[0])], lines)
 

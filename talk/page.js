@@ -131,16 +131,7 @@ function load(given) {
   tokens.clear();
   dropped.clear();
   state.lit = [];
-  $("conversation").replaceChildren(
-    element("p", {
-      className: "empty",
-      textContent:
-        "Nothing was said yet. The model continues your text, in the style of the text it was trained on. " +
-        (hasPulls()
-          ? "Point at a token, tap it or move to it with the arrow keys to see which earlier tokens pulled it."
-          : ""),
-    }),
-  );
+  $("conversation").replaceChildren(empty());
   add(list);
   newestPosition = list.at(-1)?.position ?? null;
   showSettings(settings);
@@ -297,6 +288,12 @@ function showButtons() {
   $("undo").disabled = state.isBusy || !state.canUndo;
   $("more").disabled = state.isBusy || !state.canGoOn;
   $("reset").disabled = state.isBusy;
+  $("copy").disabled = $("save").disabled = !tokens.size;
+  const [name, address] = tokens.size
+    ? ["Map this", "/look#conversation"]
+    : ["Look inside", "/look"];
+  $("look").textContent = name;
+  $("look").href = address;
   document.body.dataset.busy = state.isBusy ? "yes" : "no";
 }
 
@@ -322,6 +319,8 @@ function listen() {
   $("more").onclick = () => talk("more");
   $("undo").onclick = () => change("/undo");
   $("reset").onclick = reset;
+  $("copy").onclick = copy;
+  $("save").onclick = save;
   $("head").onchange = update;
   $("settings").addEventListener("input", describeSettings);
   const list = $("conversation");

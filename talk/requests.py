@@ -24,6 +24,7 @@ FILES = {
     "/shared.js": ("web/shared.js", "text/javascript; charset=utf-8"),
     "/details.js": ("talk/details.js", "text/javascript; charset=utf-8"),
     "/settings.js": ("talk/settings.js", "text/javascript; charset=utf-8"),
+    "/text.js": ("talk/text.js", "text/javascript; charset=utf-8"),
     "/page.js": ("talk/page.js", "text/javascript; charset=utf-8"),
 }
 POLICY = (

@@ -1,6 +1,7 @@
 "use strict";
 // The settings of an answer, as the fields of the page show them.
 
+const settingName = (input) => input.labels[0].firstChild.textContent.trim();
 const settingInputs = () => [...document.querySelectorAll(".settings [name]")];
 
 // A setting as its field shows it: of the texts that end an answer one per line.
@@ -23,7 +24,7 @@ function showSettings(settings) {
 function describeSettings() {
   $("settings-now").textContent = settingInputs()
     .filter((input) => input.value !== "")
-    .map((input) => `${input.name} ${input.value.replaceAll("\n", " or ")}`)
+    .map((input) => `${settingName(input)} ${input.value.replaceAll("\n", " or ")}`)
     .join(", ");
 }
 

@@ -47,11 +47,11 @@ def ngt_state(vocab_size, coord_dim=10, head_coord_dim=4, **sizes):
     hidden, heads = sizes["hidden_dim"], sizes["num_heads"]
     linears, norms, others = {"head": (vocab_size, hidden)}, {"norm": hidden}, {}
     for n in range(sizes["num_layers"]):
-        shapes, block_norms = layer_shapes(n, hidden, sizes["mlp_dim"])
+        shapes, layer_norms = layer_shapes(n, hidden, sizes["mlp_dim"])
         linears |= shapes
         linears[f"layers.{n}.attn.coord_proj_attn"] = (heads * head_coord_dim, coord_dim)
         linears[f"layers.{n}.attn.coord_proj_next"] = (coord_dim, hidden)
-        norms |= block_norms | {f"layers.{n}.coord_norm": coord_dim}
+        norms |= layer_norms | {f"layers.{n}.coord_norm": coord_dim}
         others[f"layers.{n}.attn.gamma"] = (1, heads, 1, 1)
         others[f"layers.{n}.attn.gravity_bias"] = (1, heads, 1, 1)
         others[f"layers.{n}.attn.radius_param"] = ()

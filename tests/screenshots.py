@@ -1,11 +1,15 @@
-"""Takes a picture of a map's page in a real browser, for the README.
+"""Takes pictures of a map's page in a real browser, for the docs.
 
-python tests/screenshots.py coords.html --output reports/map_page.png
-python tests/screenshots.py coords.html --animation --output reports/map.webp
+python tests/screenshots.py docs/looking_inside.md docs/gallery/README.md
+python tests/screenshots.py "docs/gallery/english.html#view=orbit" --output reports/orbit.webp
+
+Of a Markdown file: each picture in it that links to a page, [![...](picture)](page.html#...), is
+taken anew from that page as the link opens it. Of a page: an animation of what Play does.
 """
 
 import argparse
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -17,80 +21,91 @@ sys.path.insert(0, str(ROOT))
 
 from conftest import BROWSER
 
-FLAGS = ("--no-sandbox", "--disable-background-networking", "--enable-unsafe-swiftshader")
+FLAGS = ("--no-sandbox", "--disable-background-networking")
+LINKED_PICTURE = re.compile(r"\[!\[[^\]]*\]\(([^)]+)\)\]\(([^)#]+\.html)(#[^)]*)?\)")
+SIZE = (1280, 800)
 SETTLED = 1500  # ms
-COLOURS = 128  # enough for a page, and a file of half the size
 AN_HOUR = 3_600_000  # ms, later than any page takes to load
-FRAME = 140  # ms of the page's clock between two frames
+FRAME = 120  # ms of the page's clock between two frames
 LAST_FRAME = 2500  # ms that the last frame stays, before the animation starts again
-QUALITY = 40  # of the animation's frames, as WebP counts it
+LONGEST = 600  # frames
+QUALITY = {"still": 70, "animation": 40}  # as WebP counts it
 
 
 def main():
-    """Write one picture: a still of the page, or an animation of its map."""
+    """Take the pictures that each Markdown file links, or one animation of a page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("page", help="page written by visualize_coords.py")
-    add("--output", default="map_page.png", help="(default: %(default)s)")
-    add("--width", type=int, default=1360, help="pixels (default: %(default)s)")
-    add("--height", type=int, default=800, help="pixels (default: %(default)s)")
-    add("--animation", action="store_true", help="press Play and write an animated WebP")
-    add("--token", type=int, default=-1, help="the token selected in it (default: the last)")
+    add("sources", nargs="+", help="Markdown files, or one page with the address after its #")
+    add("--output", default="orbit.webp", help="the animation's file (default: %(default)s)")
+    add("--width", type=int, default=SIZE[0], help="pixels (default: %(default)s)")
+    add("--height", type=int, default=SIZE[1], help="pixels (default: %(default)s)")
     args = parser.parse_args()
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=BROWSER, args=FLAGS)
-        page = browser.new_page(viewport={"width": args.width, "height": args.height})
-        if args.animation:
-            save_animation(page, args)
-        else:
-            save_still(page, args)
+        view = {"viewport": {"width": args.width, "height": args.height}}
+        for source in args.sources:
+            if source.endswith(".md"):
+                for picture, address in linked_pictures(Path(source)):
+                    page = browser.new_page(**view)
+                    save_still(page, address, picture)
+                    page.close()
+            else:
+                save_animation(browser.new_page(**view), address_of(source), args.output)
         browser.close()
-    print(f"wrote {args.output}")
 
 
-def save_still(page, args):
-    """Select what the token of the highest loss was predicted from, and save the whole page."""
-    page.goto(Path(args.page).resolve().as_uri())
-    page.wait_for_timeout(3 * SETTLED)
-    page.locator(".details .go").last.scroll_into_view_if_needed()
-    losses = page.get_by_text("Highest loss").locator("..")
-    losses.locator(".go").nth(-6).click()
+def linked_pictures(document):
+    """[(picture's path, address of the page that it shows)] of a Markdown file."""
+    found = LINKED_PICTURE.findall(document.read_text(encoding="utf-8"))
+    folder = document.parent
+    return [(folder / picture, address_of(folder / page, hash)) for picture, page, hash in found]
+
+
+def address_of(path, hash=""):
+    """The file: address of a page whose path may end in #..."""
+    path, _, end = str(path).partition("#")
+    return Path(path).resolve().as_uri() + (f"#{end}" if end else hash)
+
+
+def save_still(page, address, output):
+    """Save what an address opens."""
+    opened(page, address)
     page.wait_for_timeout(SETTLED)
-    page.get_by_text("what pulled that").first.click()
-    page.mouse.move(0, 0)
-    page.wait_for_timeout(SETTLED)
-    picture_of(page).quantize(COLOURS).save(args.output, optimize=True)
+    picture_of(page).save(output, quality=QUALITY["still"], method=6)
+    print(f"wrote {output}")
 
 
-def save_animation(page, args):
-    """Select one token, press Play, and save the frames from before the first layer to the last."""
+def save_animation(page, address, output):
+    """Press Play, and save the frames until it has ended."""
     page.clock.install(time=0)
-    page.goto(Path(args.page).resolve().as_uri())
-    page.wait_for_selector("body[data-ready]", state="attached")
-    page.locator(".token").nth(args.token).click()
-    page.locator("#layer").focus()
-    page.keyboard.press("Home")
-    page.mouse.move(0, 0)
-    page.wait_for_timeout(SETTLED)
+    opened(page, address)
     # The page's clock stands still between two frames, so that a slow computer drops none.
     page.clock.pause_at(AN_HOUR)
-    frames = [picture_of(page)]
     page.click("#play")
-    while page.inner_text("#play") != "Play":
+    frames = [picture_of(page)]
+    while page.get_attribute("#play", "aria-pressed") == "true" and len(frames) < LONGEST:
         page.clock.run_for(FRAME)
         frames.append(picture_of(page))
-    durations = [FRAME] * (len(frames) - 1) + [LAST_FRAME]
     frames[0].save(
-        args.output,
+        output,
         save_all=True,
         append_images=frames[1:],
-        duration=durations,
+        duration=[FRAME] * (len(frames) - 1) + [LAST_FRAME],
         loop=0,
-        quality=QUALITY,
+        quality=QUALITY["animation"],
         method=6,
     )
+    print(f"wrote {output}: {len(frames)} frames")
+
+
+def opened(page, address):
+    """Open an address, and wait until the page is drawn."""
+    page.goto(address)
+    page.wait_for_selector("body[data-ready]", state="attached")
+    page.mouse.move(0, 0)
 
 
 def picture_of(page):

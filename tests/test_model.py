@@ -166,7 +166,7 @@ def test_repulsion_at_its_edges():
 
 
 @torch.no_grad()
-def test_geometry_is_what_the_blocks_saw():
+def test_geometry_is_what_the_layers_saw():
     """Masses are softplus of the embedding. There are coordinates before the first layer and after
     each, all normalised; the last are `z`."""
     model, tokens = lively("newton soft"), ids(11, batch=2)
@@ -176,7 +176,9 @@ def test_geometry_is_what_the_blocks_saw():
     torch.testing.assert_close(geometry.mass, torch.tensor(expected))
     assert len(geometry.layers) == 3 and geometry.layers[-1] is geometry.z
     for z, norm in zip(
-        geometry.layers, [model.coord_norm, *(b.coord_norm for b in model.layers)], strict=True
+        geometry.layers,
+        [model.coord_norm, *(layer.coord_norm for layer in model.layers)],
+        strict=True,
     ):
         plain = (z - norm.bias) / norm.weight
         torch.testing.assert_close(plain.mean(-1), torch.zeros(2, 11), rtol=0, atol=1e-4)

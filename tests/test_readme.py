@@ -21,7 +21,7 @@ READMES = ("README.md", "README_KO.md")
 # The guide to training comes first: its commands train what the other pages show.
 PAGES = (
     *("docs/training.md", "README.md", "docs/looking_inside.md", "docs/reliability.md"),
-    "docs/credits.md",
+    *("docs/credits.md", "docs/gallery/README.md"),
 )
 FIRST_RELEASE = """\
 python train_shakespeare.py
@@ -107,7 +107,7 @@ def test_both_readmes_have_the_same_commands_and_the_docs_explain_them():
     assert english == korean and len(english) >= 8
     explained = {line for page in PAGES if page.startswith("docs") for line in commands(page)}
     assert set(english) <= explained
-    assert {f"docs/{path.name}" for path in (ROOT / "docs").iterdir()} <= set(PAGES)
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")} <= set(PAGES)
     for line in FIRST_RELEASE:
         assert " ".join(line.split()) in COMMANDS, line
 

@@ -33,7 +33,8 @@ LAYERS = (
     "gravity text web",
     "data model vanilla_model",
     "engine",
-    "training talk coords",
+    "training coords",
+    "talk",  # its live page is that of coords
     "reporting benchmarks",
 )
 

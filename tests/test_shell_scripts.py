@@ -21,7 +21,8 @@ RUN_SCRIPTS = (
     "run_wikitext103_25m.sh",
     "run_gpu_check.sh",
 )
-SCRIPTS = (*RUN_SCRIPTS, "run_tests.sh", "setup_venv.sh")
+GALLERY = "docs/gallery/make.sh"
+SCRIPTS = (*RUN_SCRIPTS, GALLERY, "run_tests.sh", "setup_venv.sh")
 # each trains once
 SMALL = {"SEEDS": "1", "RUNS": "ngt", "JOBS": "1", "TINY": "1"}
 STAGES = {"run_study.sh": "headline", "run_gpu_check.sh": "training"}
@@ -54,7 +55,8 @@ esac
 def call(tmp_path):
     """A function that calls a script of a small copy; returns the process, and what was called."""
     repository = tmp_path / "the repository"
-    (repository / "tests").mkdir(parents=True)
+    for folder in ("tests", "docs/gallery"):
+        (repository / folder).mkdir(parents=True)
     for name in (*SCRIPTS, "requirements.txt", "tests/requirements.txt"):
         shutil.copy(ROOT / name, repository / name)
     places, calls = tmp_path / "active" / "bin", tmp_path / "calls"
@@ -114,7 +116,7 @@ def test_help_prints_the_manual(script, call):
 
 
 @pytest.mark.parametrize("word", ["--max-steps", "MAX_STEPS=200"])
-@pytest.mark.parametrize("script", [*RUN_SCRIPTS, "setup_venv.sh"])
+@pytest.mark.parametrize("script", [*RUN_SCRIPTS, GALLERY, "setup_venv.sh"])
 def test_unknown_words_are_refused(script, word, call):
     result, calls = call(script, word)
     line = error_line(result)
@@ -136,6 +138,12 @@ def test_ctrl_c_without_settings_and_from_elsewhere(call, tmp_path):
     *lines, last = result.stdout.splitlines()
     assert last == "continue with: bash the\\ repository/run_shakespeare.sh"
     assert not any("same settings" in line for line in lines)
+
+
+def test_the_gallery_continues_with_the_same_pages(call):
+    *_, settings, last = interrupted(call, GALLERY, PAGES="korean")
+    assert settings == "with the same settings: PAGES=korean"
+    assert last == f"continue with: bash {GALLERY}"
 
 
 @pytest.mark.parametrize("script", RUN_SCRIPTS)

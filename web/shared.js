@@ -115,3 +115,17 @@ const scrollWithin = (list, made) => {
   if (made.offsetTop < scrollTop || made.offsetTop > scrollTop + clientHeight - 30)
     list.scrollTop = made.offsetTop - clientHeight / 2;
 };
+
+// The clipboard may be closed to a page, then an older way serves.
+const copyText = async (text) => {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    const field = element("textarea", { value: text, className: "spoken" });
+    document.body.append(field);
+    field.select();
+    const isCopied = document.execCommand("copy");
+    field.remove();
+    if (!isCopied) throw new Error("not copied");
+  }
+};

@@ -90,13 +90,13 @@ def test_plain_gpt2_is_the_vanilla_model():
         for one, other in ((plain.token_emb, vanilla.token_emb), (plain.pos_emb, vanilla.pos_emb)):
             other.weight.copy_(one.weight)
         vanilla.norm.load_state_dict(plain.norm.state_dict())
-        for block, layer in zip(plain.blocks, vanilla.layers, strict=True):
+        for plainly, layer in zip(plain.layers, vanilla.layers, strict=True):
             for name, place in same.items():
-                layer.get_submodule(place).load_state_dict(getattr(block, name).state_dict())
+                layer.get_submodule(place).load_state_dict(getattr(plainly, name).state_dict())
             for n, name in enumerate("qkv"):
                 part, proj = slice(32 * n, 32 * n + 32), getattr(layer.attn, f"{name}_proj")
-                proj.weight.copy_(block.qkv.weight[part])
-                proj.bias.copy_(block.qkv.bias[part])
+                proj.weight.copy_(plainly.qkv.weight[part])
+                proj.bias.copy_(plainly.qkv.bias[part])
     tokens = torch.randint(31, (2, 12))
     assert (plain(tokens) - vanilla(tokens)).abs().max() < 1e-10
     tokens = np.arange(400).astype(np.uint16) % 31

@@ -306,7 +306,7 @@ def test_real_runs(in_tmp, small_text):
     lines = list(csv.reader(Path("reports/pair.csv").read_text().splitlines()))
     assert [line[3] for line in lines[1:] if line[0] == "pair/ngt"] == ["5", "10", "15", "20"]
     heads = re.findall(r"^\| (\d) \| (\d) \|", text, re.M)
-    assert heads == [("0", "0"), ("0", "1"), ("1", "0"), ("1", "1")]
+    assert heads == [("1", "1"), ("1", "2"), ("2", "1"), ("2", "2")]
     assert "Heaviest tokens: `" in text
     # vanilla comes first: the ratio is to the first line
     first = text.index("| vanilla (learned) |"), text.index("| ngt (newton, background) |")

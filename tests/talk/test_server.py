@@ -1,6 +1,5 @@
 """The chat's page: a real server with valid and hostile requests, and a real browser."""
 
-import http.client
 import json
 import os
 import re
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 import chat
+from asker import Asker
 from conftest import BROWSER, ROOT
 from engine.checkpoint import load_model
 from small_models import make_checkpoint, make_checkpoint_with_background, pull_weights
@@ -24,6 +24,7 @@ from system.safe_text import printable
 from talk import conversation as talk_conversation
 from talk import server as talk_server
 from talk.conversation import Conversation
+from talk.look import Look
 from talk.server import KEPT_TOKENS, ChatServer
 from text.tokenizer import BPETokenizer, CharTokenizer
 
@@ -31,56 +32,6 @@ HOSTILE = ("<script>document.title='pwned'</script>", "<img src=x onerror=alert(
 LETTERS = CharTokenizer([*"abcdefghijklmnopqrstuvwxyz :\n\x1b", *HOSTILE])
 SETTINGS = {"temperature": 1.0, "top_k": None, "top_p": None, "max_new_tokens": 40, "seed": 5}
 SETTINGS |= {"min_p": None, "repetition_penalty": None, "stop": None}
-ENDLESS = {"max_new_tokens": 10**9}
-
-
-class Asker:
-    """Sends HTTP requests to a `chat.py --serve`."""
-
-    def __init__(self, port):
-        self.port = port
-
-    def ask(self, method, path, body=None, headers=()):
-        """Returns the response, still unread, and its connection."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        if body is not None and not isinstance(body, bytes):
-            body, headers = json.dumps(body), {"Content-Type": "application/json", **dict(headers)}
-        connection.request(method, path, body, dict(headers))
-        return connection.getresponse(), connection
-
-    def get(self, path):
-        response, connection = self.ask("GET", path)
-        assert response.status == 200
-        data = json.loads(response.read())
-        connection.close()
-        return data
-
-    def post(self, path, body):
-        """The status, and the answer: a list of objects if it is a stream, else its text."""
-        response, connection = self.ask("POST", path, body)
-        text = response.read().decode()
-        connection.close()
-        is_json = response.headers["Content-Type"] == "application/x-ndjson"
-        return response.status, [json.loads(x) for x in text.splitlines()] if is_json else text
-
-    def talk(self, action, text="", **settings):
-        status, events = self.post("/talk", {"action": action, "text": text, "settings": settings})
-        assert status == 200 and events[-1]["type"] == "end", events
-        return events
-
-    def begin_endless(self):
-        """Begin an answer that goes on until it is stopped, and read some of it."""
-        body = {"action": "send", "text": "go\n", "settings": ENDLESS}
-        response, connection = self.ask("POST", "/talk", body)
-        for _ in range(20):
-            assert response.readline()
-        return response, connection
-
-    def wait_until_idle(self):
-        deadline = time.monotonic() + 30
-        while self.get("/state")["isBusy"]:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
 
 
 def tokens_of(events, author=None):
@@ -310,6 +261,10 @@ def test_strangers_and_nonsense_are_refused_in_one_line(server):
     connection.close()
 
 
+def chat_server(conversation, host="127.0.0.1"):
+    return ChatServer(host, 0, conversation, "", Look(conversation, {"config": {}}, "x.pt"))
+
+
 def make_conversation(tokenizer=LETTERS, kept_tokens=KEPT_TOKENS, **config):
     make_checkpoint("x.pt", tokenizer, **config)
     return Conversation(*load_model("x.pt", "cpu")[:2], dict(SETTINGS), kept_tokens)
@@ -372,7 +327,7 @@ def test_a_damaged_model_is_one_line_and_the_server_goes_on(in_tmp):
     conversation = make_conversation()
     weight = conversation.stream.model.norm.weight.data
     whole = weight.clone()
-    with ChatServer("127.0.0.1", 0, conversation, "") as server:
+    with chat_server(conversation) as server:
 
         def events_of_talk():
             job = server.talk({"action": "send", "text": "ab"})
@@ -393,7 +348,7 @@ def test_hosts_ports_and_flags(in_tmp, capsys, monkeypatch):
     conversation = make_conversation()
 
     def knows(host):
-        with ChatServer(host, 0, conversation, "") as server:
+        with chat_server(conversation, host) as server:
             own = f":{server.server_address[1]}"
             names = ("localhost", "127.0.0.1", "192.168.1.5", "evil.example", "", "[::1]")
             return [name for name in names if server.knows(name + own)]
@@ -599,8 +554,8 @@ def test_retry_and_reset_lose_nothing_by_accident_in_a_browser(server, new_page)
     settings = {"temperature": 1, "max_new_tokens": 300, "seed": 5, "min_p": 0.01}
     for name, value in (settings | {"repetition_penalty": 1.1, "stop": "ab\n\\n\n"}).items():
         page.fill(f"[name={name}]", str(value))
-    assert "min_p 0.01, repetition_penalty 1.1" in page.text_content("#settings-now")
-    assert "stop ab or \\n" in page.text_content("#settings-now")
+    assert "Least share 0.01, Against repetition 1.1" in page.text_content("#settings-now")
+    assert "Stop at ab or \\n" in page.text_content("#settings-now")
     page.fill("#prompt", "hello")
     page.keyboard.press("Enter")
     wait_until_written(page)
@@ -635,7 +590,7 @@ def test_a_background_in_a_browser(new_page, in_tmp):
     make_checkpoint_with_background("x.pt", tokenizer=LETTERS)
     conversation = Conversation(*load_model("x.pt", "cpu")[:2], dict(SETTINGS), KEPT_TOKENS)
     list(conversation.reply("hello there", threading.Event()))
-    with ChatServer("127.0.0.1", 0, conversation, "") as server:
+    with chat_server(conversation) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         page = new_page(at=server)
         asker = Asker(server.server_address[1])
