@@ -54,11 +54,13 @@ class Camera {
     const tall = cos * (half[2] / longest) + sin * wide;
     const depth = cos * wide - sin * (half[2] / longest); // of the lowest corner, which is in front
     const [above, below] = [-1, 1].map((n) => (tall * Camera.#eye) / (Camera.#eye - n * depth));
-    const free = [(width / 2 - Camera.#edge) / wide, (height - 1.5 * Camera.#edge) / (above + below)];
-    this.room = Math.max(10, Math.min(...free));
+    const across = (width / 2 - Camera.#edge) / wide;
+    const upright = (height - 1.5 * Camera.#edge) / (above + below);
+    this.room = Math.max(10, Math.min(across, upright));
     const scale = zoom * this.room;
-    const left = width / 2 + this.right * this.room;
+    const left = width / 2 + this.right * this.room; // of the middle of the box, as `top`
     const top = height / 2 + this.down * this.room - ((below - above) / 2) * scale;
+    this.middle = [left, top, scale].map((x) => Number(x.toFixed(3)));
     const [cosTurn, sinTurn] = [Math.cos(turn), Math.sin(turn)];
     const [cosTilt, sinTilt] = [Math.cos(tilt), Math.sin(tilt)];
     return (point) => {

@@ -94,7 +94,8 @@ def measure(model, tokens, switch_off=True):
         check_finite("coordinates", z, mass)
     q, k = (torch.stack(parts).cpu().double().numpy() for parts in zip(*points, strict=True))
     check_finite("pulls", profile, q, k)
-    lens = stacked([predictions(model, h[0], ids) for h in states])
+    bar = tqdm(states, unit=" layers", desc="predictions", delay=PROGRESS_DELAY, leave=False)
+    lens = stacked([predictions(model, h[0], ids) for h in bar])
     return Measured(
         tokens=tokens,
         kind=kind,

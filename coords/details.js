@@ -86,6 +86,7 @@ class Details {
         whole,
         (source) => run.labels[source],
         this.#go,
+        run.hasGravity ? BACKGROUND : "the share of the sink, which stands for no token",
       ),
     ];
   }
@@ -116,7 +117,7 @@ class Details {
       );
     };
     return [
-      heading(`Expected here (what came had a chance of ${percent(chance)})`),
+      heading("Expected here"),
       element("ol", { className: "pulls expected" }, ...rows.map(row)),
     ];
   }

@@ -3,9 +3,10 @@
 // How far out a source is drawn is the logarithm of its softened distance sqrt(1 + r²), which the
 // law raises to a power: equal steps outwards make the pull weaker by equal factors.
 //
-// Both have `origin`, where the token is, `radius`, `farthest`: the largest distance, `at(source)`,
-// `ring(distance)`: the curve of one distance, `ticks(distance)`: where its number stands, `edges`:
-// lines around the picture, and `captions(size)`: [x, y, text, anchor] each.
+// Both have `origin`, where the token is, `radius`, `glow` around the origin, `farthest`: the
+// largest distance, `at(source)`, `ring(distance)`: the curve of one distance, `ticks(distance)`:
+// where its number stands, `edges`: lines around the picture, and `captions(size)`: [x, y, text,
+// anchor] each.
 
 const softened = (distance) => Math.log1p(distance ** 2) / 2;
 const plainDistance = (x) => (x < 1000 ? String(x) : plain.format(x));
@@ -18,6 +19,7 @@ class Circles {
   constructor({ distance }, [width, height], angles) {
     this.origin = [width / 2, height / 2];
     this.radius = Math.min(width, height) / 2 - 20;
+    this.glow = 0.62 * this.radius;
     this.core = clamped(0.14 * this.radius, 24, 40); // where a distance of 0 is
     this.farthest = largest(distance);
     this.edges = "";
@@ -56,6 +58,7 @@ class Axes {
     this.origin = [52, height - 52];
     this.size = [width - 52 - 34, height - 52 - 60];
     this.radius = Math.min(...this.size);
+    this.glow = 0.3 * this.radius;
     this.far = [largest(space), largest(time)];
     this.farthest = Math.hypot(...this.far);
     const [x, y] = this.origin;

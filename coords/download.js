@@ -68,11 +68,13 @@ const tableOf = (state, run) => {
   return [titles, ...rows].map((row) => row.join(",")).join("\n") + "\n";
 };
 
-const PAINTED = [
+// What style sheets say about an SVG: inherited, and otherwise as it is unless something is said.
+const INHERITED = [
   ...["fill", "fill-opacity", "stroke", "stroke-width", "stroke-opacity", "stroke-dasharray"],
-  ...["stroke-linecap", "stroke-linejoin", "opacity", "visibility", "display", "paint-order"],
-  ...["font-family", "font-size", "font-weight", "font-style", "text-anchor", "dominant-baseline"],
+  ...["stroke-linecap", "stroke-linejoin", "visibility", "paint-order", "text-anchor"],
+  ...["font-family", "font-size", "font-weight", "font-style", "dominant-baseline"],
 ];
+const USUAL = { opacity: "1", display: "inline", filter: "none" };
 
 // An SVG as a text that needs no style sheet: each element carries the style it has in the page.
 const svgText = (svg) => {
@@ -81,7 +83,13 @@ const svgText = (svg) => {
   const copies = [copy, ...copy.querySelectorAll("*")];
   [svg, ...svg.querySelectorAll("*")].forEach((original, n) => {
     const style = getComputedStyle(original);
-    for (const name of PAINTED) copies[n].style.setProperty(name, style.getPropertyValue(name));
+    const above = n ? getComputedStyle(original.parentElement) : null;
+    const take = (name, usual) => {
+      const value = style.getPropertyValue(name);
+      if (value !== usual || original.hasAttribute(name)) copies[n].style.setProperty(name, value);
+    };
+    for (const name of INHERITED) take(name, n ? above.getPropertyValue(name) : null);
+    for (const [name, usual] of Object.entries(USUAL)) take(name, usual);
   });
   copy.setAttribute("xmlns", "http://www.w3.org/2000/svg");
   copy.setAttribute("width", width);

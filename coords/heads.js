@@ -205,7 +205,7 @@ class Heads {
     if (!this.isLarge) {
       const width = this.smalls[0].canvas.clientWidth;
       const room = this.#room(this.grid) / this.run.numLayers - 26;
-      const most = this.mode === "all" ? width : 72;
+      const most = this.mode === "all" ? width : 110;
       const height = Math.round(Math.max(26, Math.min(most, room)));
       for (const small of this.smalls) {
         small.draw(this.mode, this.token, width, height, this.most);
@@ -307,7 +307,13 @@ class Heads {
       lineChart({
         series: curves(run.pull),
         x,
-        y: { title: "share of the pull (log)", scale: "log", low: 1e-4, high: 1, write: (x) => `${100 * x} %` },
+        y: {
+          title: "share of the pull (log)",
+          scale: "log",
+          low: 1e-4,
+          high: 1,
+          write: (x) => `${100 * x} %`,
+        },
         label: `Measured pull by distance, layer ${layer}`,
         tell: ({ name }, [back, value]) =>
           `${name}: ${percent(value)} from ${plain.format(back)} back`,

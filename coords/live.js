@@ -34,7 +34,6 @@ class Live {
     this.button.title = "Ctrl Enter";
     this.said = element("p", { className: "note" });
     this.said.setAttribute("role", "status");
-    // until there is a text, the page's controls have nothing to control
     this.hint = note(
       "The page then shows what pulled each token, what each head looks at and what the model expects next. You can also change the model, without lasting effect: switch a head off, cut a pull, make a token heavier or move it, and see what it would say.",
     );
@@ -92,19 +91,21 @@ class Live {
     this.button.disabled = true;
     const given = await this.ask(path, body).catch((error) => this.say(error.message, true));
     this.button.disabled = false;
-    if (given) this.show(given);
+    if (given) this.show(given, body.text ?? given.text);
   }
 
-  show(given) {
-    this.shown = this.field.value = given.text;
+  // `text` is all of what was read; of a long one the page shows the end.
+  show(given, text) {
+    this.shown = this.field.value = text;
     this.suggestions.hidden = this.hint.hidden = true;
     document.body.classList.remove("unread");
+    this.field.blur(); // the keys are for the picture now, and a phone hides its keyboard
     this.say(given.note);
     // what was chosen stays, but for the token, which was one of another text
     const address = new URLSearchParams(location.hash.slice(1));
-    if (address.has("text") && address.get("text") !== given.text) address.delete("token");
+    if (address.has("text") && address.get("text") !== text) address.delete("token");
     address.delete("conversation");
-    address.set("text", given.text);
+    address.set("text", text);
     history.replaceState(null, "", `#${address}`);
     openPage({ ...GIVEN, ...given });
     if (given.token !== undefined) this.actions.set({ token: given.token });

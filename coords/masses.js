@@ -23,7 +23,6 @@ class Masses {
     this.node = element(
       "section",
       { className: "masses" },
-      element("h2", { textContent: `${run.name}: the masses of its tokens` }),
       note(
         `A token of mass 2 pulls twice as hard as one of mass 1 at the same distance. ${plain.format(size)} tokens, masses from ${number(masses.at(-1))} to ${number(masses[0])}, median ${number(median)}; colours from ${number(low)} to ${number(high)}, as in every view. Times counted in ${run.counted}.${sampled}`,
       ),

@@ -68,10 +68,12 @@ class Next {
 
   #mostSurprising() {
     const { run } = this;
-    const most = [...run.loss.keys()]
-      .filter((token) => run.loss[token] !== null)
-      .sort((a, b) => run.loss[b] - run.loss[a])
-      .slice(0, MOST_SURPRISING);
+    // of equal tokens the one that surprised most
+    const found = new Map();
+    for (const token of [...run.loss.keys()].sort((a, b) => run.loss[b] - run.loss[a]))
+      if (run.loss[token] !== null && !found.has(run.tokens[token]))
+        found.set(run.tokens[token], token);
+    const most = [...found.values()].slice(0, MOST_SURPRISING);
     const wordOf = (token) => {
       const [first, end] = wordAround(run, token);
       return end - first > 1
@@ -85,7 +87,7 @@ class Next {
     };
     return element(
       "p",
-      { className: "chosen" },
+      { className: "chosen", hidden: !most.length },
       "Most surprising: ",
       ...most.map((token) =>
         goButton(

@@ -107,7 +107,8 @@ class Orbit {
     if (!run.hasGravity) return;
     const [token, layer] = [state.token.get(run), Math.max(1, run.layerOf(state.layer))];
     const head = orbitHead(state, run);
-    const title = `layer ${layer}, head ${head + 1}${state.head === "mean" ? ": the strongest pull of this layer" : ""}`;
+    const why = state.head === head ? "" : ": the strongest pull of this layer";
+    const title = `layer ${layer}, head ${head + 1}${why}`;
     const shown = {
       ...{ run, token, layer, head, title },
       orbit: run.orbit(layer, head, token),
@@ -117,11 +118,13 @@ class Orbit {
       isSplit: state.split === "axes" && run.kind !== "published",
     };
     this.hover(null);
-    this.picture.draw(shown, state.playing);
+    // first the words: the picture takes the room that they leave
     const [sentence, more] = whyPulled(shown);
     this.why.replaceChildren(element("p", {}, ...sentence), note(more.join("")));
+    this.picture.draw(shown, state.playing);
     this.picture.node.setAttribute("aria-label", `${title}. ${this.why.firstChild.textContent}`);
-    this.key.update(state.split, this.picture.drawn.length, token + 1);
+    const { unit, drawn } = this.picture;
+    this.key.update(state.split, unit, drawn.length, token + 1);
     this.strip.update(layer, head, token);
   }
 

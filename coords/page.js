@@ -4,20 +4,16 @@ const SECONDS_PER_LAYER = 1.1;
 
 // The views in the order of their keys 1 to 5: their class, and the controls that they use.
 const VIEWS = {
-  orbit: { title: "Orbit", make: typeof Orbit === "undefined" ? null : Orbit, controls: ["layer", "head", "split", "colour", "scale", "play"] },
+  orbit: { title: "Orbit", make: Orbit, controls: ["layer", "head", "colour", "scale", "play"] },
   map: {
     title: "Map",
-    make: typeof Scene === "undefined" ? null : Scene,
+    make: Scene,
     controls: ["layer", "head", "colour", "fit", "trails", "play"],
   },
-  heads: { title: "Heads", make: typeof Heads === "undefined" ? null : Heads, isWide: true, controls: ["layer", "head"] },
-  next: { title: "Next token", make: typeof Next === "undefined" ? null : Next, controls: ["layer", "head", "colour", "scale"] },
-  masses: { title: "Masses", make: typeof Masses === "undefined" ? null : Masses, isWide: true, controls: [] },
+  heads: { title: "Heads", make: Heads, isWide: true, controls: ["layer", "head"] },
+  next: { title: "Next token", make: Next, controls: ["layer", "head", "colour", "scale"] },
+  masses: { title: "Masses", make: Masses, isWide: true, controls: [] },
 };
-// Until every view is there, the others are shown without it.
-const isThere = ({ make }) => Boolean(make && make.length < 3 && "update" in make.prototype);
-COLOURS.surprise ??= COLOURS.loss;
-
 const state = {
   view: "orbit",
   token: new Map(),
@@ -108,13 +104,11 @@ function draw() {
   $("panel").className = `${parts.length > 1 ? "two" : "one"}${isWide ? " wide" : ""}`;
   for (const part of parts) {
     const { run, stage, words, details, views } = part;
-    if (isThere(VIEWS[state.view])) {
-      views[state.view] ??= new make(run, actions);
-      const { node } = views[state.view];
-      if (node.parentElement !== stage) stage.append(node);
-      for (const view of Object.values(views)) view.node.hidden = view.node !== node;
-      views[state.view].update(state);
-    }
+    views[state.view] ??= new make(run, actions);
+    const { node } = views[state.view];
+    if (node.parentElement !== stage) stage.append(node);
+    for (const view of Object.values(views)) view.node.hidden = view.node !== node;
+    views[state.view].update(state);
     if (isWide) continue;
     words.update(state);
     details.update(state);
@@ -140,7 +134,6 @@ function drawControls() {
   $("layer").setAttribute("aria-valuetext", name);
   $("layer-name").textContent = name;
   $("head").value = state.head;
-  $("split").value = state.split;
   $("fit").value = state.isFit ? "fit" : "one";
   $("trails").checked = state.trails;
   $("colour").value = state.colour;
@@ -211,7 +204,7 @@ function fillDownloads() {
 }
 
 function makeTabs() {
-  const tabs = Object.entries(VIEWS).filter(([, view]) => isThere(view)).map(([name, { title }], n) => {
+  const tabs = Object.entries(VIEWS).map(([name, { title }], n) => {
     const tab = element("button", { id: `tab-${name}`, type: "button", textContent: title });
     tab.setAttribute("role", "tab");
     tab.setAttribute("aria-controls", "panel");
@@ -239,7 +232,6 @@ function listen() {
     const head = $("head").value;
     actions.set({ head: head === "mean" ? head : Number(head) });
   };
-  $("split").onchange = () => actions.set({ split: $("split").value });
   $("colour").onchange = () => actions.set({ colour: $("colour").value });
   $("fit").onchange = () => actions.set({ isFit: $("fit").value === "fit" });
   $("trails").onchange = () => actions.set({ trails: $("trails").checked });
@@ -257,7 +249,7 @@ function listen() {
     $("copy").textContent = said;
     setTimeout(() => ($("copy").textContent = "Copy link"), 1500);
   };
-  $("download").ontoggle = fillDownloads;
+  $("download").firstElementChild.onclick = fillDownloads;
   $("help").onclick = () => $("keys").showModal();
   $("more").onclick = () => {
     const isOpen = document.body.classList.toggle("controls-open");
@@ -306,8 +298,10 @@ function openPage(given) {
   );
   if (!run) return;
   openSheet(false);
+  const step = RUNS.length > 1 ? "" : `, step ${plain.format(run.step)}`;
   $("subtitle").textContent = $("subtitle").title =
-    `${RUNS.map((run) => `${run.name}, step ${plain.format(run.step)}, ${run.law}`).join(" · ")} · ${plural(run.count, "token")} of ${run.source}`;
+    RUNS.map((run) => `${run.name}${step}, ${run.law}`).join(" · ") +
+    ` · ${plural(run.count, "token")} of ${run.source}`;
   $("layer").max = DEEPEST;
   $("layers").replaceChildren(
     ...Array.from({ length: DEEPEST + 1 }, (_, n) => element("option", { value: n })),

@@ -14,6 +14,8 @@ const LINE = 15; // the width of a pull of 100 %
 
 const clamped = (x, low, high) => Math.max(low, Math.min(high, x));
 const boxOf = (x, y, width, height) => [x, y, x + width, y + height];
+const mixOf = (one, other, share) =>
+  `rgb(${one.map((c, n) => Math.round(c + (other[n] - c) * share)).join(" ")})`;
 const nameOf = (label) => cut(label.replace(/^␣(?=.)/, ""));
 
 // Of thousands of sources, strongest first, those that are drawn: the strongest and a sample.
@@ -33,16 +35,18 @@ class OrbitPicture {
     this.node = svgElement("svg", { class: "sky", role: "group" }, ...Object.values(this.layers));
   }
 
-  // `shown`: run, layer, head, token, what `run.orbit` and `run.shares` give, the sources' `angles`,
-  // `isSplit` into two axes, `title`. Then `play`: whether the token falls into the centre.
-  draw(shown, play) {
+  // `shown`: run, layer, head, token, what `run.orbit` and `run.shares` give, the `angles` of the
+  // sources, whether it `isSplit` into two axes, and the `title`.
+  draw(shown, isFalling) {
     const before = this.shown?.token;
     const size = [this.node.clientWidth, this.node.clientHeight].map((x) => Math.max(240, x));
     const isResized = String(size) !== String(this.size);
-    Object.assign(this, { shown, size, isFalling: play });
+    Object.assign(this, { shown, size, isFalling });
     this.node.setAttribute("viewBox", `0 0 ${size.join(" ")}`);
     const { orbit, shares, angles, isSplit } = shown;
     this.place = isSplit ? new Axes(orbit, size) : new Circles(orbit, size, angles);
+    // smaller dots in a small or a full picture
+    this.unit = DOT * clamped(this.place.radius / 230, 0.7, 1) * (shares.length > 250 ? 0.8 : 1);
     const order = [...shares.keys()].sort((a, b) => shares[b] - shares[a]);
     this.drawn = drawnOf(order);
     [this.taken, this.onLines] = [[], []]; // boxes where no name can, or should not, stand
@@ -50,20 +54,22 @@ class OrbitPicture {
     this.#drawDots(before);
     this.#drawCentre();
     this.#drawNames(order);
-    this.#glide(isResized ? 0 : play ? FALL : GLIDE);
+    this.#glide(isResized ? 0 : isFalling ? FALL : GLIDE);
   }
 
   #drawRings() {
     const { place, size, shown } = this;
     const far = place.farthest;
     const rings = this.#ringsUpTo(far);
-    const numbers = rings.flatMap((ring) => place.ticks(ring).map((at) => [...at, plainDistance(ring)]));
+    const numbers = rings.flatMap((ring) =>
+      place.ticks(ring).map((at) => [...at, plainDistance(ring)]),
+    );
     const text = (x, y, words, more) => svgElement("text", { x, y, dy: "0.35em", ...more }, words);
     const { radius } = shown.run.attention.heads[shown.layer - 1][shown.head];
     const isCut = radius !== null && shown.run.attention.cutoff !== "none" && radius < far;
     const [x, y] = place.origin;
     this.layers.rings.replaceChildren(
-      svgElement("circle", { class: "well", cx: x, cy: y, r: (shown.isSplit ? 0.3 : 0.62) * place.radius }),
+      svgElement("circle", { class: "well", cx: x, cy: y, r: place.glow }),
       svgElement("path", { class: "edges", d: place.edges }),
       ...rings.map((ring) => svgElement("path", { d: place.ring(ring) })),
       ...(isCut ? [svgElement("path", { class: "cutoff", d: place.ring(radius) })] : []),
@@ -103,6 +109,7 @@ class OrbitPicture {
     const { place, shown } = this;
     const { run, orbit, shares, token } = shown;
     const { size } = massScale();
+    const [inSpace, inTime] = ["--twin", "--accent"].map((name) => channels(css(name)));
     const kept = new Set(this.drawn);
     for (const [source, dot] of this.dots) {
       if (kept.has(source)) continue;
@@ -115,16 +122,20 @@ class OrbitPicture {
       const dot = this.dots.get(source) ?? this.#addDot(source);
       // a new token falls from the centre to its distance, others come from outside
       const isInner = source === token || source === before;
-      dot.from = dot.now ?? to.map((x, n) => (isInner ? place.origin[n] : 1.25 * x - 0.25 * place.origin[n]));
+      const outside = to.map((x, axis) => 1.25 * x - 0.25 * place.origin[axis]);
+      dot.from = dot.now ?? (isInner ? place.origin : outside);
       dot.to = to;
-      dot.size = DOT * size(run.mass[source]);
+      dot.size = this.unit * size(run.mass[source]);
       const strength = Math.sqrt(shares[source]);
       [dot.fromWidth, dot.toWidth] = [dot.width, shares[source] < LEAST_LINE ? 0 : LINE * strength];
-      const late = Math.round(100 * lateness(orbit, source));
-      const style = (opacity) => `--late:${late}%;opacity:${opacity.toFixed(2)}`;
+      const colour = mixOf(inSpace, inTime, lateness(orbit, source));
+      const paint = (element, name, opacity) => {
+        element.setAttribute(name, colour);
+        element.setAttribute("opacity", opacity.toFixed(2));
+      };
       dot.circle.setAttribute("r", dot.size.toFixed(2));
-      dot.circle.setAttribute("style", style(clamped(0.28 + 2.4 * strength, 0, 1)));
-      dot.line.setAttribute("style", style(clamped(0.15 + strength, 0, 0.85)));
+      paint(dot.circle, "fill", clamped(0.28 + 2.4 * strength, 0, 1));
+      paint(dot.line, "stroke", clamped(0.15 + strength, 0, 0.85));
     }
     // the strongest lie on top
     const top = this.drawn.slice(0, 40).reverse();
@@ -158,7 +169,8 @@ class OrbitPicture {
     const { run, shares, token } = this.shown;
     const { origin } = this.place;
     const family = css("--font");
-    const named = order.filter((source) => shares[source] >= LEAST_NAMED).slice(0, NAMED_DOTS);
+    const isNamed = (source, n) => shares[source] >= (n < 3 ? LEAST_LINE / 10 : LEAST_NAMED);
+    const named = order.slice(0, NAMED_DOTS).filter(isNamed);
     for (const source of named) {
       const { to, size } = this.dots.get(source);
       this.taken.push(boxOf(to[0] - size, to[1] - size, 2 * size, 2 * size));
@@ -257,7 +269,8 @@ class OrbitPicture {
       dot.circle.setAttribute("cx", cx);
       dot.circle.setAttribute("cy", cy);
       const isDrawn = dot.width > 0.05;
-      if (isDrawn !== dot.isDrawn) dot.line.setAttribute("visibility", isDrawn ? "visible" : "hidden");
+      if (isDrawn !== dot.isDrawn)
+        dot.line.setAttribute("visibility", isDrawn ? "visible" : "hidden");
       dot.isDrawn = isDrawn;
       if (!isDrawn) continue;
       const line = { x1: cx, y1: cy, x2: x, y2: y, "stroke-width": dot.width.toFixed(2) };

@@ -2,7 +2,7 @@
 
 class Scene {
   static #most = 2000; // more tokens have no trails and no names, which would take too long
-  static #names = 20;
+  static #names = [12, 20]; // the fewest, if there is room, and the most
   static #nearest = 6; // rings around the same token elsewhere
   static #reach = 14; // pixels from the pointer to the middle of a token
 
@@ -22,14 +22,8 @@ class Scene {
     );
     this.tooltip = element("div", { className: "tooltip", hidden: true });
     this.legend = element("p", { className: "legend" });
-    this.node = element(
-      "section",
-      { className: "scene" },
-      this.surface,
-      this.legend,
-      note(this.#axesInWords()),
-      this.tooltip,
-    );
+    const parts = [this.surface, this.legend, note(this.#axesInWords()), this.tooltip];
+    this.node = element("section", { className: "scene" }, ...parts);
     // a model of characters: its tokens are drawn as letters
     const letters = run.labels.filter((label) => [...label].length === 1);
     this.isLetters = letters.length > 0.9 * run.count;
@@ -39,12 +33,11 @@ class Scene {
 
   #axesInWords() {
     const { axes, numCoords } = this.run;
-    const hidden =
-      numCoords > 3 ? ` What is near here can be far apart in all ${numCoords} dimensions.` : "";
     const drawn = axes[0].startsWith("t-SNE")
-      ? "The axes come from t-SNE, which keeps neighbours together but no distances."
-      : `The axes (PC: principal component, share of the variance) are those along which the places of all layers differ most.${hidden}`;
-    return `${drawn} Lines join the places after the layer; a head looks from and at its own projections of the places before it: see Orbit.`;
+      ? "Axes from t-SNE, which keeps neighbours together but no distances"
+      : "Axes: principal components (PC) of the places in all layers, with their share of the variance";
+    const hidden = numCoords > 3 ? `; near here may be far in all ${numCoords} dimensions` : "";
+    return `${drawn}${hidden}. Lines join places after the layer; each head measured before it, in a space of its own: see Orbit.`;
   }
 
   // The heaviest and the most surprising tokens in turn, each token once.
@@ -86,7 +79,7 @@ class Scene {
     const taken = new Set(first.map((n) => run.tokens[n]));
     const others = this.isLetters || run.count > Scene.#most ? [] : this.ranked;
     Object.assign(this, { token, pulls });
-    this.sources = new Set(first.slice(1));
+    this.strong = new Set(first);
     this.twins = new Set(twins.slice(0, Scene.#nearest).map(([, twin]) => twin));
     this.colours = colouring(run, state.colour).colours;
     this.radii = run.mass.map((mass) => base * size(mass));
@@ -108,7 +101,7 @@ class Scene {
     Object.assign(this.pen, { lineJoin: "round", lineCap: "round", textAlign: "center" });
     const frame = run.frame(state.at, state.isFit);
     const project = this.camera.projection(frame, width, height);
-    surface.dataset.camera = this.camera.text;
+    Object.assign(surface.dataset, { camera: this.camera.text, middle: this.camera.middle });
     this.places = run.labels.map((_, token) => project(run.place(state.at, token)));
     const middles = this.#drawBox(project, frame);
     if (run.count <= Scene.#most && state.trails) this.#drawTrails(project);
@@ -127,9 +120,11 @@ class Scene {
     pen.globalAlpha = 1;
   }
 
-  #circle(x, y, radius) {
+  #circle(x, y, radius, color) {
     this.pen.beginPath();
     this.pen.arc(x, y, radius, 0, 2 * Math.PI);
+    this.pen.fillStyle = color;
+    this.pen.fill();
   }
 
   // Text that can be read over what is below it.
@@ -205,57 +200,51 @@ class Scene {
     this.#line(this.ink.ink, 1.8, () => this.#trail(project, this.token));
   }
 
-  // Back to front; what is farther away is smaller and paler.
+  // Back to front, the marked ones last; what is farther away is smaller and paler.
   #drawTokens() {
     const { pen, ink, places } = this;
     const order = [...places.keys()].sort((a, b) => places[a][2] - places[b][2]);
     const far = places[order[0]][2];
     const deep = places[order.at(-1)][2] - far || 1;
+    const isMarked = (n) => this.strong.has(n) || this.twins.has(n);
+    this.order = [...order.filter((n) => !isMarked(n)), ...order.filter(isMarked)];
     const larger = Math.sqrt(Math.max(1, this.camera.zoom));
     const isPlain = this.state.colour === "none";
     const palest = isPlain ? 0.4 : 0.7; // a colour must be told apart from others
-    this.drawn = this.radii.map((radius, n) => {
-      const isMarked = n === this.token || this.sources.has(n);
-      return radius * places[n][3] * larger * (isMarked ? 1.25 : 1);
-    });
-    for (const n of order) {
+    this.drawn = this.radii.map(
+      (radius, n) => radius * places[n][3] * larger * (this.strong.has(n) ? 1.25 : 1),
+    );
+    for (const n of this.order) {
       const [x, y, depth] = places[n];
-      const isSource = this.sources.has(n);
-      const isMarked = isSource || n === this.token;
-      const color = isSource && isPlain ? ink.accent : this.colours[n];
-      const alpha = isMarked ? 1 : palest + ((1 - palest) * (depth - far)) / deep;
-      if (this.isLetters) this.#drawLetter(n, color, alpha, isMarked);
+      const isPlainSource = isPlain && n !== this.token && this.strong.has(n);
+      const color = isPlainSource ? ink.accent : this.colours[n];
+      const alpha = isMarked(n) ? 1 : palest + ((1 - palest) * (depth - far)) / deep;
+      if (this.isLetters) this.#drawLetter(n, color, alpha);
       else {
-        this.#circle(x, y, this.drawn[n] + 0.8);
-        pen.fillStyle = ink.card;
-        pen.fill();
-        this.#circle(x, y, this.drawn[n]);
-        Object.assign(pen, { fillStyle: color, globalAlpha: alpha });
-        pen.fill();
-        pen.globalAlpha = 1;
+        this.#circle(x, y, this.drawn[n] + 0.8, ink.card);
+        pen.globalAlpha = alpha;
+        this.#circle(x, y, this.drawn[n], color);
       }
-      if (isMarked || this.twins.has(n)) this.#drawRing(n);
+      pen.globalAlpha = 1;
+      if (isMarked(n) && !isPlainSource) this.#drawRing(n);
     }
   }
 
-  #drawLetter(n, color, alpha, isMarked) {
+  #drawLetter(n, color, alpha) {
     const [x, y] = this.places[n];
-    const size = Math.round(2.6 * this.drawn[n] + (isMarked ? 4 : 0));
-    Object.assign(this.pen, {
-      font: `${isMarked ? 700 : 400} ${size}px ${this.ink.font}`,
-      globalAlpha: alpha,
-    });
+    const isStrong = this.strong.has(n);
+    const size = Math.round(2.6 * this.drawn[n] + (isStrong ? 3 : 0));
+    this.pen.font = `${isStrong ? 700 : 400} ${size}px ${this.ink.font}`;
+    this.pen.globalAlpha = alpha;
     this.#write(this.run.labels[n], x, y + 0.35 * size, color);
-    this.pen.globalAlpha = 1;
   }
 
   #drawRing(n) {
     const [x, y] = this.places[n];
     const { ink, accent, twin } = this.ink;
     const color = n === this.token ? ink : this.twins.has(n) ? twin : accent;
-    if (color === accent && this.state.colour === "none") return;
-    const radius = this.drawn[n] + (this.isLetters ? 6 : 3.5);
-    this.#line(color, 2, () => this.pen.arc(x, y, radius, 0, 2 * Math.PI));
+    const radius = this.drawn[n] + (this.isLetters ? 5 : 3.5);
+    this.#line(color, n === this.token ? 2 : 1.5, () => this.pen.arc(x, y, radius, 0, 2 * Math.PI));
   }
 
   // A label without marks for the spaces beside it.
@@ -264,19 +253,19 @@ class Scene {
     return cut(label.replaceAll("␣", " ").trim() || label);
   }
 
-  // Names that overlap none before; those of tokens that are not marked are spread over the picture.
+  // Names that overlap none before; those of tokens that are not marked are spread out, unless
+  // that leaves only a few.
   #drawNames(width, height) {
-    const [boxes, tokens] = [[], []];
+    const [boxes, tokens] = [[], new Set()];
     const isNear = (x, y) => (other) =>
       Math.hypot(this.places[other][0] - x, this.places[other][1] - y) < 45;
-    for (const token of this.named) {
-      if (tokens.length >= Scene.#names) break;
+    const name = (token, isSpread) => {
       const [x, y] = this.places[token];
-      const isMarked = token === this.token || this.sources.has(token);
-      if (!isMarked && tokens.some(isNear(x, y))) continue;
+      const isStrong = this.strong.has(token);
+      if (isSpread && !isStrong && [...tokens].some(isNear(x, y))) return;
       this.pen.font = `${token === this.token ? "700 15px" : "12px"} ${this.ink.font}`;
-      const name = this.#name(token);
-      const half = this.pen.measureText(name).width / 2;
+      const text = this.#name(token);
+      const half = this.pen.measureText(text).width / 2;
       const gap = this.drawn[token] + 4;
       const spots = [
         [x, y - gap - 2],
@@ -288,11 +277,15 @@ class Scene {
       const fits = (box) =>
         box[0] > 0 && box[1] > 0 && box[2] < width && box[3] < height && isFree(box, boxes);
       const spot = spots.find((one) => fits(boxOf(one)));
-      if (!spot) continue;
+      if (!spot) return;
       boxes.push(boxOf(spot));
-      tokens.push(token);
-      this.#write(name, ...spot, isMarked ? this.ink.ink : this.ink.soft);
-    }
+      tokens.add(token);
+      this.#write(text, ...spot, isStrong ? this.ink.ink : this.ink.soft);
+    };
+    const [fewest, most] = Scene.#names;
+    for (const token of this.named) if (tokens.size < most) name(token, true);
+    for (const token of this.named)
+      if (tokens.size < fewest && !tokens.has(token)) name(token, false);
   }
 
   #drawLegend() {
@@ -302,29 +295,26 @@ class Scene {
     const part = (...children) => element("span", {}, ...children);
     const sample = (className, style) => element("i", { className, style });
     const { size } = run.frame(state.layer, state.isFit);
+    const bar = sample("ramp", { background: `linear-gradient(90deg, ${ramp})` });
+    const sizes = `size: mass, ${number(scale.low, 2)} to ${number(scale.high, 2)}`;
     this.legend.replaceChildren(
-      ...(state.colour === "none"
-        ? []
-        : [part(low, sample("ramp", { background: `linear-gradient(90deg, ${ramp})` }), high, title)]),
-      part(`size: mass, ${number(scale.low, 2)} to ${number(scale.high, 2)}`),
-      ...(this.pulls.length ? [part(sample("pull"), "pull on the selected token")] : []),
-      ...(this.twins.size ? [part(sample("twin"), "same token, the nearest")] : []),
+      ...(state.colour === "none" ? [] : [part(low, bar, `${high} ${title}`)]),
+      part(state.colour === "mass" ? "size: mass too" : sizes),
+      ...(this.pulls.length ? [part(sample("pull"), "pull")] : []),
+      ...(this.twins.size ? [part(sample("twin"), "same token")] : []),
       ...(size < 0.995 ? [part(`${number(1 / size, 2)} × larger than the widest layer`)] : []),
       ...(state.layer > run.numLayers ? [part(`layer ${run.numLayers}, its last`)] : []),
-      ...(run.count > Scene.#most
-        ? [part(`${plural(run.count, "token")}: too many for trails and names`)]
-        : []),
+      ...(run.count > Scene.#most ? [part("too many tokens for trails and names")] : []),
     );
   }
 
-  // The token at a place of the canvas, or null: of those under it the front one, or the nearest.
+  // The token at a place of the canvas, or null: of those under it the one on top, or the nearest.
   #tokenAt(x, y) {
     let [found, best] = [null, Infinity];
-    this.places?.forEach(([left, top, depth], token) => {
-      const far = Math.hypot(left - x, top - y);
-      const rank = far <= this.drawn[token] + 1 ? -100 - depth : far;
-      if (far <= Math.max(Scene.#reach, this.drawn[token] + 1) && rank < best)
-        [found, best] = [token, rank];
+    this.order?.forEach((token, n) => {
+      const far = Math.hypot(this.places[token][0] - x, this.places[token][1] - y);
+      const rank = far <= this.drawn[token] + 1 ? -1 - n : far;
+      if (rank < Scene.#reach && rank < best) [found, best] = [token, rank];
     });
     return found;
   }

@@ -4,6 +4,7 @@ import io
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
@@ -15,6 +16,9 @@ LONGEST_NAME = 24  # characters
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#f0e442", "#22262b")
 LINES = ("-", "--", ":", "-.")
 INK, SOFT, FAINT = "#22262b", "#5b6470", "#8b93a0"
+# masses below 1 green, above 1 purple, as on the page (coords/colours.js)
+MASS_COLOURS = LinearSegmentedColormap.from_list("mass", ("#0b5a2a", "#959595", "#6a1b7d"))
+LOWEST, HIGHEST = 0.9, 100  # the scale of masses spans at least 10 %, and no more than 100 times
 STYLE = {"grid.color": "#e1e5ea", "grid.linewidth": 0.6, "axes.edgecolor": "#b9c0c9"}
 
 
@@ -30,10 +34,20 @@ def still(runs, layer):
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.2 * len(runs), 7.2), dpi=110, facecolor="white")
+        scale = mass_scale(runs)
         for n, run in enumerate(runs):
             axes = figure.add_subplot(1, len(runs), n + 1, projection="3d", computed_zorder=False)
-            _draw(figure, axes, run, min(layer, len(run.points) - 1))
+            _draw(figure, axes, run, min(layer, len(run.points) - 1), scale)
         return _png(figure)
+
+
+def mass_scale(runs):
+    """The scale of masses that all runs share, by their ratio to 1: `(1 / high, high)`."""
+    masses = np.concatenate([[1.0], *(run.measured.mass for run in runs)])
+    masses = np.concatenate([masses, *(run.vocabulary["masses"] for run in runs)])
+    masses = masses.clip(1 / HIGHEST, HIGHEST)
+    high = float(max(1 / LOWEST, masses.max(), 1 / masses.min()))
+    return 1 / high, high
 
 
 def heads_still(runs):
@@ -91,24 +105,25 @@ def _png(figure, is_tight=False):
     return png.getvalue()
 
 
-def _draw(figure, axes, run, layer):
+def _draw(figure, axes, run, layer, scale):
     """Draw the tokens of a run after a layer, with their trails, names and a scale of masses."""
-    points, mass = run.points[layer], run.measured.mass
-    spread = float(np.ptp(mass)) or 1.0
+    points, mass = run.points[layer], run.measured.mass.clip(*scale)
     if layer:
         for trail in run.points[: layer + 1].transpose(1, 2, 0):
             axes.plot(*trail, color=FAINT, linewidth=0.5, alpha=0.35, zorder=1)
+    norm = LogNorm(*scale)
     drawn = axes.scatter(
         *points.T,
         c=mass,
-        s=14 + 110 * (mass - mass.min()) / spread,
-        cmap="cividis",
+        s=40 * 4 ** (2 * norm(mass) - 1),  # an area: the radius is halved or doubled at the ends
+        cmap=MASS_COLOURS,
+        norm=norm,
         edgecolors="white",
         linewidths=0.4,
         depthshade=False,
         zorder=2,
     )
-    for token in _to_name(run.measured.tokens, mass):
+    for token in _to_name(run.measured.tokens, run.measured.mass):
         axes.text(
             *points[token],
             "  " + run.labels[token][:LONGEST_NAME],
@@ -130,6 +145,8 @@ def _draw(figure, axes, run, layer):
     )
     bar = figure.colorbar(drawn, ax=axes, shrink=0.45, pad=0.06)
     bar.set_label("mass (colour and size)", fontsize=8, color=SOFT)
+    bar.set_ticks([scale[0], 1, scale[1]], labels=[f"{x:.2f}" for x in (scale[0], 1, scale[1])])
+    bar.ax.minorticks_off()
     bar.ax.tick_params(labelsize=7, labelcolor=FAINT)
     bar.outline.set_visible(False)
 

@@ -5,6 +5,7 @@
 class HeadStrip {
   constructor(run, actions) {
     Object.assign(this, { run, actions });
+    this.hasQuiet = run.quietOf(1, 0, 0) !== null;
     const numbers = Array.from({ length: run.numHeads }, (_, head) => head);
     const row = (n) =>
       numbers.map((head) => {
@@ -39,7 +40,7 @@ class HeadStrip {
         { className: "strip-key" },
         part("most", "strongest source"),
         part("rest", "others"),
-        ...(run.quietOf(1, 0, 0) === null ? [] : [part("still", "quiet")]),
+        ...(this.hasQuiet ? [part("still", "quiet")] : []),
       ),
     );
   }
@@ -87,10 +88,11 @@ class HeadStrip {
         const shares = run.shares(n + 1, head, token);
         const sum = shares.reduce((a, b) => a + b, 0);
         const best = shares.reduce((best, share, at) => (share > shares[best] ? at : best), 0);
-        const quiet = run.quietOf(1, 0, 0) === null ? "" : `, quiet ${percent(Math.max(0, 1 - sum))}`;
+        const quiet = this.hasQuiet ? `, quiet ${percent(Math.max(0, 1 - sum))}` : "";
         button.style.setProperty("--most", `${(100 * shares[best]).toFixed(1)}%`);
         button.style.setProperty("--rest", `${(100 * sum).toFixed(1)}%`);
-        button.title = `layer ${n + 1}, head ${head + 1}: ${run.labels[best]} pulls ${percent(shares[best])}${quiet}`;
+        const pulls = `${run.labels[best]} pulls ${percent(shares[best])}`;
+        button.title = `layer ${n + 1}, head ${head + 1}: ${pulls}${quiet}`;
         button.setAttribute("aria-label", button.title);
       }),
     );
@@ -102,7 +104,7 @@ class OrbitKey {
   constructor(run, actions) {
     const { low, high, size } = massScale();
     const dot = (mass) =>
-      element("i", { className: "dot", style: { "--size": `${2 * DOT * size(mass)}px` } });
+      element("i", { className: "dot", style: { "--size": 2 * size(mass) } });
     const choice = (value, text) => {
       const input = element("input", {
         type: "radio",
@@ -117,6 +119,7 @@ class OrbitKey {
       choice("axes", "as two axes"),
     ];
     this.inputs = { colour, axes };
+    const words = (...parts) => element("span", {}, ...parts);
     this.sample = element("span", { className: "sample" });
     const split = element(
       "span",
@@ -134,19 +137,24 @@ class OrbitKey {
         ? []
         : [
             split,
-            element("span", {}, "far in space ", element("i", { className: "lateness" }), " far in time"),
+            words("far in space ", element("i", { className: "lateness" }), " far in time"),
           ]),
-      element("span", {}, `mass ${number(low, 2)} `, dot(low), dot(1), dot(high), ` ${number(high, 2)}`),
-      element("span", {}, "line: share of the pull"),
+      words(`mass ${number(low, 2)} `, dot(low), dot(1), dot(high), ` ${number(high, 2)}`),
+      words("wider line: larger share"),
       this.sample,
     );
   }
 
-  update(split, numDrawn, numSources) {
+  // `unit`: the radius of mass 1 in the picture.
+  update(split, unit, numDrawn, numSources) {
+    this.node.style.setProperty("--unit", `${unit}px`);
     this.inputs[split].checked = true;
+    const [strong, all, others] = [MOST_DOTS / 2, numSources, numDrawn - MOST_DOTS / 2].map((x) =>
+      plain.format(x),
+    );
     this.sample.textContent =
       numDrawn < numSources
-        ? `Drawn: the ${plain.format(MOST_DOTS / 2)} strongest of ${plain.format(numSources)} sources, and ${plain.format(numDrawn - MOST_DOTS / 2)} of the others, evenly spaced.`
+        ? `Drawn: the ${strong} strongest of ${all} sources, and ${others} of the others.`
         : "";
   }
 }

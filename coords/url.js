@@ -35,7 +35,7 @@ const ADDRESS = {
   },
   split: {
     write: (state) => state.split,
-    read: (text) => oneOf(text, optionsOf("split")),
+    read: (text) => oneOf(text, ["colour", "axes"]),
   },
   fit: {
     name: "isFit",

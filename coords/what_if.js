@@ -120,7 +120,7 @@ class WhatIf {
               `without ${calledHead(run.heads[n])}`,
               () => this.#choose(run.heads[n]),
               bold(percent(this.moved[n])),
-              element("span", { textContent: calledHead(run.heads[n]) }),
+              element("span", { className: "which", textContent: calledHead(run.heads[n]) }),
               context(`→ ${id === before[0][2] ? "still " : ""}${cut(label)} ${percent(chance)}`),
             ),
           );

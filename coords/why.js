@@ -6,9 +6,12 @@
 
 const NEAR = 0.8;
 const HEAVY = 1.1;
+const FEW = 8; // tokens back that are still recent
+const WEAK = 0.1; // a share of the pull
 const LEAST_TIME = 0.3; // of the middle distance
 const RULE =
-  "Compared with the middle (median) of all sources: near is at most 0.8 of its distance, heavy at least 1.1 times its mass.";
+  "Compared with the middle (median) of all sources: near is at most 0.8 of its distance, " +
+  "heavy at least 1.1 times its mass.";
 
 const medianOf = (values) => {
   const sorted = Float64Array.from(values).sort();
@@ -22,20 +25,21 @@ const fieldAt = ({ exponent, cutoff }, radius, distance) => {
   return (1 + r2) ** -exponent * (cutoff === "hard" ? Math.ceil(within) : within ** 2);
 };
 const factor = (x) => (x >= 1000 ? "over 1,000\u00a0×" : `${number(x, 2)}\u00a0×`);
-const softenings = (distance) => `${number(distance, 2)} softenings`;
 
 // Where the strongest source is, compared with the middle of all. Time is no reason in a head whose
 // distances have next to no part of time.
 const whereItIs = (orbit, source, token) => {
   const middle = (part) => medianOf(orbit[part]);
   const isNear = (part) => orbit[part][source] <= NEAR * middle(part);
-  const far = `${softenings(orbit.distance[source])}, the middle source ${number(middle("distance"), 2)}`;
+  const usual = `the middle source ${number(middle("distance"), 2)}`;
+  const far = `${number(orbit.distance[source], 2)} softenings, ${usual}`;
   const back = token - source;
-  const ago = back ? `${plural(back, "token")} back` : "itself";
+  const ago = back ? `${plural(back, "token")} back` : "no token back";
   const isRecent = isNear("time") && middle("time") > LEAST_TIME * middle("distance");
   if (!isNear("distance")) return `it is at no special distance (${far}), ${ago}`;
-  if (isRecent && isNear("space")) return `it is near in space and recent (${far}), ${ago}`;
-  if (isRecent) return `it is recent (${ago}), and so at ${far}`;
+  if (isRecent && isNear("space"))
+    return `it is near in space and ${back > FEW ? "in time" : "recent"} (${far}), ${ago}`;
+  if (isRecent) return `it is ${back > FEW ? "near in time" : "recent"} (${ago}), and so at ${far}`;
   return `it is near in space (${far})${back ? `, ${back > 1 ? "though " : ""}${ago}` : ""}`;
 };
 
@@ -57,14 +61,25 @@ const whyPulled = ({ run, layer, head, token, orbit, shares, quiet }) => {
   if (run.count === 1) return [["The text is one token, which only pulls itself."], [silence]];
   if (!(shares[best] > 0))
     return [["Nothing reaches it: no source is within this head's radius."], [silence]];
-  if (!token) return [["The first token: nothing comes before it, so it only pulls itself."], [silence]];
-  const who = best === token ? ["It pulls itself most"] : [chip(run.labels[best]), " pulls most"];
+  if (!token)
+    return [["The first token: nothing comes before it, so it only pulls itself."], [silence]];
+  const name = best === token ? "it itself" : chip(run.labels[best]);
+  const who =
+    shares[best] < WEAK
+      ? ["Many pull it a little, ", name, " most"]
+      : best === token
+        ? ["It pulls itself most"]
+        : [name, " pulls most"];
   const share = ` (${percent(shares[best])})`;
   const middle = medianOf(orbit.distance);
   if (run.kind === "published")
     return [
-      [...who, `${share}, from ${number(orbit.distance[best], 2)} away, the middle source ${number(middle, 2)}.`],
-      ["Under the published law distance alone does not decide: its score repels what is near, and both masses multiply it."],
+      [
+        ...who,
+        `${share}, from ${number(orbit.distance[best], 2)} away; `,
+        `the middle source is at ${number(middle, 2)}.`,
+      ],
+      ["Under the published law distance alone does not decide: its score repels what is near."],
     ];
   const mass = run.mass[best];
   const heavier = mass / medianOf(sources.map((source) => run.mass[source]));

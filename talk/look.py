@@ -27,6 +27,7 @@ MOST_CHANGES = 8
 SHOWN_TOKENS = 10  # the likeliest, before or after the changes
 ADDED_TOKENS = 24  # to a branch
 LARGEST_FACTOR = 100  # of a mass
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # not in a text that may be sent again
 FIELDS = {
     "mass": {"token", "factor"},
     "move": {"token", "toward", "share"},
@@ -142,12 +143,13 @@ class Look:
         if count > most:
             tokens = tokens[-most:]
             cut = f"the last {most:,} of {count:,} tokens are shown"
+            cut += ": this model reads no more" if most < MOST_TOKENS else ""
             note = f"{note}; {cut}" if note else cut
         loaded = self.model, self.tokenizer, self.checkpoint
         run = read_run(loaded, self.path, tokens, source, live=True)
         return {
             "layer": self.model.config.num_layers,
-            "text": self.tokenizer.decode(tokens),
+            "text": CONTROL.sub("\ufffd", self.tokenizer.decode(tokens)),
             "note": note,
             "runs": [run_data(run)],
         }

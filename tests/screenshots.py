@@ -1,10 +1,11 @@
 """Takes pictures of a map's page in a real browser, for the docs.
 
 python tests/screenshots.py docs/looking_inside.md docs/gallery/README.md
-python tests/screenshots.py "docs/gallery/english.html#view=orbit" --output reports/orbit.webp
+python tests/screenshots.py "docs/gallery/english.html#view=orbit&token=67" --until 80
 
 Of a Markdown file: each picture in it that links to a page, [![...](picture)](page.html#...), is
-taken anew from that page as the link opens it. Of a page: an animation of what Play does.
+taken anew from that page as the link opens it. Of a page: an animation of what Play does, up to a
+token, without the header.
 """
 
 import argparse
@@ -26,9 +27,9 @@ LINKED_PICTURE = re.compile(r"\[!\[[^\]]*\]\(([^)]+)\)\]\(([^)#]+\.html)(#[^)]*)
 SIZE = (1280, 800)
 SETTLED = 1500  # ms
 AN_HOUR = 3_600_000  # ms, later than any page takes to load
-FRAME = 120  # ms of the page's clock between two frames
-LAST_FRAME = 2500  # ms that the last frame stays, before the animation starts again
-LONGEST = 600  # frames
+FRAME = 150  # ms of the page's clock between two frames
+LAST_FRAME = 3000  # ms that the last frame stays, before the animation starts again
+LONGEST = 400  # frames
 QUALITY = {"still": 70, "animation": 40}  # as WebP counts it
 
 
@@ -40,6 +41,7 @@ def main():
     add = parser.add_argument
     add("sources", nargs="+", help="Markdown files, or one page with the address after its #")
     add("--output", default="orbit.webp", help="the animation's file (default: %(default)s)")
+    add("--until", type=int, metavar="TOKEN", help="stop Play there (default: at the end)")
     add("--width", type=int, default=SIZE[0], help="pixels (default: %(default)s)")
     add("--height", type=int, default=SIZE[1], help="pixels (default: %(default)s)")
     args = parser.parse_args()
@@ -53,7 +55,8 @@ def main():
                     save_still(page, address, picture)
                     page.close()
             else:
-                save_animation(browser.new_page(**view), address_of(source), args.output)
+                page = browser.new_page(**view)
+                save_animation(page, address_of(source), args.until, args.output)
         browser.close()
 
 
@@ -78,17 +81,22 @@ def save_still(page, address, output):
     print(f"wrote {output}")
 
 
-def save_animation(page, address, output):
-    """Press Play, and save the frames until it has ended."""
+def save_animation(page, address, until, output):
+    """Press Play, and save the frames until it has ended or has come to a token."""
     page.clock.install(time=0)
     opened(page, address)
     # The page's clock stands still between two frames, so that a slow computer drops none.
     page.clock.pause_at(AN_HOUR)
     page.click("#play")
-    frames = [picture_of(page)]
+    panel = page.locator("#panel")
+    frames = [picture_of(panel)]
     while page.get_attribute("#play", "aria-pressed") == "true" and len(frames) < LONGEST:
+        if page.get_attribute('.token[aria-selected="true"]', "data-token") == str(until):
+            page.click("#play")
         page.clock.run_for(FRAME)
-        frames.append(picture_of(page))
+        frames.append(picture_of(panel))
+    page.clock.run_for(SETTLED)
+    frames[-1] = picture_of(panel)
     frames[0].save(
         output,
         save_all=True,
@@ -108,9 +116,9 @@ def opened(page, address):
     page.mouse.move(0, 0)
 
 
-def picture_of(page):
-    """What the page shows now, in RGB."""
-    return Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+def picture_of(part):
+    """What a page, or a part of it, shows now, in RGB."""
+    return Image.open(io.BytesIO(part.screenshot())).convert("RGB")
 
 
 if __name__ == "__main__":

@@ -95,8 +95,8 @@ const chartFrame = ({ x, y, label }, xs, ys, width, height) => {
   const [end, base] = [Math.max(left + 40, width - right), height - bottom];
   const across = axisBetween(x, xs, left, end);
   const up = axisBetween(y, ys, base, top);
-  const text = (className, at, down, content, anchor = "middle", more = {}) =>
-    svgElement("text", { class: className, x: at, y: down, "text-anchor": anchor, ...more }, content);
+  const text = (name, x, y, content, anchor = "middle", more = {}) =>
+    svgElement("text", { class: name, x, y, "text-anchor": anchor, ...more }, content);
   const line = (x1, y1, x2, y2) => svgElement("line", { class: "grid", x1, y1, x2, y2 });
   // a tick whose text would touch the one before keeps its line only
   let free = -Infinity;
@@ -104,7 +104,7 @@ const chartFrame = ({ x, y, label }, xs, ys, width, height) => {
     const half = textWidth(content, `11px ${css("--font")}`) / 2 + 4;
     if (at - half < free) return [];
     free = at + half;
-    return [text("tick", at, base + 16, content)];
+    return [text("tick", Math.min(at, width - half + 2), base + 16, content)];
   });
   const middle = (top + base) / 2;
   // the size of a nested SVG cuts off what is outside; its coordinates are those of the chart
@@ -152,7 +152,8 @@ const chartElement = (paint, height, ...before) => {
     const left = nearest.at[0] - tooltip.offsetWidth / 2;
     tooltip.style.left = `${Math.max(0, Math.min(left, width - tooltip.offsetWidth))}px`;
     const top = place.offsetTop + nearest.at[1];
-    tooltip.style.top = `${top - tooltip.offsetHeight - 10 > 0 ? top - tooltip.offsetHeight - 10 : top + 14}px`;
+    const above = top - tooltip.offsetHeight - 10;
+    tooltip.style.top = `${above > 0 ? above : top + 14}px`;
   };
   place.addEventListener("pointermove", (event) => {
     // offsetX counts from the element under the pointer
@@ -217,7 +218,7 @@ const lineChart = ({ series, height = CHART.height, ...given }) => {
   return node;
 };
 
-// The names of points beside, above or below them, where they cover neither another name nor a point.
+// The names of points beside, above or below them, where they cover no other name and no point.
 const chartNames = (points, places, order, width) => {
   const cell = 4; // pixels: what is covered is kept as squares
   const key = (x, y) => Math.floor(y / cell) * 10000 + Math.floor(x / cell);
@@ -228,17 +229,21 @@ const chartNames = (points, places, order, width) => {
     if (names.length >= CHART.names) break;
     const [[x, y], name] = [places[n], cut(points[n].name)];
     const [gap, wide] = [(points[n].size ?? 3.5) + 4, textWidth(name, font)];
-    const lefts = [x + gap, x - gap - wide, x - wide / 2, x - wide / 2];
-    const spots = lefts.map((left, side) => [left, side < 2 ? y + 4 : y + (side < 3 ? -gap : gap + 9)]);
+    const spots = [
+      [x + gap, y + 4],
+      [x - gap - wide, y + 4],
+      [x - wide / 2, y - gap],
+      [x - wide / 2, y + gap + 9],
+    ];
     const squares = ([left, base]) => {
       const found = [];
       for (let down = base - 9; down < base + 3 + cell; down += cell)
         for (let at = left - 2; at < left + wide + 2 + cell; at += cell) found.push(key(at, down));
       return found;
     };
-    const isFree = (spot) =>
-      spot[0] > CHART.left && spot[0] + wide < width && spot[1] > 10 && !squares(spot).some((one) => covered.has(one));
-    const spot = spots.find(isFree);
+    const isInside = ([left, base]) => left > CHART.left && left + wide < width && base > 10;
+    const isOpen = (spot) => isInside(spot) && !squares(spot).some((one) => covered.has(one));
+    const spot = spots.find(isOpen);
     if (!spot) continue;
     squares(spot).forEach((one) => covered.add(one));
     names.push(svgElement("text", { class: "name", x: spot[0], y: spot[1] }, name));

@@ -86,8 +86,9 @@ const otherPulls = (pulls, whole, quiet) => {
   return `All others together: ${percent(Math.max(0, rest))}.`;
 };
 
-// The pulls on a token and the background's share; without a background they sum to `whole`.
-const pulledBy = (position, pulls, quiet, whole, labelOf, goTo) => [
+// The pulls on a token and the background's share, or whose it is; without they sum to `whole`.
+const BACKGROUND = "the background's share, which passes on nothing";
+const pulledBy = (position, pulls, quiet, whole, labelOf, goTo, silence = BACKGROUND) => [
   ...(pulls.length
     ? [pullList(position, pulls, labelOf, goTo), note(otherPulls(pulls, whole, quiet))]
     : quiet === null
@@ -95,7 +96,7 @@ const pulledBy = (position, pulls, quiet, whole, labelOf, goTo) => [
       : []),
   ...(quiet === null
     ? []
-    : [note(`Quiet ${percent(quiet)}: the background's share, which passes on nothing.`)]),
+    : [note(`Quiet ${percent(quiet)}: ${silence}.`)]),
 ];
 
 // A token as a screen reader says it.

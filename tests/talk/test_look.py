@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from talk.conversation import Conversation
 from talk.look import ADDED_TOKENS, Look
 from talk.server import KEPT_TOKENS, ChatServer, Job
 from talk.settings import SETTINGS
+from talk.suggestions import suggestions
+from text.tokenizer import BPETokenizer
+from token_folders import prepare
 
 CHANCE = dict.fromkeys(SETTINGS) | {"temperature": 1.0, "max_new_tokens": 20, "seed": 5}
 TEXT = "the king said: hello"
@@ -105,7 +109,9 @@ def test_answers_are_the_models_and_change_nothing(in_tmp):
         branch = asker.json("/look/branch", body)
         grown = branch["runs"][0]["tokens"]
         assert grown[:9] == [*tokens[:8], 4] and len(grown) == 9 + ADDED_TOKENS
-        assert branch["token"] == 8 and branch["text"] == LETTERS.decode(grown)
+        assert branch["token"] == 8 and branch["text"] == LETTERS.decode(grown).replace(
+            "\x1b", "\ufffd"
+        )
         assert asker.json("/look/branch", body) == branch
 
         whole = asker.json("/look", {"conversation": True})
@@ -188,7 +194,8 @@ def test_hostile_questions_are_refused_in_one_line(in_tmp):
         text = page.read().decode()
         assert "script-src 'self'" in page.headers["Content-Security-Policy"]
         assert "unsafe" not in text + page.headers["Content-Security-Policy"]
-        assert "http-equiv" not in text and "<style" not in text and "{{" not in text
+        assert "http-equiv" not in text and "{{" not in text
+        assert "<style" not in text.partition("<noscript>")[0]
         assert text.count("<script") == 2 and 'src="/look.js"' in text
         connection.close()
 
@@ -201,7 +208,7 @@ def test_other_models_and_long_texts(config, in_tmp):
         (run,) = answer["runs"]
         tokens = LETTERS.encode(TEXT)[-16:]
         assert run["tokens"] == tokens and run["kind"] == config.get("law", "vanilla")
-        assert answer["note"] == "the last 16 of 20 tokens are shown"
+        assert answer["note"] == "the last 16 of 20 tokens are shown: this model reads no more"
         for change in (MASS, MOVE, OFF, CUT):
             body = {"tokens": tokens, "changes": [change], "at": 12}
             status, text = asker.post("/look/what-if", body)
@@ -229,3 +236,106 @@ def test_damaged_weights_are_one_line(in_tmp):
             assert status == 400 and "not finite" in text and text.count("\n") == 1
         weight.copy_(whole)
         assert asker.post("/look", {"text": TEXT})[0] == 200
+
+
+def test_in_a_browser(browser, in_tmp):
+    """From typing to what if, a branch, a link that opens the same, and the chat's "Map this"."""
+    wrong = []
+    with served(make_checkpoint_with_background) as (asker, server):
+        page = browser.new_page(viewport={"width": 1280, "height": 800})
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda line: line.type == "error" and wrong.append(line.text))
+        page.on(
+            "request", lambda request: request.url.startswith(server.url) or wrong.append(request)
+        )
+
+        def shown():
+            page.wait_for_selector("body:not(.unread) form.live button:enabled")
+            page.wait_for_function("document.querySelectorAll('#panel .token').length")
+            return page.input_value("#sentence")
+
+        page.goto(server.url + "look")
+        page.wait_for_selector("#sentence:focus")
+        assert not page.is_visible("#controls")
+        page.keyboard.press("Control+Enter")
+        assert "Write a sentence" in page.inner_text(".live [role=status]")
+        page.keyboard.type(TEXT)
+        page.keyboard.press("Control+Enter")
+        assert shown() == TEXT and page.is_visible("#controls")
+        tokens = LETTERS.encode(TEXT)
+        assert page.locator("#panel .token").count() == len(tokens)
+
+        # the second head of layer 2 is switched off for the token before the last
+        page.locator("#panel .token").nth(18).click()
+        page.click("#tab-next")
+        page.click(".whatif .switches button >> nth=3")
+        page.wait_for_selector(".whatif .chances td")
+        body = {"tokens": tokens, "changes": [OFF], "at": 18}
+        told = asker.json("/look/what-if", body)
+        cells = page.locator(".whatif .chances tbody tr").first.locator("th, td").all_inner_texts()
+        label, before, after = max(told["rows"], key=lambda row: max(row[1:]))
+        assert cells[0] == label
+        for cell, chance in zip(cells[1:], (before, after), strict=True):
+            assert float(cell.rstrip(" %")) == pytest.approx(100 * chance, abs=0.51)
+        assert "computed now" in page.inner_text(".whatif .result").lower()
+
+        # another token than the one that came, and what the model adds to it
+        other = page.locator("#panel button.go:has-text('continue with this')").first
+        label = other.locator(".chip").inner_text()
+        other.click()
+        page.wait_for_function(
+            "text => document.querySelector('#sentence').value !== text", arg=TEXT
+        )
+        grown = shown()
+        assert grown.startswith(TEXT[:18]) and len(grown) == 19 + ADDED_TOKENS
+        chosen = page.locator("#panel .token[aria-selected=true]")
+        assert chosen.get_attribute("data-token") == "18" and grown[18] == label.replace("␣", " ")
+
+        # its link opens the same text and view; a wrong one is a sentence
+        page.wait_for_function("text => location.hash.includes(text)", arg=grown[:3])
+        page.reload()
+        assert shown() == grown and "tab-next" in page.get_attribute("#panel", "aria-labelledby")
+        page.fill("#sentence", "a" * 300_000)
+        page.click("text=Look inside >> nth=-1")
+        page.wait_for_selector(".live .bad:has-text('too long')")
+        assert wrong.pop() and not wrong
+
+        # a chat that begins with a suggestion; its text in a file, in the clipboard and on the page
+        server.look.suggestions = ["tell <b>me</b>"]
+        page.goto(server.url)
+        assert not page.is_enabled("#save")
+        page.click("text=tell <b>me</b>")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#save:enabled")
+        page.wait_for_selector("body[data-busy=no]")
+        said = "".join(token["text"] for token in asker.get("/state")["tokens"])
+        with page.expect_download() as download:
+            page.click("#save")
+        assert download.value.suggested_filename == "conversation.txt"
+        assert download.value.path().read_text() == said
+        page.click("#copy")
+        page.wait_for_selector("#notice:has-text('Copied')")
+        with page.expect_popup() as popup:
+            page.click("text=Map this")
+        chat, page = page, popup.value
+        assert shown() == said.replace("\\x1b", "\ufffd")
+        page.set_viewport_size({"width": 390, "height": 844})
+        page.wait_for_function("document.documentElement.scrollWidth <= 390")
+        chat.close()
+        page.close()
+    assert not wrong
+
+
+def test_suggestions_are_lines_of_the_text(in_tmp):
+    """Whole words from different places of the validation text, or general lines without it."""
+    lines = [f"Line {n} of a text, {'long ' * (n % 9)}and more" for n in range(400)]
+    Path("book.txt").write_text("\n".join(lines))
+    data = prepare("text", "book.txt", tokenizer="char")
+    checkpoint = {"config": {"token_directory": str(data.directory)}}
+    found = suggestions(checkpoint, data.tokenizer)
+    assert len(set(found)) == 3 and all(len(line) <= 60 for line in found)
+    for line in found:
+        assert any(whole == line or whole.startswith(line + " ") for whole in lines[300:])
+    assert suggestions({"config": {}}, LETTERS) == []
+    general = suggestions({"config": {}}, BPETokenizer.train(["any text"], 300))
+    assert len(general) == 3 and general[0].startswith("Once upon")

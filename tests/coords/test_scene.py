@@ -1,0 +1,380 @@
+"""The map on its canvas, the charts and the scale of masses, in a real browser."""
+
+import base64
+import io
+import json
+import re
+from types import SimpleNamespace
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from coords.still import MASS_COLOURS, mass_scale
+from map_browser import selected
+from map_contents import TEXT, shares_of, unpacked
+from small_models import make_checkpoint
+from text.tokenizer import BPETokenizer
+
+WORDS = TEXT + " and then sleeps under an old brown tree beside the quick river"
+ACCENT, INK, TWIN, CARD = (213, 94, 0), (31, 35, 40), (0, 114, 178), (255, 255, 255)
+EYE = 4  # half widths of the longest axis
+# what the map writes on its canvas: [text, x, y, width], until the next whole picture
+RECORD = """() => {
+  const pen = CanvasRenderingContext2D.prototype;
+  const [write, clear] = [pen.fillText, pen.fillRect];
+  pen.fillText = function (text, x, y) {
+    window.written.push([text, x, y, this.measureText(text).width]);
+    write.call(this, text, x, y);
+  };
+  pen.fillRect = function (...box) { window.written = []; clear.apply(this, box); };
+}"""
+
+
+def words_checkpoint(path="x.pt", **config):
+    """A checkpoint whose tokens are parts of words; letters would be drawn as letters."""
+    return make_checkpoint(path, BPETokenizer.train([TEXT] * 5, 280), **config)
+
+
+def camera(page):
+    page.wait_for_timeout(50)
+    return np.array(
+        page.locator(".scene canvas").first.get_attribute("data-camera").split(","), float
+    )
+
+
+def on_screen(page, run, layer, is_fit=True):
+    """Pixels (x, y) of the page and depth of tokens, from the camera that the page reports.
+
+    The eye is `EYE` away from the middle of the box, in the direction of the camera. A box that is
+    fitted to its layer has the shape of that around all layers.
+    """
+    turn, tilt, *_ = camera(page)
+    canvas = page.locator(".scene canvas").first
+    left, top, scale = map(float, canvas.get_attribute("data-middle").split(","))
+    every = np.array(run["points"])
+    shown = every[layer : layer + 1] if is_fit else every
+    half = 1.06 * np.ptp(every, (0, 1)) / 2
+    unit = half.max() * (1.06 * np.ptp(shown, (0, 1)) / 2 / half).max()
+    places = (every[layer] - (shown.min((0, 1)) + shown.max((0, 1))) / 2) / unit
+    eye = np.array([np.cos(tilt) * np.cos(turn), np.cos(tilt) * np.sin(turn), np.sin(tilt)])
+    right = np.cross([0, 0, 1], eye)
+    right /= np.linalg.norm(right)
+    up = np.cross(eye, right)
+    size = scale * EYE / (EYE - places @ eye)
+    box = canvas.bounding_box()
+    x, y = box["x"] + left + places @ right * size, box["y"] + top - places @ up * size
+    return np.stack([x, y, places @ eye], 1)
+
+
+def written(page):
+    """[[text, x, y, width], ...] of the next picture."""
+    page.evaluate(RECORD)
+    page.focus(".scene canvas")
+    page.keyboard.press("0")
+    page.wait_for_timeout(60)
+    return page.evaluate("window.written")
+
+
+def pixels(page):
+    page.mouse.move(2, 2)
+    page.wait_for_timeout(50)
+    return matplotlib.image.imread(io.BytesIO(page.screenshot()))[..., :3] * 255
+
+
+def is_colour(picture, place, colour):
+    """Whether a pixel within 2 of a place has a colour: an edge may cover the middle."""
+    x, y = round(place[0]), round(place[1])
+    near = picture[y - 2 : y + 3, x - 2 : x + 3].reshape(-1, 3)
+    return np.abs(near - colour).max(1).min() < 14
+
+
+def rewrite(in_tmp, change):
+    """Change the data of runs in the page that was written last."""
+    text = (in_tmp / "map.html").read_text(encoding="utf-8")
+    found = re.search(r'(id="data"[^>]*>)(.*?)(</script>)', text, re.S)
+    data = json.loads(found[2])
+    for run in data["runs"]:
+        change(run)
+    text = text[: found.start(2)] + json.dumps(data) + text[found.end(2) :]
+    (in_tmp / "map.html").write_text(text, encoding="utf-8")
+
+
+def test_tokens_are_where_the_camera_shows_them(open_map):
+    """After turning, zooming, by mouse and keys; a click chooses the token in front."""
+    words_checkpoint()
+    page, (run,) = open_map("--text", WORDS, address="#view=map&token=20&layer=2&head=1&fit=layer")
+    order = np.argsort(-shares_of(run)[1, 0, 20])
+    sources = [int(n) for n in order[:8] if n != 20 and shares_of(run)[1, 0, 20, n] > 1e-4]
+    first = camera(page)
+
+    def check():
+        picture, places = pixels(page), on_screen(page, run, 2)
+        box = page.locator(".scene canvas").bounding_box()
+        inside = (np.abs(places[:, :2] - [box["x"], box["y"]]) > 8).all(1)
+        inside &= places[:, 0] < box["x"] + box["width"] - 8
+        inside &= places[:, 1] < box["y"] + box["height"] - 8
+        seen = [n for n in sources if inside[n]]
+        hit = [is_colour(picture, places[n], ACCENT) for n in seen]
+        assert len(seen) > 2 and np.mean(hit) > 0.7, hit
+        assert is_colour(picture, places[20], INK)
+        # every token darkens its place, whatever its depth
+        near = [
+            picture[round(y) - 2 : round(y) + 3, round(x) - 2 : round(x) + 3] for x, y, _ in places
+        ]
+        dark = [near[n].min() < 190 for n in np.flatnonzero(inside)]
+        assert np.mean(dark) > 0.9
+        return places
+
+    before = check()
+    middle = page.locator(".scene canvas").bounding_box()
+    x, y = middle["x"] + middle["width"] / 2, middle["y"] + middle["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + 60, y + 20, steps=3)
+    page.mouse.up()
+    assert np.allclose(camera(page) - first, [-0.48, 0.16, 0, 0, 0], atol=2e-3)
+    assert selected(page) == [20]  # a drag is no click
+    turned = check()
+    front = before[:, 2].argmax()
+    assert turned[front, 0] > before[front, 0] + 5 or before[front, 2] < 0.05
+    # the wheel zooms, and what is under the pointer stays there
+    page.mouse.move(*turned[20, :2])
+    page.mouse.wheel(0, -300)
+    assert camera(page)[2] == pytest.approx(np.exp(0.45), rel=1e-3)
+    zoomed = on_screen(page, run, 2)
+    middle_depth = (EYE - turned[20, 2]) / EYE
+    assert np.hypot(*(zoomed[20] - turned[20])[:2]) < 1 + 60 * abs(1 - middle_depth)
+    check()
+    # the camera is in the address, and a link opens the same picture
+    page.wait_for_timeout(500)
+    link = re.search("#.*", page.url)[0]
+    again, _ = open_map(address=link)
+    assert np.allclose(camera(again), camera(page), atol=1e-3)
+    # keys: turn, tilt, zoom, and back to the start
+    page.focus(".scene canvas")
+    start = camera(page)
+    for key in ("Shift+ArrowRight", "Shift+ArrowUp", "+"):
+        page.keyboard.press(key)
+    assert np.allclose((camera(page) - start)[:2], [0.15, 0.1], atol=1e-3)
+    assert camera(page)[2] == pytest.approx(1.1 * start[2], rel=1e-3)
+    page.keyboard.press("0")
+    assert np.allclose(camera(page), first)
+
+    # two tokens seen one behind the other
+    found = []
+    points = np.array(run["points"])[2]
+    for one, other in np.argwhere(~np.eye(len(points), dtype=bool)):
+        if {one, other} & {20, *sources} or run["tokens"][one] == run["tokens"][other]:
+            continue
+        x, y, z = points[one] - points[other]  # the eye is on the side of `one`
+        if abs(np.arctan2(z, np.hypot(x, y))) < 1.2:
+            found.append((one, other, np.arctan2(y, x), np.arctan2(z, np.hypot(x, y))))
+    for one, other, turn, tilt in found[:: max(1, len(found) // 8)]:
+        page.evaluate(
+            "(c) => { location.hash = location.hash.replace(/camera=[^&]*/, `camera=${c}`); }",
+            f"{turn:.4f},{tilt:.4f},1,0,0",
+        )
+        page.wait_for_timeout(60)
+        places = on_screen(page, run, 2)
+        near = np.flatnonzero(np.hypot(*(places - places[one])[:, :2].T) < 4)
+        if set(near) != {one, other} or np.hypot(*(places[one] - places[other])[:2]) > 2.5:
+            continue
+        page.mouse.click(*((places[one] + places[other]) / 2)[:2])
+        assert selected(page) == [one] and places[one, 2] > places[other, 2]
+        break
+    else:
+        pytest.fail("no two tokens are behind one another")
+
+
+def test_names_axes_and_legend(open_map, in_tmp):
+    """Inside the frame, none over another; also of a text that is flat or long."""
+    words_checkpoint()
+    page, (run,) = open_map("--text", WORDS, address="#view=map&token=20&layer=1&head=1&fit=layer")
+    found = written(page)
+    frame = page.locator(".scene canvas").bounding_box()
+    for _, x, y, width in found:
+        assert width / 2 <= x <= frame["width"] - width / 2 and 8 < y < frame["height"]
+    texts = [text for text, *_ in found]
+    shares = [re.search(r"[\d.]+ %", axis)[0] for axis in run["axes"]]
+    assert texts[:3] == [f"PC {n + 1} ({share})" for n, share in enumerate(shares)]
+    names = found[3:]
+    assert texts[3] == run["labels"][20].strip("␣") and 8 <= len(names) <= 20
+    boxes = np.array([[x - w / 2, y - 9, x + w / 2, y + 2] for _, x, y, w in names])
+    for n, box in enumerate(boxes):
+        rest = np.delete(boxes, n, 0)
+        apart = (rest[:, :2] >= box[2:]).any(1) | (rest[:, 2:] <= box[:2]).any(1)
+        assert apart.all(), names[n]
+    stage = page.locator(".stage").bounding_box()
+    for part in (".scene .legend", ".scene .note"):
+        box = page.locator(part).bounding_box()
+        assert box["y"] + box["height"] <= stage["y"] + stage["height"] <= 800
+    assert "principal components" in page.inner_text(".scene .note")
+    # with the pointer on a token, what it is
+    x, y, _ = on_screen(page, run, 1)[20]
+    page.mouse.move(x, y)
+    told = page.inner_text(".scene .tooltip")
+    assert "position 20 " in told and f"mass {run['mass'][20]:.3g}"[:9] in told
+
+    # all tokens at one place in a layer
+    def flat(run):
+        run["points"][1] = [[0.0, 0.0, 0.0] for _ in run["labels"]]
+
+    rewrite(in_tmp, flat)
+    page, (run,) = open_map(address="#view=map&layer=1&token=3&fit=layer")
+    left, top, _ = map(float, page.get_attribute(".scene canvas", "data-middle").split(","))
+    box = page.locator(".scene canvas").bounding_box()
+    assert is_colour(pixels(page), (box["x"] + left, box["y"] + top), INK)
+
+    # 2,500 tokens: the legend says what is not drawn
+    times = 2500 // len(run["labels"])
+
+    def repeat(run):
+        count = len(run["labels"])
+
+        def tiled(text, dtype, *shape, width):
+            values = unpacked(text, dtype).reshape(*shape, count, width)
+            return base64.b64encode(np.tile(values, (times, 1)).tobytes()).decode()
+
+        layers, heads, given = run["numLayers"], run["numHeads"], run["attention"]
+        run["z"] = tiled(run["z"], "<i2", layers + 1, width=run["numCoords"])
+        for name in ("q", "k"):
+            if given[name]:
+                given[name] = tiled(given[name], "<i2", layers, heads, width=given["width"])
+        for name in ("ids", "chances"):
+            run["lens"][name] = tiled(run["lens"][name], "<u2", layers + 1, width=5)
+        noise = np.random.default_rng(0).normal(0, 0.1, (layers + 1, count * times, 3))
+        run["points"] = (np.tile(run["points"], (1, times, 1)) + noise).tolist()
+        run["starts"] = list(range(count * times))
+        for name in ("tokens", "labels", "texts", "mass", "loss", "counts"):
+            run[name] = run[name] * times
+        run["off"] = None
+
+    rewrite(in_tmp, repeat)
+    page, _ = open_map(address="#view=map&layer=2&token=900")
+    assert "too many tokens for trails and names" in page.inner_text(".scene .legend")
+    before = pixels(page)
+    page.focus(".scene canvas")
+    page.keyboard.press("Shift+ArrowRight")
+    assert np.abs(pixels(page) - before).mean() > 1
+
+
+def test_letters_a_phone_and_lines_on_log_axes(open_map):
+    """A model of characters shows the letters themselves; curves are where the ticks say."""
+    make_checkpoint("x.pt")
+    page, (run,) = open_map("--text", TEXT, address="#view=map&token=20&layer=2")
+    found = written(page)
+    letters = [text for text, *_ in found if not text.startswith("PC")]
+    assert sorted(letters) == sorted(run["labels"])
+    # on a phone, the frame still holds its legend, and a vertical swipe scrolls the page
+    page, _ = open_map(address="#view=map", width=390, height=844, has_touch=True)
+    stage, note = (page.locator(name).bounding_box() for name in (".stage", ".scene .note"))
+    assert note["y"] + note["height"] <= stage["y"] + stage["height"]
+    assert page.locator(".scene canvas").bounding_box()["height"] > 200
+    assert page.evaluate("getComputedStyle(document.querySelector('canvas')).touchAction") == (
+        "pan-y"
+    )
+
+    # curves
+    page, _ = open_map(address="#view=heads&layer=1")
+    chart = page.locator(".chart").last
+    ticks = chart.locator(".tick").evaluate_all(
+        "all => all.map(t => ['x', 'y'].map(a => Number(t.getAttribute(a))).concat(t.textContent))"
+    )
+    across = {float(t): x for x, _, t in ticks if "%" not in t}
+    up = {float(t.split()[0]) / 100: y - 4 for _, y, t in ticks if "%" in t and float(t[:-2])}
+    paths = chart.locator("path").evaluate_all("all => all.map(p => p.getAttribute('d'))")
+    assert len(paths) == run["numHeads"] == 2
+    back = np.array(run["pull"]["back"])
+    x = np.interp(
+        np.log(1 + back),
+        *zip(*[(np.log(1 + t), x) for t, x in sorted(across.items())], strict=True),
+    )
+    y_per_decade = (up[1.0] - up[0.01]) / 2
+    for path, values in zip(paths, run["pull"]["of"][0], strict=True):
+        points = np.array(re.findall(r"[ML]([-\d.]+),([-\d.]+)", path), float)
+        values = np.array(values)
+        seen = values > 1e-4
+        assert np.allclose(
+            points[seen, 1], up[1.0] + y_per_decade * np.log10(values[seen]), atol=0.2
+        )
+        known = back <= max(across)
+        assert np.allclose(points[known, 0], x[known], atol=0.2)
+    box = chart.locator(".picture").bounding_box()
+    first = re.findall(r"[ML]([-\d.]+),([-\d.]+)", paths[1])[1]
+    page.mouse.move(box["x"] + float(first[0]), box["y"] + float(first[1]))
+    told = chart.locator(".tooltip").inner_text()
+    assert "from 1 back" in told
+    chart.get_by_role("button", name="head 2").click()
+    faded = chart.locator("path").evaluate_all("all => all.map(p => p.getAttribute('opacity'))")
+    assert faded == ["0.15", "1"]
+    page.mouse.move(box["x"] + float(first[0]), box["y"] + float(first[1]))
+    assert chart.locator(".tooltip").inner_text().startswith("head 2")
+
+
+def share_of_scale(mass, high):
+    return np.clip(0.5 + np.log(mass) / np.log(high) / 2, 0, 1)
+
+
+def test_masses_on_one_scale_around_1(open_map, in_tmp):
+    """Colours and sizes by the ratio to 1; the same in the map, the chart, both runs and stills."""
+    words_checkpoint()
+    words_checkpoint("y.pt", hidden_dim=24)
+    page, runs = open_map(
+        "--text",
+        WORDS,
+        "--compare",
+        "y.pt",
+        address="#view=map&token=20&colour=mass&layer=2&fit=layer",
+    )
+    masses = np.concatenate([[*run["mass"], *run["vocabulary"]["masses"]] for run in runs])
+    high = max(1 / 0.9, masses.max(), 1 / masses.min())
+    legends = page.locator(".scene .legend").all_inner_texts()
+    assert legends[0].split("mass")[0] == legends[1].split("mass")[0]
+    low_and_high = [float(x) for x in re.findall(r"[\d.]+", legends[0])[:2]]
+    assert np.allclose(low_and_high, [1 / high, high], rtol=0.006)
+    still = [
+        SimpleNamespace(
+            measured=SimpleNamespace(mass=np.array(run["mass"])), vocabulary=run["vocabulary"]
+        )
+        for run in runs
+    ]
+    assert np.allclose(mass_scale(still), [1 / high, high], rtol=1e-4)
+    picture = pixels(page)
+    shown = MASS_COLOURS(share_of_scale(runs[0]["mass"][20], high))[:3]
+    assert is_colour(picture, on_screen(page, runs[0], 2)[20], 255 * np.array(shown))
+
+    # the chart: every point at its mass and frequency, as the ticks beside it have them
+    page.click("#tab-masses")
+    read = """(name) => [...document.querySelectorAll('.masses')[0].querySelectorAll(name)].map(
+      n => [...['cx', 'cy', 'r', 'x', 'y', 'y1'].map(a => Number(n.getAttribute(a))), n.textContent,
+        getComputedStyle(n).fill])"""
+    given = runs[0]["vocabulary"]
+    points = page.evaluate(read, ".point")
+    ticks = page.evaluate(read, ".tick")
+    up = [(float(t), y - 4) for *_, x, y, _, t, _ in ticks if x < 55]
+    along = {t: x for *_, x, y, _, t, _ in ticks if x > 55}
+    (one, y_one), (two, y_two) = up[0], up[-1]
+    at = y_one + np.log(np.array(given["masses"]) / one) / np.log(two / one) * (y_two - y_one)
+    assert np.allclose([p[1] for p in points], at, atol=0.1) and one < two
+    far = np.log2(2 * np.maximum(given["counts"], 0.5)) * (along["1"] - along["never"])
+    assert np.allclose([p[0] for p in points], along["never"] + far, atol=0.1)
+    assert max(given["counts"]) > 2
+    share = share_of_scale(np.array(given["masses"]), high)
+    assert np.allclose([p[2] for p in points], 3.5 * 4**share / 2, rtol=1e-3)
+    expected = [f"rgb({','.join(str(round(255 * c)) for c in MASS_COLOURS(s)[:3])})" for s in share]
+    drawn = np.array([re.findall(r"\d+", p[-1]) for p in points], float)
+    wanted = np.array([re.findall(r"\d+", c) for c in expected], float)
+    assert np.abs(drawn - wanted).max() <= 2
+    mark = page.evaluate(read, ".mark-line")[0][5]
+    assert mark == pytest.approx(y_one + np.log(1 / one) / np.log(two / one) * (y_two - y_one))
+
+    # masses within a few thousandths of 1 look like 1
+    def alike(run):
+        run["mass"] = [1.003 if n % 2 else 0.998 for n in range(len(run["mass"]))]
+        run["vocabulary"]["masses"] = [1.003] * len(run["vocabulary"]["masses"])
+
+    rewrite(in_tmp, alike)
+    page, (run, _) = open_map(address="#view=map&token=21&colour=mass&layer=2&fit=layer")
+    assert page.locator(".legend").first.inner_text().split("mass")[0].split() == ["0.900", "1.11"]
+    assert is_colour(pixels(page), on_screen(page, run, 2)[21], (149, 149, 149))
