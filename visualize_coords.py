@@ -84,7 +84,7 @@ def make_parser():
         "--layer",
         type=whole_or_zero,
         help="the layer at which the page opens and that the still shows; 0: before the first "
-        "(default: the last)",
+        "(default: the page where one head pulls strongly, the still the last)",
     )
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
     return parser

@@ -111,6 +111,10 @@ class Camera {
       moved();
       restSoon();
     });
+    // one finger that moves up or down scrolls the page, two never do
+    const keepTwo = (event) => event.touches.length > 1 && event.preventDefault();
+    for (const name of ["touchstart", "touchmove"])
+      surface.addEventListener(name, keepTwo, { passive: false });
     for (const name of ["pointerup", "pointercancel"])
       surface.addEventListener(name, (event) => pointers.delete(event.pointerId));
     surface.addEventListener(

@@ -40,9 +40,10 @@ const mixed = (one, two, share) => {
   const [from, to] = [one, two].map(channels);
   return `rgb(${from.map((c, n) => Math.round(c + (to[n] - c) * share)).join(",")})`;
 };
-// The dark end cannot be seen on a dark page, nor the light end on a light one: each is left out.
+// The dark end cannot be seen on a dark page, nor the light end on a light one: each is left out,
+// and high values are what stands out most on either.
 const shade = (share) => {
-  const [low, high] = dark.matches ? [0.22, 1] : [0, 0.94];
+  const [low, high] = dark.matches ? [0.22, 1] : [0.94, 0];
   const at = (low + (high - low) * share) * (CIVIDIS.length - 1);
   return mixed(CIVIDIS[Math.floor(at)], CIVIDIS[Math.ceil(at)], at % 1);
 };
@@ -54,19 +55,18 @@ const massShade = (share) => {
   return share < 0.5 ? mixed(light, grey, 2 * share) : mixed(grey, heavy, 2 * share - 1);
 };
 
-// The scale of masses, the same for all runs and views: of their ratio to 1, since a field is
-// proportional to the mass, so twice is as far from 1 as half. It spans at least 10 % either way.
+// The scale of the masses in the text, the same for all runs and views: of their ratio to 1, since a
+// field is proportional to the mass, so twice is as far from 1 as half. It spans at least 10 %.
 // share(mass) is 0 at `low`, 0.5 at 1 and 1 at `high`; size(mass) the radius beside that of mass 1.
 const LEAST_LOW = 0.9;
 const MOST_HIGH = 100; // a mass may be as good as 0
 let keptScale = { runs: null };
 const massScale = () => {
   if (keptScale.runs === RUNS) return keptScale.scale;
-  const masses = RUNS.flatMap((run) => [...(run.mass ?? []), ...(run.vocabulary?.masses ?? [])]);
+  const masses = RUNS.flatMap((run) => run.mass ?? []);
   const ratio = (mass) => Math.min(MOST_HIGH, Math.max(mass, 1 / mass));
   const high = masses.reduce((most, mass) => Math.max(most, ratio(mass)), 1 / LEAST_LOW);
-  const share = (mass) =>
-    Math.max(0, Math.min(1, 0.5 + Math.log(mass) / Math.log(high) / 2));
+  const share = (mass) => Math.max(0, Math.min(1, 0.5 + Math.log(mass) / Math.log(high) / 2));
   const size = (mass) => 2 ** (2 * share(mass) - 1);
   keptScale = { runs: RUNS, scale: { low: 1 / high, high, share, size } };
   return keptScale.scale;
@@ -81,7 +81,7 @@ const COLOURS = {
     of: (run) => run.mass ?? run.tokens.map(() => null),
     tick: (x) => number(x),
   },
-  surprise: { title: "surprise: loss in nats", of: (run) => run.loss, tick: (x) => number(x) },
+  surprise: { title: "surprise: loss in nats", of: (run) => run.loss, tick: (x) => x.toFixed(2) },
   position: {
     title: "position in the text",
     of: (run) => run.tokens.map((_, n) => n),
@@ -94,8 +94,8 @@ const COLOURS = {
   },
 };
 
-// The colour of every token of a run, on one scale for all runs: { title, low, high, colours, ramp },
-// `ramp` the colours from low to high. "none" is the page's text colour.
+// The colour of every token of a run, on one scale for all runs: { title, low, high, colours, ramp }
+// with `ramp` the colours from low to high. "none" is the page's text colour.
 const colouring = (run, name) => {
   if (!COLOURS[name]) {
     const ink = css("--ink");

@@ -37,7 +37,7 @@ class PullDifference {
     this.words = mine === others ? `the ${mine} of both` : `${mine} against ${others}`;
     this.found = []; // [token, share that is elsewhere], as far as it is counted
     this.here = element("p", { className: "chosen" });
-    this.everywhere = element("p", { className: "chosen" });
+    this.everywhere = element("p", { className: "chosen", textContent: "Counting …" });
     this.node = element(
       "div",
       { className: "differ", title: "shares, mean over all layers and heads" },
@@ -65,6 +65,8 @@ class PullDifference {
   update(state) {
     const [run] = this.runs;
     const tokens = this.runs.map((which) => state.token.get(which));
+    if (String(tokens) === this.drawn) return;
+    this.drawn = String(tokens);
     const [rows] = this.#compare(tokens);
     const most = rows
       .toSorted((a, b) => Math.abs(b[1] - b[2]) - Math.abs(a[1] - a[2]))

@@ -191,6 +191,7 @@ class Details {
     if (!twins.length) return [note("Nowhere else in this text.")];
     const shown =
       twins.length > 2 * LISTED ? [...twins.slice(0, LISTED), ...twins.slice(-LISTED)] : twins;
+    const told = run.z ? this.#distances(layer, token, twins) : "The numbers are tokens between.";
     const item = ([twin, far]) =>
       element(
         "li",
@@ -198,7 +199,7 @@ class Details {
         this.#go(twin, bold(number(far)), this.#context(twin), context(` ${twin}`)),
       );
     return [
-      note(`${plural(twins.length, "other place")}. ${run.z ? this.#distances(layer, token, twins) : "Numbers: tokens between."}`),
+      note(`${plural(twins.length, "other place")}. ${told}`),
       element("ul", { className: "twins" }, ...shown.map(item)),
       ...(shown.length < twins.length
         ? [note(`The ${LISTED} nearest and the ${LISTED} farthest.`)]

@@ -19,7 +19,7 @@ class Circles {
   constructor({ distance }, [width, height], angles) {
     this.origin = [width / 2, height / 2];
     this.radius = Math.min(width, height) / 2 - 20;
-    this.glow = 0.62 * this.radius;
+    this.glow = 0.9 * this.radius;
     this.core = clamped(0.14 * this.radius, 24, 40); // where a distance of 0 is
     this.farthest = largest(distance);
     this.edges = "";
@@ -47,8 +47,8 @@ class Circles {
     return [[this.origin[0], this.origin[1] - this.out(distance)]];
   }
 
-  captions([width]) {
-    return [[width - 12, 18, "rings: distance in softenings", "end"]];
+  captions([width, height]) {
+    return [[width - 12, height - 12, "rings in softenings", "end"]];
   }
 }
 
@@ -58,7 +58,7 @@ class Axes {
     this.origin = [52, height - 52];
     this.size = [width - 52 - 34, height - 52 - 60];
     this.radius = Math.min(...this.size);
-    this.glow = 0.3 * this.radius;
+    this.glow = 0.6 * this.radius;
     this.far = [largest(space), largest(time)];
     this.farthest = Math.hypot(...this.far);
     const [x, y] = this.origin;

@@ -112,37 +112,27 @@ const canvasOf = async (svg) => {
   pen.drawImage(image, 0, 0, canvas.width, canvas.height);
   return canvas;
 };
-const savePng = async (run, view) => {
+const savePng = async (view) => {
   const canvas = view.svg ? await canvasOf(view.svg()) : view.canvas();
   const blob = await new Promise((done) => canvas.toBlob(done));
-  save(fileName(run, ".png"), blob, "image/png");
+  save(fileName(view.run, ".png"), blob, "image/png");
+};
+const saveSvg = (view) => save(fileName(view.run, ".svg"), svgText(view.svg()), "image/svg+xml");
+const saveTable = (state, run) => save(fileName(run, ".csv"), tableOf(state, run), "text/csv");
+const saveData = (state) => {
+  const text = JSON.stringify(RUNS.map((run) => dataOf(state, run)));
+  save(fileName(RUNS[0], ".json"), text, "application/json");
 };
 
 // The menu's entries for the shown views, [title, what it does].
-const downloads = (state, views) => [
-  [
-    "Data (JSON)",
-    () => {
-      const text = JSON.stringify(RUNS.map((run) => dataOf(state, run)));
-      save(fileName(RUNS[0], ".json"), text, "application/json");
-    },
-  ],
-  [
-    "Tokens (CSV)",
-    () => RUNS.forEach((run) => save(fileName(run, ".csv"), tableOf(state, run), "text/csv")),
-  ],
-  ...(views.some((view) => view.svg)
-    ? [
-        [
-          "Picture (SVG)",
-          () =>
-            views.forEach((view) => {
-              if (view.svg?.()) save(fileName(view.run, ".svg"), svgText(view.svg()), "image/svg+xml");
-            }),
-        ],
-      ]
-    : []),
-  ...(views.some((view) => view.svg || view.canvas)
-    ? [["Picture (PNG)", () => Promise.all(views.map((view) => savePng(view.run, view)))]]
-    : []),
-];
+const downloads = (state, views) => {
+  // those with a picture: not the tables, and no orbit or map of a model without gravity
+  const pictures = views.filter((view) => (view.svg || view.canvas) && view.run.hasGravity);
+  const drawn = pictures.filter((view) => view.svg);
+  return [
+    ["Data (JSON)", () => saveData(state)],
+    ["Tokens (CSV)", () => RUNS.forEach((run) => saveTable(state, run))],
+    ...(drawn.length ? [["Picture (SVG)", () => drawn.forEach(saveSvg)]] : []),
+    ...(pictures.length ? [["Picture (PNG)", () => Promise.all(pictures.map(savePng))]] : []),
+  ];
+};

@@ -35,7 +35,7 @@ def draw_map(args, device):
     if args.layer is not None and args.layer > deepest:
         raise UsageError(f"--layer {args.layer}: this checkpoint has {deepest} layers")
     runs = read_runs(args, paths, loaded)
-    write_files(args, runs, deepest if args.layer is None else args.layer)
+    write_files(args, runs)
 
 
 def tokens_to_show(args, tokenizer, checkpoint):
@@ -142,10 +142,10 @@ def read_runs(args, paths, loaded):
     return runs
 
 
-def write_files(args, runs, layer):
-    """Write the page and the stills that the flags ask for, opened at a layer."""
+def write_files(args, runs):
+    """Write the page and the stills that the flags ask for."""
     title = " and ".join(run.name for run in runs)
-    page = map_page([run_data(run) for run in runs], f"{title}: what pulls each token", layer)
+    page = map_page([run_data(run) for run in runs], f"{title}: what pulls each token", args.layer)
     write_whole(Path(args.output), page)
     size = Path(args.output).stat().st_size / 1e6
     tokens = len(runs[0].labels)
@@ -155,6 +155,9 @@ def write_files(args, runs, layer):
         logging.getLogger("matplotlib").setLevel(logging.ERROR)
         from coords.still import heads_still, still  # takes a second to import
     if args.png is not None:
+        layer = args.layer
+        if layer is None:
+            layer = max(run.measured.attention.q.shape[0] for run in runs)
         write_whole(Path(args.png), still(runs, layer))
         written.append(f"wrote {args.png}: layer {layer}")
     if args.heads_png is not None:

@@ -38,10 +38,12 @@ function copies(run, measures) {
   return `${isMarked(best.seen) && share >= 0.1 ? "Copies" : "No head clearly copies; nearest to it"}: ${told}`;
 }
 
+// Two runs side by side show the same of their heads.
+const headsShown = { mode: "distance", isLarge: false };
+
 class Heads {
   constructor(run, actions) {
-    Object.assign(this, { run, actions, curvesOf: "" });
-    Object.assign(this, { mode: "distance", isLarge: false, measures: new Measures(run) });
+    Object.assign(this, { run, actions, curvesOf: "", measures: new Measures(run) });
     this.answers = element("ul", { className: "answers" });
     this.modes = Object.entries(MODES).map(([mode, [textContent]]) =>
       element("button", {
@@ -134,17 +136,17 @@ class Heads {
     for (const button of this.modes)
       button.setAttribute(
         "aria-pressed",
-        String(!this.isLarge && button.dataset.mode === this.mode),
+        String(!headsShown.isLarge && button.dataset.mode === headsShown.mode),
       );
-    this.grid.hidden = this.isLarge;
-    this.large.hidden = !this.isLarge;
+    this.grid.hidden = headsShown.isLarge;
+    this.large.hidden = !headsShown.isLarge;
     this.legend.replaceChildren(
-      `${MODES[this.isLarge ? "all" : this.mode][1]} Selected: `,
+      `${MODES[headsShown.isLarge ? "all" : headsShown.mode][1]} Selected: `,
       chip(run.labels[token]),
       ` (${token}).`,
     );
     this.difference?.update(state);
-    if (this.isLarge) this.#drawLarge();
+    if (headsShown.isLarge) this.#drawLarge();
     this.#mark();
     this.#drawCurves();
     this.jobs = this.#jobs();
@@ -152,23 +154,23 @@ class Heads {
   }
 
   hash() {
-    return this.mode + (this.isLarge ? "-large" : "");
+    return headsShown.mode + (headsShown.isLarge ? "-large" : "");
   }
 
   restore(text) {
     const [mode, large] = text.split("-");
     if (!Object.hasOwn(MODES, mode)) return;
-    Object.assign(this, { mode, isLarge: large === "large" });
+    Object.assign(headsShown, { mode, isLarge: large === "large" });
     this.update(this.state);
   }
 
   #show(changed) {
-    Object.assign(this, changed);
+    Object.assign(headsShown, changed);
     this.actions.set({});
   }
 
   #open({ layer, head }) {
-    this.isLarge = true;
+    headsShown.isLarge = true;
     this.actions.set({ layer, head });
     this.large.querySelector("button").focus();
   }
@@ -202,13 +204,13 @@ class Heads {
     this.answers.replaceChildren(
       ...answers(this.run, this.measures).map((textContent) => element("li", { textContent })),
     );
-    if (!this.isLarge) {
+    if (!headsShown.isLarge) {
       const width = this.smalls[0].canvas.clientWidth;
       const room = this.#room(this.grid) / this.run.numLayers - 26;
-      const most = this.mode === "all" ? width : 110;
+      const most = headsShown.mode === "all" ? width : 110;
       const height = Math.round(Math.max(26, Math.min(most, room)));
       for (const small of this.smalls) {
-        small.draw(this.mode, this.token, width, height, this.most);
+        small.draw(headsShown.mode, this.token, width, height, this.most);
         yield;
       }
     }
@@ -217,7 +219,7 @@ class Heads {
       yield;
     }
     this.answers.firstChild.textContent = copies(this.run, this.measures);
-    if (this.isLarge) this.#tellLarge();
+    if (headsShown.isLarge) this.#tellLarge();
     if (this.difference) yield* this.difference.jobs();
   }
 
@@ -234,8 +236,9 @@ class Heads {
 
   // The height that is left for a part of the view in the first screen.
   #room(part) {
-    const [inside, around] = [part, this.node.parentElement].map((x) => x.getBoundingClientRect());
-    const above = inside.top - this.node.getBoundingClientRect().top;
+    const frame = this.node.parentElement;
+    const [inside, around] = [part, frame].map((x) => x.getBoundingClientRect());
+    const above = inside.top - around.top + frame.scrollTop;
     const high = Math.min(around.height, window.innerHeight - around.top - window.scrollY);
     return Math.max(high, window.innerHeight / 2) - above - 34;
   }

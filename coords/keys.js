@@ -5,7 +5,7 @@ function find() {
   const run = RUNS[0];
   const wanted = $("search").value.toLowerCase();
   // each token at the place where it begins in the whole text, so that a word of several is found
-  const texts = run.texts.map((text) => text.replace(/[␣⏎⇥]/g, (mark) => MARKS[mark]).toLowerCase());
+  const texts = run.texts.map((text) => unmarked(text).toLowerCase());
   const ends = [];
   texts.reduce((sum, text) => (ends.push(sum + text.length), sum + text.length), 0);
   const whole = texts.join("");
@@ -47,18 +47,19 @@ function onKey(event) {
   if (isPressed && target.matches("button, summary, a")) return;
   const part = parts.find(({ stage }) => stage.contains(target)) ?? parts[0];
   const view = part.views[state.view];
-  const isFree = target === document.body || part.stage.contains(target);
+  // in the details the arrows scroll
+  const isFree = !$("sheet").contains(target);
   if (isFree && view.keys?.(event)) return event.preventDefault();
   const run = parts.find(({ words }) => words.node.contains(target))?.run ?? part.run;
   const goTo = (token) => actions.select(run, token);
   const token = state.token.get(run);
-  const { isWide } = VIEWS[state.view];
+  const { isWide, controls } = VIEWS[state.view];
   const everywhere = {
     n: () => goToTwin(1),
     p: () => goToTwin(-1),
     "/": () => $("search").select(),
     "?": () => $("keys").showModal(),
-    " ": () => VIEWS[state.view].controls.includes("play") && actions.set({ playing: !state.playing }),
+    " ": () => controls.includes("play") && actions.set({ playing: !state.playing }),
   };
   Object.keys(VIEWS).forEach((name, n) => (everywhere[n + 1] = () => actions.set({ view: name })));
   const inPicture = {
@@ -69,9 +70,7 @@ function onKey(event) {
     Home: () => goTo(0),
     End: () => goTo(run.count - 1),
   };
-  // elsewhere the arrows scroll what has the focus
-  const isInText = parts.some(({ words }) => words.node.contains(target));
-  const act = everywhere[key] ?? ((isFree || isInText) && !isWide ? inPicture[key] : undefined);
+  const act = everywhere[key] ?? (isFree && !isWide ? inPicture[key] : undefined);
   if (!act) return;
   event.preventDefault();
   act();

@@ -6,9 +6,9 @@ class Masses {
   constructor(run) {
     this.run = run;
     if (!run.hasGravity) {
-      this.node = note(
-        `${run.name} is a vanilla transformer: its tokens have no masses. See Heads for what it looks at, or open a checkpoint with gravity.`,
-      );
+      const textContent =
+        "In a vanilla transformer tokens have no masses. See Heads for what it looks at, and Next token for what it expects.";
+      this.node = element("p", { className: "no-picture", textContent });
       return;
     }
     const { labels, masses, size, median } = run.vocabulary;

@@ -228,10 +228,10 @@ class Small {
     }
     const bars = mode === "row" ? run.shares(row.layer, row.head, token) : this.bars;
     const room = width / (mode === "row" ? run.count : bars.length);
+    ink.fillStyle = css("--accent");
     bars.forEach((share, n) => {
       const tall = height * (mode === "row" ? Math.sqrt(share) : share / most);
       if (tall < 0.2) return;
-      ink.fillStyle = mode === "row" ? heatOf(share) : css("--accent");
       const gap = mode === "row" ? 0 : 1;
       ink.fillRect(n * room, height - tall, Math.max(1, room - gap), tall);
     });
@@ -275,8 +275,9 @@ class Strip {
     this.values = values;
     ink.fillStyle = `color-mix(in srgb, ${css("--twin")} 25%, transparent)`;
     ink.fillRect(selected * room - 2, 0, Math.max(room, 1) + 4, height);
+    const [up, down] = [css("--accent"), css("--twin")];
     values.forEach((value, n) => {
-      ink.fillStyle = css(value < 0 ? "--twin" : "--accent");
+      ink.fillStyle = value < 0 ? down : up;
       const from = 1 + (high - Math.max(0, value)) * unit;
       ink.fillRect(n * room, from, Math.max(1, room - (room > 3)), Math.abs(value) * unit);
     });

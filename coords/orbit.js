@@ -9,7 +9,7 @@ class Orbit {
     this.node = element("section", { className: "orbit" });
     if (!run.hasGravity) return this.#refuse();
     this.angles = new Map();
-    this.picture = new OrbitPicture();
+    this.picture = new OrbitPicture(`orbit-${RUNS.indexOf(run)}`);
     this.told = element("div", { className: "orbit-note", hidden: true });
     this.why = element("div", { className: "orbit-why", title: RULE });
     this.strip = new HeadStrip(run, actions);
@@ -51,11 +51,13 @@ class Orbit {
     });
   }
 
-  // Enter and the space key select the source whose name has the focus.
+  // Enter and the space key select the source whose name has the focus, which goes on to the name
+  // of that one's strongest source.
   keys(event) {
     const name = event.target.closest(".orbit .name");
     if (!name || !["Enter", " "].includes(event.key)) return false;
     this.actions.select(this.run, Number(name.dataset.source));
+    this.picture.node.querySelector(".name")?.focus();
     return true;
   }
 
@@ -107,7 +109,7 @@ class Orbit {
     if (!run.hasGravity) return;
     const [token, layer] = [state.token.get(run), Math.max(1, run.layerOf(state.layer))];
     const head = orbitHead(state, run);
-    const why = state.head === head ? "" : ": the strongest pull of this layer";
+    const why = state.head === head ? "" : " (strongest here)";
     const title = `layer ${layer}, head ${head + 1}${why}`;
     const shown = {
       ...{ run, token, layer, head, title },

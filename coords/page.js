@@ -1,4 +1,4 @@
-// The state of the page, the controls that change it, the tabs and the keys.
+// The state of the page, the controls that change it, and the tabs.
 
 const SECONDS_PER_LAYER = 1.1;
 
@@ -93,8 +93,10 @@ function openSheet(isOpen) {
 
 function choose(run, token) {
   const place = Math.max(0, Math.min(run.count - 1, token));
+  // a word may begin with its space, which is a token of its own for another model
+  const space = /^[␣⏎⇥]*(?=.)/u.exec(run.texts[place])?.[0].length ?? 0;
   for (const other of RUNS)
-    state.token.set(other, other === run ? place : other.tokenAt(run.starts[place]));
+    state.token.set(other, other === run ? place : other.tokenAt(run.starts[place] + space));
 }
 
 // Draws what is shown; each part changes only what changed.
@@ -119,6 +121,7 @@ function draw() {
 
 function drawControls() {
   const { controls } = VIEWS[state.view];
+  $("controls").hidden = !controls.length;
   for (const label of $("controls").querySelectorAll("[data-of]"))
     label.hidden = !controls.includes(label.dataset.of);
   $("play").hidden = !controls.includes("play");
@@ -138,6 +141,7 @@ function drawControls() {
   $("trails").checked = state.trails;
   $("colour").value = state.colour;
   $("play").textContent = state.playing ? "Pause" : "Play";
+  $("play").title = state.view === "map" ? "from layer to layer" : "token by token";
   $("play").setAttribute("aria-pressed", String(state.playing));
   $("scale").hidden ||= state.colour === "none";
   if ($("scale").hidden) return;
@@ -150,6 +154,7 @@ function drawControls() {
 // The orbit plays the sentence itself; the map is moved from layer to layer here.
 function play(isPlaying) {
   state.playing = isPlaying;
+  if (!isPlaying) state.at = state.layer;
   const views = shownViews();
   if (views.some((view) => view.play)) views.forEach((view) => view.play?.(isPlaying));
   else if (isPlaying) playLayers();
@@ -183,6 +188,7 @@ function writeAddressSoon() {
   writing = setTimeout(writeAddress, 150);
 }
 function followAddress() {
+  if (!parts.length) return;
   const { changes, own } = readAddress(location.hash);
   actions.set(changes);
   if (own) shownViews().forEach((view) => view.restore?.(own));
@@ -268,6 +274,16 @@ function listen() {
   }).observe($("panel"));
 }
 
+// Where a page opens: the head whose pull on a token is strongest, by another than the one before.
+function firstHead(run, token) {
+  let found = { layer: run.numLayers, head: "mean", share: 0 };
+  for (let layer = 1; layer <= run.numLayers; layer++)
+    for (let head = 0; head < run.numHeads; head++)
+      for (const [source, share] of run.pulls(layer, head, token, 3))
+        if (token - source > 1 && share > found.share) found = { layer, head, share };
+  return { layer: found.layer, head: found.head };
+}
+
 // Shows what was given: at the start the page's own data, on the live page each new text.
 function openPage(given) {
   pause();
@@ -314,10 +330,13 @@ function openPage(given) {
   );
   state.token = new Map();
   choose(run, firstToken(run));
-  Object.assign(state, { layer: given.layer, at: given.layer });
+  Object.assign(state, firstHead(run, state.token.get(run)));
+  if (given.layer !== null) Object.assign(state, { layer: given.layer, head: "mean" });
+  state.at = state.layer;
   state.isFit = RUNS.some((run) => run.isUneven);
   if (!RUNS.some((run) => run.hasGravity)) state.view = "heads";
   followAddress();
+  find();
 }
 
 makeTabs();

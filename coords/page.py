@@ -168,7 +168,7 @@ def map_page(runs, title, layer, live=False):
     Args:
         runs: a list of one or two results of `run_data`; on the live page of none.
         title: of the page.
-        layer: the layer at which the page opens.
+        layer: at which the page opens; None: where a head pulls the first token most.
         live: whether a server answers the page's questions.
     """
     parts = {

@@ -3,6 +3,7 @@
 
 const MOST_DOTS = 600; // of a longer text, half of them are the strongest sources
 const NAMED_DOTS = 8;
+const NAMED_IN_SMALL = 5;
 const LEAST_NAMED = 0.004; // of the pull
 const LEAST_LINE = 0.0015;
 const RINGS = [0.3, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000];
@@ -27,7 +28,9 @@ const drawnOf = (order) => {
 };
 
 class OrbitPicture {
-  constructor() {
+  // `name`: an id that the page does not have yet.
+  constructor(name) {
+    this.name = name;
     this.dots = new Map(); // source → its circle, its line and where they are
     this.layers = {};
     for (const name of ["rings", "lines", "dots", "names", "centre"])
@@ -49,7 +52,8 @@ class OrbitPicture {
     this.unit = DOT * clamped(this.place.radius / 230, 0.7, 1) * (shares.length > 250 ? 0.8 : 1);
     const order = [...shares.keys()].sort((a, b) => shares[b] - shares[a]);
     this.drawn = drawnOf(order);
-    [this.taken, this.onLines] = [[], []]; // boxes where no name can, or should not, stand
+    // boxes where no name can stand, and where none should: on dots and on lines
+    [this.taken, this.onDots, this.onLines] = [[], [], []];
     this.#drawRings();
     this.#drawDots(before);
     this.#drawCentre();
@@ -61,21 +65,24 @@ class OrbitPicture {
     const { place, size, shown } = this;
     const far = place.farthest;
     const rings = this.#ringsUpTo(far);
-    const numbers = rings.flatMap((ring) =>
-      place.ticks(ring).map((at) => [...at, plainDistance(ring)]),
-    );
     const text = (x, y, words, more) => svgElement("text", { x, y, dy: "0.35em", ...more }, words);
     const { radius } = shown.run.attention.heads[shown.layer - 1][shown.head];
     const isCut = radius !== null && shown.run.attention.cutoff !== "none" && radius < far;
+    const numbers = [
+      ...(isCut ? [[radius, `radius ${number(radius, 2)}`]] : []),
+      ...rings.map((ring) => [ring, plainDistance(ring)]),
+    ].flatMap(([ring, words]) => place.ticks(ring).map((at) => [...at, words]));
     const [x, y] = place.origin;
     this.layers.rings.replaceChildren(
-      svgElement("circle", { class: "well", cx: x, cy: y, r: place.glow }),
+      this.#gradient(),
+      svgElement("circle", { cx: x, cy: y, r: place.glow, fill: `url(#${this.name})` }),
       svgElement("path", { class: "edges", d: place.edges }),
       ...rings.map((ring) => svgElement("path", { d: place.ring(ring) })),
       ...(isCut ? [svgElement("path", { class: "cutoff", d: place.ring(radius) })] : []),
       ...numbers
-        .filter(([x, y]) => {
-          const box = boxOf(x - 13, y - 7, 26, 14);
+        .filter(([x, y, words]) => {
+          const half = 4 + 3.5 * Math.max(3, words.length);
+          const box = boxOf(x - half, y - 7, 2 * half, 14);
           return isFree(box, this.taken) && this.taken.push(box);
         })
         .map(([x, y, words]) => text(x, y, words)),
@@ -86,6 +93,13 @@ class OrbitPicture {
           text(x, y, words, { class: "caption", "text-anchor": anchor }),
         ),
     );
+  }
+
+  // The glow around the token: near is strong.
+  #gradient() {
+    const stop = (offset, opacity) =>
+      svgElement("stop", { offset, "stop-color": css("--accent"), "stop-opacity": opacity });
+    return svgElement("radialGradient", { id: this.name }, stop(0, 0.1), stop(1, 0));
   }
 
   // Rings of 1 and 3 and their tenfolds, and others where there is room.
@@ -170,10 +184,11 @@ class OrbitPicture {
     const { origin } = this.place;
     const family = css("--font");
     const isNamed = (source, n) => shares[source] >= (n < 3 ? LEAST_LINE / 10 : LEAST_NAMED);
-    const named = order.slice(0, NAMED_DOTS).filter(isNamed);
+    const most = this.place.radius < 180 ? NAMED_IN_SMALL : NAMED_DOTS;
+    const named = order.slice(0, most).filter(isNamed);
     for (const source of named) {
       const { to, size } = this.dots.get(source);
-      this.taken.push(boxOf(to[0] - size, to[1] - size, 2 * size, 2 * size));
+      this.onDots.push(boxOf(to[0] - size, to[1] - size, 2 * size, 2 * size));
       for (let part = 0.05; part < 0.95; part += 0.05) {
         const [x, y] = to.map((value, axis) => value + (origin[axis] - value) * part);
         this.onLines.push(boxOf(x - 3, y - 3, 6, 6));
@@ -225,17 +240,14 @@ class OrbitPicture {
       beside(-out * away, 0),
     ];
     const far = [24, 44, 66, 90].flatMap((across) =>
-      [0, 1, -1, 2, -2, 3, -3].map((up) => beside(out * across, down * up * 16)),
+      [0, 1, -1, 2, -2, 3, -3, 4, -4].map((up) => beside(out * across, down * up * 16)),
     );
     const [right, bottom] = this.size;
     const isInside = (box) =>
       box[0] > 4 && box[1] > 28 && box[2] < right - 4 && box[3] < bottom - 4;
-    const canStand = (box) => isInside(box) && isFree(box, this.taken);
-    return (
-      [...close, ...far].find((box) => canStand(box) && isFree(box, this.onLines)) ??
-      close.find(canStand) ??
-      null
-    );
+    const all = [...close, ...far].filter((box) => isInside(box) && isFree(box, this.taken));
+    const clear = all.filter((box) => isFree(box, this.onDots));
+    return clear.find((box) => isFree(box, this.onLines)) ?? clear[0] ?? null;
   }
 
   // A thin line from a dot to a name that stands farther away.

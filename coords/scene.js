@@ -9,9 +9,9 @@ class Scene {
   constructor(run, actions) {
     Object.assign(this, { run, actions, camera: new Camera() });
     if (!run.hasGravity) {
-      this.node = note(
-        `${run.name} is a vanilla transformer: its tokens have no coordinates, so there is no map of them. See Heads for what it looks at, and Next token for what it expects.`,
-      );
+      const textContent =
+        "A vanilla transformer has no coordinates, so there is no map of its tokens. See Heads for what it looks at, and Next token for what it expects.";
+      this.node = element("p", { className: "no-picture", textContent });
       return;
     }
     this.surface = element("canvas", { tabIndex: 0 });
@@ -182,7 +182,7 @@ class Scene {
 
   #drawTrails(project) {
     const trails = () => this.radii.forEach((_, token) => this.#trail(project, token));
-    this.#line(this.ink.faint, 0.8, trails, 0.4);
+    this.#line(this.ink.faint, 0.8, trails, Math.max(0.15, Math.min(0.4, 60 / this.run.count)));
   }
 
   // Lines to the sources, as wide as their shares, and the selected token's own trail.

@@ -3,6 +3,7 @@
 const RINGED = 6; // of the same token elsewhere, the nearest
 const SHADED = 0.005; // sources with a smaller share of the pull stay unshaded
 const MARKS = { "␣": " ", "⏎": "\n", "⇥": "\t" };
+const unmarked = (text) => text.replace(/[␣⏎⇥]/g, (mark) => MARKS[mark]);
 
 // The orbit shows one head: the chosen one, or for "mean" that with the strongest single pull.
 const orbitHead = (state, run) => {
@@ -21,7 +22,8 @@ const shownHead = (state, run) => {
   return state.head < run.numHeads ? state.head : "mean";
 };
 
-const isBroken = (before, after) => /[^\p{L}\p{N}\p{M}]$/u.test(before) || /^[^\p{L}\p{N}\p{M}]/u.test(after);
+const isBroken = (before, after) =>
+  /[^\p{L}\p{N}\p{M}]$/u.test(before) || /^[^\p{L}\p{N}\p{M}]/u.test(after);
 const startsWord = (run, token) => !token || isBroken(run.texts[token - 1], run.texts[token]);
 // The first token of the word that holds a token, and the one after its last.
 const wordAround = (run, token) => {
@@ -48,6 +50,8 @@ const nearestTwins = (run, layer, token) =>
     .map((twin) => [twin, run.z ? run.distance(layer, token, twin) : Math.abs(token - twin)])
     .sort((a, b) => a[1] - b[1]);
 
+const SPACED_WORD = /^␣(?=[^␣⏎⇥])/u;
+
 class Words {
   constructor(run, actions) {
     Object.assign(this, { run, lit: new Set(), ringed: [], found: [] });
@@ -55,7 +59,7 @@ class Words {
     this.text = element("div", { className: "text", tabIndex: 0 });
     for (const [name, value] of [
       ["role", "listbox"],
-      ["aria-label", `The text${RUNS.length > 1 ? ` as ${run.name} reads it` : ""}, token by token`],
+      ["aria-label", `The text${RUNS.length > 1 ? ` of ${run.name}` : ""}, token by token`],
       ["aria-orientation", "horizontal"],
     ])
       this.text.setAttribute(name, value);
@@ -64,7 +68,9 @@ class Words {
     // Korean puts spaces between words, and a browser would break inside them
     this.text.classList.toggle("spaced", run.texts.some((text) => /\p{Script=Hangul}/u.test(text)));
     this.spans = run.texts.map((text, token) => this.#span(text, token));
-    this.text.append(...this.spans);
+    // a word's space stands before it: shaded, it would hang at the end of a line
+    for (const [token, span] of this.spans.entries())
+      this.text.append(...(SPACED_WORD.test(run.texts[token]) ? [" "] : []), span);
     this.node = element(
       "section",
       { className: "words" },
@@ -85,8 +91,10 @@ class Words {
 
   // Spaces and line ends are themselves; their marks show while one points at the token.
   #span(text, token) {
-    const textContent = text.replace(/[␣⏎⇥]/g, (mark) => MARKS[mark]);
+    const shown = unmarked(text);
+    const textContent = SPACED_WORD.test(text) ? shown.slice(1) : shown;
     const span = element("span", { id: this.prefix + token, className: "token", textContent });
+    span.classList.toggle("spaced", textContent !== shown);
     span.dataset.token = token;
     const lead = /^[␣⏎⇥]+/.exec(text)?.[0];
     if (lead) span.dataset.mark = lead;
@@ -94,7 +102,7 @@ class Words {
     span.classList.toggle("end", text.startsWith("⏎"));
     span.classList.toggle("part", text === "");
     span.setAttribute("role", "option");
-    if (textContent !== this.run.labels[token])
+    if (shown !== this.run.labels[token])
       span.setAttribute("aria-label", this.run.labels[token]);
     span.setAttribute("aria-selected", "false");
     return span;

@@ -42,9 +42,8 @@ def still(runs, layer):
 
 
 def mass_scale(runs):
-    """The scale of masses that all runs share, by their ratio to 1: `(1 / high, high)`."""
+    """The scale of the masses in the text, by their ratio to 1, for all runs: `(1 / high, high)`."""
     masses = np.concatenate([[1.0], *(run.measured.mass for run in runs)])
-    masses = np.concatenate([masses, *(run.vocabulary["masses"] for run in runs)])
     masses = masses.clip(1 / HIGHEST, HIGHEST)
     high = float(max(1 / LOWEST, masses.max(), 1 / masses.min()))
     return 1 / high, high

@@ -1,6 +1,6 @@
 // What is shown, as readable text in the page's address, so that a link opens the same picture.
 
-// Every value that an address may hold: how it is written, and what a text means; undefined: nothing.
+// What an address may hold: how a value is written, and what a text means (undefined: nothing).
 const wholeIn = (text, low, high) => {
   const found = /^\d{1,9}$/.test(text) ? Number(text) : NaN;
   return found >= low && found <= high ? found : undefined;
@@ -16,7 +16,7 @@ const ADDRESS = {
   },
   token: {
     write: (state) => state.token.get(RUNS[0]),
-    read: (text) => wholeIn(text, 0, RUNS[0].count - 1),
+    read: (text) => wholeIn(text, 0, (RUNS[0]?.count ?? 0) - 1),
   },
   layer: {
     write: (state) => state.layer,

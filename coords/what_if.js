@@ -16,7 +16,7 @@ class WhatIf {
     this.node = element(
       "div",
       { className: "whatif" },
-      heading("What if a head were switched off?"),
+      heading(GIVEN.live ? "What if something were changed?" : "What if a head were switched off?"),
       element(
         "div",
         { className: "sides" },

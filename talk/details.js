@@ -70,8 +70,8 @@ function update() {
 const whyNoPulls = () =>
   note(
     state.about.law === null
-      ? "This is a vanilla transformer: its tokens have no mass, and nothing pulls them. With an NGT checkpoint of the law newton, this place shows what pulled each token."
-      : "The law published shows no pulls here. visualize_coords.py draws them for a text; with a checkpoint of the law newton, this place shows them.",
+      ? "This is a vanilla transformer: its tokens have no mass, and nothing pulls them. “Map this” shows what its heads attend to."
+      : "The law published shows no pulls here. “Map this” shows them.",
   );
 
 function overview() {

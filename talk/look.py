@@ -64,7 +64,7 @@ class Look:
 
     def files(self):
         """The page and its files, by path, as `requests.read_files` gives them."""
-        given = {"layer": self.model.config.num_layers, "live": True, "runs": []}
+        given = {"layer": None, "live": True, "runs": []}
         given["suggestions"] = self.suggestions
         page = (ROOT / "coords/page.html").read_text(encoding="utf-8")
         # a policy that allows inline scripts is for a page without a server
@@ -148,7 +148,7 @@ class Look:
         loaded = self.model, self.tokenizer, self.checkpoint
         run = read_run(loaded, self.path, tokens, source, live=True)
         return {
-            "layer": self.model.config.num_layers,
+            "layer": None,
             "text": CONTROL.sub("\ufffd", self.tokenizer.decode(tokens)),
             "note": note,
             "runs": [run_data(run)],

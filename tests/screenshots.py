@@ -1,7 +1,7 @@
 """Takes pictures of a map's page in a real browser, for the docs.
 
 python tests/screenshots.py docs/looking_inside.md docs/gallery/README.md
-python tests/screenshots.py "docs/gallery/english.html#view=orbit&token=67" --until 80
+python tests/screenshots.py docs/gallery/english.html --address "view=orbit&token=67" --until 80
 
 Of a Markdown file: each picture in it that links to a page, [![...](picture)](page.html#...), is
 taken anew from that page as the link opens it. Of a page: an animation of what Play does, up to a
@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from conftest import BROWSER
 
 FLAGS = ("--no-sandbox", "--disable-background-networking")
-LINKED_PICTURE = re.compile(r"\[!\[[^\]]*\]\(([^)]+)\)\]\(([^)#]+\.html)(#[^)]*)?\)")
+LINKED_PICTURE = re.compile(r"\[!\[[^\]]*\]\(([^)]+)\)\]\(([^)#]+\.html)#([^)]*)\)")
 SIZE = (1280, 800)
 SETTLED = 1500  # ms
 AN_HOUR = 3_600_000  # ms, later than any page takes to load
@@ -39,7 +39,8 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("sources", nargs="+", help="Markdown files, or one page with the address after its #")
+    add("sources", nargs="+", help="Markdown files, or one page")
+    add("--address", default="", help="what follows the # in the page's address (default: nothing)")
     add("--output", default="orbit.webp", help="the animation's file (default: %(default)s)")
     add("--until", type=int, metavar="TOKEN", help="stop Play there (default: at the end)")
     add("--width", type=int, default=SIZE[0], help="pixels (default: %(default)s)")
@@ -56,7 +57,7 @@ def main():
                     page.close()
             else:
                 page = browser.new_page(**view)
-                save_animation(page, address_of(source), args.until, args.output)
+                save_animation(page, address_of(source, args.address), args.until, args.output)
         browser.close()
 
 
@@ -64,13 +65,11 @@ def linked_pictures(document):
     """[(picture's path, address of the page that it shows)] of a Markdown file."""
     found = LINKED_PICTURE.findall(document.read_text(encoding="utf-8"))
     folder = document.parent
-    return [(folder / picture, address_of(folder / page, hash)) for picture, page, hash in found]
+    return [(folder / picture, address_of(folder / page, end)) for picture, page, end in found]
 
 
-def address_of(path, hash=""):
-    """The file: address of a page whose path may end in #..."""
-    path, _, end = str(path).partition("#")
-    return Path(path).resolve().as_uri() + (f"#{end}" if end else hash)
+def address_of(page, end):
+    return f"{Path(page).resolve().as_uri()}#{end}"
 
 
 def save_still(page, address, output):

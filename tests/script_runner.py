@@ -8,12 +8,15 @@ streams and exit code, as from the shell.
 import atexit
 import contextlib
 import functools
+import json
 import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import sys
 import tempfile
+import threading
 import traceback
 from multiprocessing import forkserver
 from pathlib import Path
@@ -27,6 +30,8 @@ IMPORTED_AHEAD = [
     "torch.utils.tensorboard",
     "tokenizers",
     "tiktoken",
+    "matplotlib.pyplot",
+    "plotly.graph_objects",
 ]
 # one thread per process, because the tests run on all cores; a spinning thread would take a core
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -64,10 +69,7 @@ class StartedScript:
         self._streams = [Path(self._folder.name) / name for name in ("stdin", "stdout", "stderr")]
         self._streams[0].write_text(stdin, encoding="utf-8")
         environment = {**os.environ, **ONE_THREAD, **(env or {})}
-        self._process = _server().Process(
-            target=_script, args=(self.args, str(cwd), environment, self._streams, prepare)
-        )
-        self._process.start()
+        self._process = _fork(self.args, str(cwd), environment, self._streams, prepare)
         self.pid = self._process.pid
         atexit.register(self.kill)  # a test that fails leaves nothing running
 
@@ -98,6 +100,69 @@ class StartedScript:
         return tuple(path.read_text(encoding="utf-8") for path in self._streams[1:])
 
 
+def python_for_shell_scripts(folder):
+    """The environment in which `python` in a shell script is `forked_python.py`.
+
+    Args:
+        folder: where its `bin` is made, a `Path`.
+    """
+    python = folder / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    here = Path(__file__).with_name("forked_python.py")
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -SsE "{here}" "$@"\n')
+    python.chmod(0o755)
+    path = f"{python.parent}:{os.environ['PATH']}"
+    return {"PATH": path, "FORKED_PYTHON": _address()}
+
+
+@functools.cache
+def _address():
+    """The socket at which `forked_python.py` asks for a fork."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"{folder.name}/socket")
+    listener.listen()
+
+    def answer(connection):
+        with connection, connection.makefile("rw") as stream:
+            asked = json.loads(stream.readline())
+            streams = [f"/proc/{asked['pid']}/fd/{number}" for number in range(3)]
+            ignore = functools.partial(_ignore, asked["ignored"])
+            fork = _fork(asked["words"], asked["cwd"], asked["environment"], streams, ignore)
+            print(fork.pid, file=stream, flush=True)
+            fork.join()
+            print(fork.exitcode, file=stream, flush=True)
+
+    def listen():
+        while True:
+            connection, _ = listener.accept()
+            threading.Thread(target=answer, args=(connection,), daemon=True).start()
+
+    threading.Thread(target=listen, daemon=True).start()
+    return listener.getsockname()
+
+
+def _ignore(numbers):
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _fork(*args):
+    """Start `_script` in a fork of the server."""
+    process = _server().Process(target=_script, args=(*args, _compiled().name))
+    process.start()
+    return process
+
+
+@functools.cache
+def _compiled():
+    """A folder for the compiled modules, which the forks share."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return folder
+
+
 @functools.cache
 def _server():
     """The multiprocessing context of the server, which is started here."""
@@ -113,20 +178,24 @@ def _server():
     return context
 
 
-def _script(command, cwd, environment, streams, prepare):
+def _script(command, cwd, environment, streams, prepare, compiled):
     """In the fork: become the script."""
+    sys.dont_write_bytecode, sys.pycache_prefix = False, compiled
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
     for number, path in enumerate(streams):
-        file = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT)
+        # a pipe that nobody writes to would be waited for
+        reading = os.O_RDONLY | os.O_NONBLOCK
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND if number else reading)
+        os.set_blocking(file, True)
         os.dup2(file, number)
         os.close(file)
     sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")
     sys.stderr = os.fdopen(2, "w", buffering=1)
     sys.argv = command
     sys.path[:] = [
-        str(ROOT),
+        str(Path(command[0]).resolve().parent),
         *(x for x in sys.path if not Path(x or ".").resolve().is_relative_to(ROOT / "tests")),
     ]
     if prepare:

@@ -192,14 +192,16 @@ def test_commands_work_as_pasted(in_tmp):
 
 
 def shell_scripts_have_run(folder):
-    """Put what the long shell scripts would have trained in its place: the first small model."""
-    for name in ("w3_25m/ngt_mass_in_value", "mine/headline/ngt_1"):
+    """Put a small model in the place of each that the shell scripts would have trained."""
+    small = {"w3_25m/ngt_mass_in_value": "shakespeare", "mine/headline/ngt_1": "shakespeare"}
+    small["shakespeare_vanilla"] = "rotary"
+    for name, source in small.items():
         checkpoint = folder / f"checkpoints/{name}.pt_best.pt"
-        trained = folder / "checkpoints/shakespeare.pt_best.pt"
+        trained = folder / f"checkpoints/{source}.pt_best.pt"
         if trained.exists() and not checkpoint.exists():
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(trained, checkpoint)
-            shutil.copytree(folder / "runs/shakespeare", folder / "runs" / name)
+            shutil.copytree(folder / f"runs/{source}", folder / "runs" / name)
 
 
 @pytest.mark.parametrize("line", by_kind("parse"))

@@ -14,7 +14,7 @@
 //   lineChart({
 //     series: rows.map((values, head) => ({ ...headLine(head), name: `head ${head + 1}`, points })),
 //     x: { title: "tokens back (log)", scale: "log1p" },
-//     y: { title: "share of the pull (log)", scale: "log", low: 1e-4, high: 1, write: percent },
+//     y: { title: "share of the pull (log)", scale: "log", low: 1e-4, high: 1 },
 //     label: "Measured pull by distance in time",
 //   })
 
@@ -166,8 +166,7 @@ const chartElement = (paint, height, ...before) => {
 };
 
 const lineChart = ({ series, height = CHART.height, ...given }) => {
-  const tell =
-    given.tell ?? (({ name }, [x, y]) => `${name}: ${number(y)} at ${number(x)}`);
+  const tell = given.tell ?? (({ name }, [x, y]) => `${name}: ${number(y)} at ${number(x)}`);
   let chosen = null;
   const paint = (width) => {
     const every = series.flatMap(({ points }) => points);

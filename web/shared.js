@@ -10,7 +10,10 @@ const number = (x, digits = 3) => {
   if (Math.abs(x) < 0.0001) return x.toExponential(1);
   return Math.abs(x) >= 100 ? plain.format(x) : x.toPrecision(digits);
 };
-const percent = (x) => (x >= 0.0995 ? `${Math.round(100 * x)} %` : `${(100 * x).toFixed(1)} %`);
+const percent = (x) => {
+  if (x > 0 && x < 0.0005) return "< 0.1 %";
+  return x >= 0.0995 ? `${Math.round(100 * x)} %` : `${(100 * x).toFixed(1)} %`;
+};
 
 // Only `append` and `textContent` put text into the page: a stranger's vocabulary may hold HTML.
 const element = (name, properties = {}, ...children) => {

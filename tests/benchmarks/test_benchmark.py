@@ -22,6 +22,7 @@ from engine.flops import training_flops
 from engine.models import build_model
 from gravity.attention import gravity_attention
 from gravity.published import published_gravity_attention
+from system.machine import cpu_multiplies_bf16
 from training.config import DEFAULTS
 
 TINY = ("--preset", "shakespeare", "--batch-size", "2", "--block-size", "16", "--steps", "2")
@@ -50,17 +51,18 @@ def numbers_of(in_tmp, *words):
 
 @pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=needs_bf16)])
 def test_train_writes_what_was_promised(in_tmp, dtype):
-    numbers = numbers_of(in_tmp, "train", *TINY, "--dtype", dtype)
+    only = ("--no-peak",) if dtype == "bf16" else ()  # `test_train_with_another_law` measures it
+    numbers = numbers_of(in_tmp, "train", *TINY, "--dtype", dtype, *only)
     promised = "ngt_tokens_per_s vanilla_tokens_per_s ratio ngt_peak_bytes vanilla_peak_bytes"
     assert set(promised.split()) <= numbers.keys()
     assert len(numbers["ratio_rounds"]) == 2 and 0 < numbers["ngt_mfu"] < 1
     # weights, gradients and two moments are 16 bytes a parameter, a Python with PyTorch 100 MB
-    for name in ("ngt", "vanilla"):
+    for name in () if only else ("ngt", "vanilla"):
         assert 13e6 + 1e8 < numbers[f"{name}_peak_bytes"] < 4e9
 
 
 def test_train_of_one_model_and_of_the_published_law(in_tmp):
-    numbers = numbers_of(in_tmp, "train", *TINY, "--model", "vanilla", "--profile")
+    numbers = numbers_of(in_tmp, "train", *TINY, "--model", "vanilla", "--profile", "--no-peak")
     assert "vanilla_tokens_per_s" in numbers and "ratio" not in numbers
     numbers = numbers_of(in_tmp, "train", *TINY, "--law", "published", "--against", "first-release")
     assert {"ratio", "first_release_tokens_per_s", "first_release_peak_bytes"} <= numbers.keys()
@@ -126,8 +128,9 @@ def test_train_with_another_law(in_tmp):
         trainer = make_trainer(arguments("train", *TINY, *given), "ngt", torch.device("cpu"))
         attn = trainer.raw_model.layers[0].attn
         assert (attn.background is not None) == (attn.radius is None) == has_background
+    flags += ("--dtype", "bf16") if cpu_multiplies_bf16() else ()
     numbers = numbers_of(in_tmp, "train", *TINY, *flags, "--model", "ngt")
-    assert numbers["ngt_peak_bytes"] > 1e8
+    assert 13e6 + 1e8 < numbers["ngt_peak_bytes"] < 4e9
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -158,6 +158,15 @@ def test_the_picture_is_what_the_law_says(open_orbit):
     assert f"the middle source {np.median(law['distance']):.2g}" in why
     percent = float(re.search(r"\(([\d.]+) %\)", why)[1])
     assert percent == pytest.approx(100 * law["share"][best], abs=0.51)
+    space, time = (np.median(law[part]) for part in ("space", "time"))
+    usual = (1 + space**2 + time**2) ** -model.config.exponent
+    near = (1 + law["space"][best] ** 2 + time**2) ** -model.config.exponent >= 2 * usual
+    recent = (1 + space**2 + law["time"][best] ** 2) ** -model.config.exponent >= 2 * usual
+    assert ("near in space" in why) == near
+    assert ("recent" in why or "near in time" in why) == recent
+    heavier = law["mass"][best] / np.median(law["mass"])
+    told = float(re.search(r"([\d.]+)\u00a0× by mass", why)[1])
+    assert told == pytest.approx(heavier, rel=0.06) and ("adds" in why) == (heavier >= 1.1)
     quiet = float(re.search(r"Quiet ([\d.]+) %", why)[1])
     assert quiet == pytest.approx(100 * (1 - law["share"].sum()), abs=0.51)
 
@@ -217,7 +226,10 @@ def test_heads_by_mouse_and_keyboard(open_orbit):
     name.focus()
     assert page.is_visible(".orbit-note")
     page.keyboard.press("Enter")
-    assert selected(page) == int(law["share"].argmax())
+    strongest = int(law["share"].argmax())
+    assert selected(page) == strongest
+    page.keyboard.press("Enter")
+    assert selected(page) == int(law_of(model, TEXT, 1, 0, strongest)["share"].argmax())
 
 
 def test_the_sentence_is_played(open_orbit):
@@ -232,7 +244,6 @@ def test_the_sentence_is_played(open_orbit):
             { childList: true, subtree: true }); }"""
     )
     page.click("#play")
-    page.get_by_role("button", name="Pause").wait_for()
     page.get_by_role("button", name="Play").wait_for()
     assert page.evaluate("seen") == list("jumps")
     assert selected(page) == len(text) - 1

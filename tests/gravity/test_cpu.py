@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, run
 from gravity import cpu
 from gravity.attention import gravity_attention
 from gravity.law import gravity_attention_reference
@@ -224,14 +224,10 @@ def test_without_a_working_compiler_one_warning(case, tmp_path):
         "for _ in range(2): print(f(x, x, x, torch.ones(1, 5), time_scale=one, time_offset=one)"
         ".mean().item())\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path)},
-    )
-    assert result.returncode == 0, result.stderr
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}")
+    environment = {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path)}
+    result = run(script, cwd=tmp_path, env=environment, check=0)
     assert [float(line) for line in result.stdout.split()] == pytest.approx([1, 1])
     warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 1 and "PyTorch" in warnings[0]
@@ -239,7 +235,11 @@ def test_without_a_working_compiler_one_warning(case, tmp_path):
 
 def test_the_library_is_made_once_and_survives_a_read_only_home(tmp_path):
     """A second process compiles nothing; without a folder to keep the library it still works."""
-    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    compiler = tmp_path / "c++"
+    (cxx,) = cpu.cpp_compiler()
+    compiler.write_text(f'#!/bin/sh\nexec {cxx} "$@" -O0\n')  # compiles in no time
+    compiler.chmod(0o755)
+    environment = {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     command = [sys.executable, "-c", "from gravity import cpu; print(cpu.library()._name)"]
 
     def call():

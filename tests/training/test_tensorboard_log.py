@@ -1,8 +1,8 @@
 """The dashboard: event files read back, and TensorBoard's real page in a real browser."""
 
+import functools
 import json
 import math
-import os
 import resource
 import shutil
 import socket
@@ -23,10 +23,11 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from tensorboard.util.tensor_util import make_ndarray
 
-from conftest import BROWSER, ROOT, error_line, run
+from conftest import BROWSER, error_line, run
 from engine.checkpoint import read_checkpoint
 from engine.models import build_model
 from reporting.geometry import heads_table
+from script_runner import StartedScript
 from small_runs import TINY, assert_same_run, evaluation, same
 from system.errors import UserError
 from text.tokenizer import CharTokenizer
@@ -397,15 +398,11 @@ def test_a_disk_that_fills_ends_with_one_line(what, max_steps, in_tmp, small_tex
     flags += ["--checkpoint-interval", 10, "--eval-interval", 1, "--checkpoint-path", "c/x"]
     # nothing is learned, so that no time goes into writing _best
     flags += ["--hidden-dim", 8, "--sample-tokens", 0, "--learning-rate", 0]
-    filled = subprocess.run(
-        [sys.executable, ROOT / "train_shakespeare.py", *map(str, flags)],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    line = error_line(filled)
-    assert filled.returncode == 1 and filled.stderr.count("\n") == 1, filled.stderr
+    limited = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
+    process = StartedScript("train_shakespeare.py", flags, in_tmp, prepare=limited)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and errors.count("\n") == 1, errors
+    line = error_line(SimpleNamespace(stderr=errors))
     assert what in line and "free some space" in line and "--resume" in line
     saved = read_checkpoint("c/x_last.pt")["iter"]
     assert saved >= 10

@@ -157,12 +157,13 @@ def test_tensorboard_gets_curves_geometry_and_labels(in_tmp, small_text):
     """Read back with TensorBoard's own reader."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train("--data-path", small_text, "--max-steps", 20, "--checkpoint-path", "c/x", cwd=in_tmp)
+    flags = ("--data-path", small_text, "--max-steps", 20, "--repulsion")
+    train(*flags, "--checkpoint-path", "c/x", cwd=in_tmp)
     events = EventAccumulator(str(in_tmp / "runs" / "x")).Reload()
     tags = events.Tags()
     wanted = {"val_loss", "train_loss", "perplexity", "bits_per_byte", "repulsion", "tokens_per_s"}
     assert wanted | {"learning_rate", "grad_norm"} <= set(tags["scalars"])
-    layer = {f"layer1/{name}" for name in ("time_scale", "time_offset", "background", "window")}
+    layer = {f"layer 2/{name}" for name in ("time_scale", "time_offset", "background", "window")}
     assert layer | {"mass"} <= set(tags["histograms"])
     logged = curve(in_tmp / "runs" / "x")[0][1]
     assert events.Scalars("val_loss")[0].value == pytest.approx(logged, rel=1e-6)
