@@ -10,9 +10,9 @@ from system.cli import file_path, script_parser
 from system.errors import run_script
 
 EXAMPLES = """examples:
-  python export.py --checkpoint-path checkpoints/b.pt_best.pt --output b/ --format huggingface
-  python export.py --checkpoint-path checkpoints/b.pt_best.pt --output w/ --format safetensors
-  python export.py --from b/ --output checkpoints/again.pt
+  python export.py --checkpoint-path checkpoints/b.pt_best.pt --output exported/weights
+  python export.py --checkpoint-path checkpoints/b.pt --output exported/b --format huggingface
+  python export.py --from exported/b --output checkpoints/again.pt
 """
 
 

@@ -165,6 +165,8 @@ def load_harness_model(args):
 def main(argv=None):
     """Run the tasks and print their table; returns the exit code."""
     args = make_parser().parse_args(argv)
+    import torch  # noqa: F401  # without any environment, that is what is said
+
     try:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
