@@ -1,7 +1,9 @@
 """Measure what a checkpoint's loss depends on, on the validation text of its training.
 
 That is the length of the context, the place in the window, the frequency of the token, and whether
-the text repeats itself. With --long-range also whether the model uses what is far behind it.
+the text repeats itself. With --long-range also whether the model uses what is far behind it, and
+with --wikitext the perplexity per word, which models with other tokenizers have too; with
+--minimal-pairs whether it finds the grammatical one of two sentences.
 """
 
 import json
@@ -19,6 +21,7 @@ EXAMPLES = """examples:
   python evaluate.py --checkpoint-path checkpoints/shakespeare.pt_best.pt
   python evaluate.py --checkpoint-path checkpoints/b.pt_best.pt --json runs/b/evaluation.json
   python evaluate.py --checkpoint-path checkpoints/b.pt_best.pt --long-range
+  python evaluate.py --checkpoint-path checkpoints/b.pt_best.pt --wikitext data/ --stride 64
 """
 
 
@@ -55,6 +58,25 @@ def make_parser():
         help="also ask for a pass key and for a string after up to 4,096 tokens, and for numbers "
         "of a phone book, each in so many trials (default: off; without a number: 100)",
     )
+    add(
+        "--wikitext",
+        type=file_path,
+        metavar="DIR_OR_SPLIT",
+        help="measure only the perplexity per word of WikiText's wiki.test.* in this directory, or "
+        "of the split valid or test in data/ (default: off)",
+    )
+    add(
+        "--stride",
+        type=whole,
+        help="with --wikitext: also with windows that predict so many new tokens each and have the "
+        "others as context (default: only windows that follow each other)",
+    )
+    add(
+        "--minimal-pairs",
+        action="store_true",
+        help="measure only how often the grammatical one of two English sentences has the higher "
+        "probability (default: off)",
+    )
     add("--json", type=file_path, metavar="FILE", help="also write the numbers to this file")
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
     add("--threads", type=thread_count, help=THREADS_HELP)
@@ -90,6 +112,29 @@ def show(result, targets):
         )
 
 
+def show_wikitext(result):
+    """Print the table of `wikitext`."""
+    print(
+        f"\n{result['file']}: {result['articles']:,} articles, {result['words']:,} words, "
+        f"{result['bytes']:,} bytes, {result['tokens']:,} of this model's tokens\n"
+        f"detokenizer: {result['detokenizer']}\n"
+        f"{'context':<34}{'per word':>12}{'bits/byte':>12}{'nats/token':>12}"
+    )
+    for row in result["by_context"]:
+        perplexity = limited(row["word_perplexity"], ",.2f")
+        print(
+            f"{row['context']:<34}{perplexity:>12}{row['bits_per_byte']:>12.4f}{row['nats']:>12.4f}"
+        )
+
+
+def show_minimal_pairs(rows):
+    """Print the table of `minimal_pairs`."""
+    print(f"\n{'the grammatical sentence is likelier':<38}{'pairs':>6}{'share':>17}")
+    for row in rows:
+        share = f"{row['accuracy']:.1%} ± {row['error']:.1%}"
+        print(f"{row['phenomenon']:<38}{row['pairs']:>6}{share:>17}")
+
+
 def show_long_range(found):
     """Print the tables of `long_range`."""
     print(
@@ -116,15 +161,25 @@ def show_long_range(found):
             print(line)
 
 
+def write_json(path, result):
+    """Write the numbers, before anything is printed: the output may fail."""
+    if path:
+        write_whole(Path(path), json.dumps(result, indent=1).encode())
+
+
 def main(argv=None):
     """Evaluate; returns the exit code."""
     args = make_parser().parse_args(argv)
     # PyTorch takes a second to import, which --help does not wait for
     from engine.checkpoint import find_checkpoint, load_model
     from engine.evaluation import TARGETS, evaluation
-    from engine.losses import TOKENS_AT_ONCE
+    from engine.losses import TOKENS_AT_ONCE, Losses
     from gravity.trial import computes
 
+    if args.minimal_pairs and args.wikitext is not None:
+        raise UsageError("--wikitext and --minimal-pairs exclude each other: run them one by one")
+    if args.stride is not None and args.wikitext is None:
+        raise UsageError("--stride needs --wikitext: add it")
     if min(args.context_lengths) < TARGETS:
         raise UsageError(
             f"--context-lengths {min(args.context_lengths)}: give at least {TARGETS}, since the "
@@ -134,12 +189,32 @@ def main(argv=None):
     model, tokenizer, checkpoint = load_model(path, choose_device(args.device, computes))
     choose_threads(args.threads, model, TOKENS_AT_ONCE)
     result = {"checkpoint": str(path), "step": checkpoint.get("iter")}
+    if args.minimal_pairs:
+        from engine.minimal_pairs import minimal_pairs
+
+        losses = Losses(model, checkpoint["config"])
+        result["minimal_pairs"] = minimal_pairs(losses, tokenizer)
+        write_json(args.json, result)
+        show_minimal_pairs(result["minimal_pairs"])
+        return 0
+    if args.wikitext is not None:
+        from engine.wikitext import find_wikitext, wikitext
+
+        file, block_size = find_wikitext(args.wikitext), model.config.block_size
+        if args.stride is not None and args.stride > block_size:
+            raise UsageError(
+                f"--stride {args.stride}: a window has {block_size} tokens, give at most as many"
+            )
+        losses = Losses(model, checkpoint["config"])
+        result |= wikitext(losses, tokenizer, file, block_size, args.stride)
+        write_json(args.json, result)
+        show_wikitext(result)
+        return 0
     result |= evaluation(
         *(model, tokenizer, checkpoint),
         *(args.context_lengths, args.num_windows, args.long_range),
     )
-    if args.json:  # before anything is printed: the output may fail
-        write_whole(Path(args.json), json.dumps(result, indent=1).encode())
+    write_json(args.json, result)
     show(result, TARGETS)
     if args.long_range:
         show_long_range(result["long_range"])

@@ -14,6 +14,7 @@ from system.safe_text import one_line
 EXAMPLES = """examples:
   python report.py --runs shakespeare_vanilla shakespeare
   python report.py --runs w3_25m --output reports/w3_25m_summary.md
+  python report.py --diff shakespeare_vanilla shakespeare
   python report.py --study study --output reports/study.md
   python report.py --gpu-check gpu --output reports/gpu.md
   python report.py --runs w3_25m --reference reports/first_release.json --output reports/w3.md
@@ -29,6 +30,12 @@ def main(argv=None):
         nargs="+",
         help="names of runs under runs/, or of folders of runs; one that does not exist is listed "
         "as not run",
+    )
+    what.add_argument(
+        "--diff",
+        nargs=2,
+        metavar=("A", "B"),
+        help="print the settings in which two runs under runs/ differ, and their last evaluations",
     )
     what.add_argument(
         "--study",
@@ -54,6 +61,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.output is not None and Path(args.output).suffix != ".md":
         parser.error(f"--output {args.output} must end in .md")
+    if args.diff is not None:
+        from reporting.differences import differences
+
+        print(differences(*args.diff))
+        return 0
     if args.runs is None:
         if args.output is None:
             flag = "--study" if args.study is not None else "--gpu-check"

@@ -12,6 +12,16 @@ from system.machine import cpu_multiplies_bf16
 TOKENS_AT_ONCE = 8192
 
 
+def learned_limit(model):
+    """The most tokens that a model can read at once, None if there is no limit.
+
+    Learned positions end with the window, rotary and ALiBi do not; an NGT has no `pos`, and its
+    limit is None, or under the published law its window.
+    """
+    has_learned_positions = getattr(model.config, "pos", "learned") == "learned"
+    return model.max_context if has_learned_positions else None
+
+
 class Losses:
     """Computes losses of a model's predictions, in bf16 if it was trained in bf16.
 
@@ -25,10 +35,7 @@ class Losses:
         self.device = next(model.parameters()).device
         is_fast = self.device.type == "cuda" or cpu_multiplies_bf16()
         self.amp = bool(config.get("use_amp")) and is_fast
-        # learned positions end with the window, rotary and ALiBi do not; an NGT has no `pos`, and
-        # its limit is None, or under the published law its window
-        has_learned_positions = getattr(model.config, "pos", "learned") == "learned"
-        self.limit = model.max_context if has_learned_positions else None
+        self.limit = learned_limit(model)
 
     @torch.no_grad()
     def graded(self, tokens, count):

@@ -57,13 +57,18 @@ def terminal_table(variants):
                 mean([run.median("tokens_per_s") for run in timed], ",.0f") if timed else "",
             )
         )
-    # labels may hold wide characters, numbers do not
-    label_width = max(cells(line[0]) for line in lines)
-    widths = [max(len(line[n]) for line in lines) for n in range(1, len(head))]
+    return aligned(lines)
+
+
+def aligned(lines):
+    """Tuples of texts as lines for the terminal: the first column to the left, others to the right.
+
+    The first may hold wide characters, the others do not.
+    """
+    first = max(cells(line[0]) for line in lines)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)][1:]
     return "\n".join(
-        "  ".join(
-            [line[0] + " " * (label_width - cells(line[0])), *map(str.rjust, line[1:], widths)]
-        )
+        "  ".join([line[0] + " " * (first - cells(line[0])), *map(str.rjust, line[1:], widths)])
         for line in lines
     )
 

@@ -28,6 +28,8 @@ SCRIPTS = {
     "report": ["--runs", "x"],
     "benchmark": ["data"],
     "evaluate": ["--checkpoint-path", "x"],
+    "export": ["--checkpoint-path", "x", "--output", "y"],
+    "lm_eval_ngt": ["--checkpoint-path", "x", "--tasks", "y"],
 }
 WORDS_OF_A_PATH = {"path", "file", "directory", "output", "reference", "json", "png", "checkpoint"}
 WORDS_OF_A_PATH |= {"compare"}

@@ -21,7 +21,7 @@ READMES = ("README.md", "README_KO.md")
 # The guide to training comes first: its commands train what the other pages show.
 PAGES = (
     *("docs/training.md", "README.md", "docs/looking_inside.md", "docs/reliability.md"),
-    *("docs/credits.md", "docs/gallery/README.md"),
+    *("docs/sharing.md", "docs/credits.md", "docs/gallery/README.md"),
 )
 FIRST_RELEASE = """\
 python train_shakespeare.py
@@ -66,7 +66,7 @@ def how(line):
     first = shlex.split(line)[0]
     if first == "bash" or "=" in first:
         return "script"
-    if re.match(r"(torchrun|tensorboard|pip|python tests/|python benchmark)", line):
+    if re.match(r"(torchrun|tensorboard|pip|python (tests/|benchmark|lm_eval))", line):
         return "parse"
     return "parse" if "--serve" in line else "run"
 
@@ -133,7 +133,7 @@ def test_every_room_and_script_stands_in_the_tree(page):
     names = {line.split()[0] for line in tree.splitlines()}
     rooms = {f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")}
     scripts = {path.name for kind in ("*.py", "*.sh") for path in ROOT.glob(kind)}
-    assert names == rooms | scripts | {"web/", "tests/", "docs/", "reports/"}
+    assert names == rooms | scripts | {"web/", "tests/", "docs/", "reports/", "notebooks/"}
 
 
 def test_every_training_flag_stands_in_the_guide():
@@ -151,7 +151,8 @@ def test_commands_work_as_pasted(in_tmp):
         (in_tmp / folder).mkdir()
         name = "wiki." if folder == "data" else ""
         (in_tmp / folder / f"{name}train.{end}").write_text(text[:200_000], encoding="utf-8")
-        (in_tmp / folder / f"{name}valid.{end}").write_text(text[-50_000:], encoding="utf-8")
+        for split, part in (("valid", text[-50_000:]), ("test", text[-60_000:-50_000])):
+            (in_tmp / folder / f"{name}{split}.{end}").write_text(part, encoding="utf-8")
     shakespeare = SHARED / "tinyshakespeare.txt"
     if shakespeare.exists():
         (in_tmp / "data/shakespeare").mkdir()

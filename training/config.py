@@ -270,10 +270,11 @@ def resolve(args, resumed=None):
     config |= {"recipe": recipe} | given
     if "mlp_dim" not in given:
         config["mlp_dim"] = _mlp_dim(config, given, kind, PRESETS[dataset]["mlp_dim"])
-    return config | {"min_learning_rate": given.get("min_learning_rate", _tenth_of_peak(config))}
+    return config | {"min_learning_rate": given.get("min_learning_rate", tenth_of_peak(config))}
 
 
-def _tenth_of_peak(config):
+def tenth_of_peak(config):
+    """The learning rate at the end of the cosine, unless another was given."""
     peak = config["learning_rate"] or config["matrix_learning_rate"] or 0.0
     return float(f"{peak / 10:.12g}")  # 6e-05 and not 5.9999999999999995e-05
 
@@ -281,8 +282,8 @@ def _tenth_of_peak(config):
 def _with_minimum_rate(resumed, given):
     """The settings of a resumed run with what was given: its minimum was chosen, or it follows."""
     config, before = resumed | given, resumed["min_learning_rate"]
-    if "min_learning_rate" not in given and before in (None, _tenth_of_peak(resumed)):
-        config["min_learning_rate"] = after = _tenth_of_peak(config)
+    if "min_learning_rate" not in given and before in (None, tenth_of_peak(resumed)):
+        config["min_learning_rate"] = after = tenth_of_peak(config)
         if after != before:
             warn(f"--min-learning-rate changes from {before} to {after}, a tenth of the highest")
     return config
@@ -367,7 +368,7 @@ def warn_of_rates(config):
 
 def warn_of_no_effect(args, config):
     """One warning for each given flag that this run does not use."""
-    given = given_settings(args).keys()
+    given = given_settings(args).keys() - getattr(args, "from_file", set())
     if config["prepared_tokens"] is not None:
         for name in sorted(given & {*CORPUS} - {"dataset", "bpe_vocab_size"}):  # they set sizes
             warn(f"{flag_of(SETTINGS[name])} has no effect with --token-directory")

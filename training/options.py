@@ -53,6 +53,13 @@ def train_parser(description, examples):
         help="directory under runs/ for metrics and TensorBoard (default: PATH's name)",
     )
     run.add_argument(
+        "--config",
+        metavar="FILE",
+        type=file_path,
+        help="take the settings of another run from its runs/NAME/config.json; flags win (default: "
+        "none)",
+    )
+    run.add_argument(
         "--resume", action="store_true", help="continue from PATH_last.pt; start if there is none"
     )
     run.add_argument(

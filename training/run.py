@@ -24,6 +24,7 @@ from training.config import (
     warn_of_no_effect,
     warn_of_rates,
 )
+from training.config_file import take_from_file
 from training.loop import loop
 from training.precision import uses_amp_by_default
 from training.ranks import is_restarted
@@ -47,6 +48,8 @@ def run(args, ranks, words):
     Raises:
         UserError: if a flag, a file or the machine does not allow it.
     """
+    if args.config is not None:
+        take_from_file(args)
     files = RunFiles(_checkpoint_path(args), args.run_name)
     # torchrun repeats the same flags after a crash; the run must continue, not start over
     if is_restarted() and files.has_begun():
