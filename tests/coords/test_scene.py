@@ -44,8 +44,14 @@ def words_checkpoint(path="x.pt", **config):
     return make_checkpoint(path, BPETokenizer.train([TEXT] * 5, 280), **config)
 
 
+def settle(page):
+    """Wait until what was asked for is drawn: the map draws in the next frame."""
+    page.wait_for_timeout(30)
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => setTimeout(done)))")
+
+
 def camera(page):
-    page.wait_for_timeout(50)
+    settle(page)
     return np.array(
         page.locator(".scene canvas").first.get_attribute("data-camera").split(","), float
     )
@@ -99,7 +105,7 @@ def written(page):
 
 def pixels(page):
     page.mouse.move(2, 2)
-    page.wait_for_timeout(50)
+    settle(page)
     return matplotlib.image.imread(io.BytesIO(page.screenshot()))[..., :3] * 255
 
 
@@ -208,7 +214,7 @@ def test_tokens_are_where_the_camera_shows_them(open_map):
         "(c) => { location.hash = location.hash.replace(/camera=[^&]*/, `camera=${c}`); }",
         f"{turn},{tilt},1,0,0",
     )
-    page.wait_for_timeout(60)
+    settle(page)
     assert np.allclose(on_screen(page, run, 2), places, atol=0.1)
     page.mouse.click(*places[one, :2])
     assert selected(page) == [one]
