@@ -181,6 +181,7 @@ let writing = null;
 const address = () => addressOf(state, parts[0]?.views[state.view]?.hash?.());
 function writeAddress() {
   clearTimeout(writing);
+  if (location.protocol === "about:") return; // shown inside a notebook, which has the address
   if (parts.length && !state.playing) history.replaceState(null, "", address());
 }
 function writeAddressSoon() {

@@ -1,9 +1,11 @@
 """The page around the views in a real browser: text, details, address, search, keys, downloads."""
 
 import csv
+import html
 import io
 import json
 import re
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -307,6 +309,13 @@ def test_where_a_page_opens(open_map):
     assert page.input_value("#layer") == "1" and page.input_value("#head") == "mean"
     page, _ = open_map("--text", TEXT, "--layer", "1", address="#layer=2&head=1")
     assert page.input_value("#layer") == "2" and page.input_value("#head") == "0"
+    # inside another page, as the notebook shows it, there is no address to write
+    given = html.escape(Path("map.html").read_text(encoding="utf-8"))
+    Path("frame.html").write_text(f'<iframe srcdoc="{given}"></iframe>', encoding="utf-8")
+    page.goto(f"file://{Path.cwd()}/frame.html")
+    page.frames[1].wait_for_selector("body[data-ready]", state="attached")
+    page.frames[1].evaluate("document.getElementById('tab-heads').click()")
+    page.wait_for_timeout(250)
 
 
 @pytest.mark.parametrize("background", [1e-5, 1e7])
