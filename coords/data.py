@@ -71,13 +71,13 @@ class Measured:
 
 
 @torch.no_grad()
-def measure(model, tokens, switch_off=True):
+def measure(model, tokens, live=False):
     """The `Measured` of a text.
 
     Args:
         model: an NGT or a vanilla transformer.
         tokens: a list of T ids.
-        switch_off: whether to measure `off` too, if it does not take too long.
+        live: leave `off` out if it would take more than half a second.
 
     Raises:
         UserError: if a number is not finite.
@@ -105,7 +105,7 @@ def measure(model, tokens, switch_off=True):
         attention=_attention(model, q, k, kind),
         profile=profile,
         lens=lens,
-        off=with_heads_off(model, ids) if switch_off else None,
+        off=with_heads_off(model, ids, live),
     )
 
 

@@ -73,7 +73,8 @@ def read_run(loaded, path, tokens, source, method="pca", live=False):
     """The `Run` of a loaded checkpoint on these tokens.
 
     Args:
-        live: answer within a second: count the tokens of this text only, and switch no head off.
+        live: answer within a second: count the tokens of this text only, and switch heads off
+            only if it is short.
     """
     model, tokenizer, checkpoint = loaded
     if model.max_context is not None and len(tokens) > model.max_context:
@@ -81,7 +82,7 @@ def read_run(loaded, path, tokens, source, method="pca", live=False):
         tokens = tokens[: model.max_context]
     if not tokens:
         raise UserError("no tokens to show: give a --text of at least one")
-    measured = measure(model, tokens, switch_off=not live)
+    measured = measure(model, tokens, live)
     has_gravity = measured.kind != "vanilla"
     points, axes = project(measured.z, method) if has_gravity else (None, None)
     labels, texts = labels_in_text(tokenizer, tokens)
@@ -149,7 +150,8 @@ def write_files(args, runs):
     write_whole(Path(args.output), page)
     size = Path(args.output).stat().st_size / 1e6
     tokens = len(runs[0].labels)
-    written = [f"wrote {args.output}: {tokens} tokens, {size:.1f} MB, open it in a browser"]
+    plural = "" if tokens == 1 else "s"
+    written = [f"wrote {args.output}: {tokens} token{plural}, {size:.1f} MB, open it in a browser"]
     if args.png is not None or args.heads_png is not None:
         # matplotlib reports on its own folders there
         logging.getLogger("matplotlib").setLevel(logging.ERROR)

@@ -77,6 +77,12 @@ class Live {
     else if (!this.shown) this.field.focus();
   }
 
+  // Whether the address asks for a text that is not this one.
+  isOfAnotherText(shown = this.shown) {
+    const text = new URLSearchParams(location.hash.slice(1)).get("text");
+    return text !== null && text !== shown;
+  }
+
   ask(path, body) {
     const answer = this.queue.then(() => askServer(path, body));
     this.queue = answer.catch(() => {});
@@ -103,10 +109,12 @@ class Live {
     this.say(given.note);
     // what was chosen stays, but for the token, which was one of another text
     const address = new URLSearchParams(location.hash.slice(1));
-    if (address.has("text") && address.get("text") !== text) address.delete("token");
+    const isNew = this.isOfAnotherText();
+    if (isNew) address.delete("token");
     address.delete("conversation");
     address.set("text", text);
-    history.replaceState(null, "", `#${address}`);
+    // the browser's Back shows the text before this one
+    history[isNew ? "pushState" : "replaceState"](null, "", `#${address}`);
     openPage({ ...GIVEN, ...given });
     if (given.token !== undefined) this.actions.set({ token: given.token });
   }

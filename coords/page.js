@@ -189,7 +189,7 @@ function writeAddressSoon() {
   writing = setTimeout(writeAddress, 150);
 }
 function followAddress() {
-  if (!parts.length) return;
+  if (!parts.length || live?.isOfAnotherText()) return;
   const { changes, own } = readAddress(location.hash);
   actions.set(changes);
   if (own) shownViews().forEach((view) => view.restore?.(own));
@@ -319,6 +319,7 @@ function openPage(given) {
   $("subtitle").textContent = $("subtitle").title =
     RUNS.map((run) => `${run.name}${step}, ${run.law}`).join(" · ") +
     ` · ${plural(run.count, "token")} of ${run.source}`;
+  $("head-name").textContent = RUNS.some((run) => run.hasGravity) ? "Pull of" : "Attention of";
   $("layer").max = DEEPEST;
   $("layers").replaceChildren(
     ...Array.from({ length: DEEPEST + 1 }, (_, n) => element("option", { value: n })),

@@ -198,7 +198,7 @@ class OrbitPicture {
       const text = source === token ? "itself" : nameOf(run.labels[source]);
       const pull = percent(shares[source]);
       const width = textWidth(`${text}  ${pull}`, `600 ${n ? 13 : 15}px ${family}`) + 4;
-      const box = this.#freeBox(this.dots.get(source), width, n ? 17 : 20);
+      const box = this.#freeBox(this.dots.get(source), width, n ? 17 : 20, !n);
       if (!box) return [];
       this.taken.push(box);
       const name = svgElement(
@@ -219,8 +219,9 @@ class OrbitPicture {
   }
 
   // The box beside a dot in which a text of this size can stand, null if there is none: close by on
-  // the side away from the centre, else farther out, else on a line.
-  #freeBox({ to: [x, y], size }, width, height) {
+  // the side away from the centre, else farther out, else on a line. One that is needed may also
+  // hide other dots, as few as can be.
+  #freeBox({ to: [x, y], size }, width, height, isNeeded) {
     const [out, down] = [x, y].map((value, axis) => (value < this.place.origin[axis] ? -1 : 1));
     // a box whose near corner or side is so far from the dot
     const beside = (across, up) =>
@@ -247,7 +248,9 @@ class OrbitPicture {
       box[0] > 4 && box[1] > 28 && box[2] < right - 4 && box[3] < bottom - 4;
     const all = [...close, ...far].filter((box) => isInside(box) && isFree(box, this.taken));
     const clear = all.filter((box) => isFree(box, this.onDots));
-    return clear.find((box) => isFree(box, this.onLines)) ?? clear[0] ?? null;
+    const hidden = (box) => this.onDots.filter((dot) => !isFree(box, [dot])).length;
+    const fewest = isNeeded && !clear.length ? all.sort((a, b) => hidden(a) - hidden(b)) : [];
+    return clear.find((box) => isFree(box, this.onLines)) ?? clear[0] ?? fewest[0] ?? null;
   }
 
   // A thin line from a dot to a name that stands farther away.

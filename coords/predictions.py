@@ -18,6 +18,7 @@ from system.errors import UserError
 KEPT = 5  # the likeliest tokens
 LOGITS_AT_ONCE = 1 << 22
 MOST_WORK = 200e9  # multiplications to switch each head off, about half a minute on two cores
+AT_ONCE = 1e9  # multiplications that take less than half a second there
 MOST_ROWS = 1 << 15  # heads times tokens, which is a megabyte of the page
 PROGRESS_DELAY = 1.0  # seconds before a progress bar appears
 
@@ -83,17 +84,19 @@ def hidden_states(model):
 
 
 @torch.no_grad()
-def with_heads_off(model, tokens):
+def with_heads_off(model, tokens, live=False):
     """`Predictions` (L, H, T, ...) with each head off in turn; None if that would take too long.
 
     Args:
         tokens: (T,) ids.
+        live: whether half a second is too long.
     """
     config, count = model.config, len(tokens)
     heads = config.num_layers * config.num_heads
     per_token = sum(parameter.numel() for parameter in model.parameters())
     per_token += count * config.num_layers * config.hidden_dim  # of attention
-    if heads * count > MOST_ROWS or heads * count * per_token > MOST_WORK:
+    most_work = AT_ONCE if live else MOST_WORK
+    if heads * count > MOST_ROWS or heads * count * per_token > most_work:
         return None
     found = []
     bar = tqdm(total=heads, unit=" heads", desc="heads off", delay=PROGRESS_DELAY, leave=False)

@@ -75,7 +75,9 @@ class Words {
       "section",
       { className: "words" },
       this.text,
-      note("Shaded: what pulls the selected token. Blue ring: the same token elsewhere."),
+      note(
+        `Shaded: what ${run.hasGravity ? "pulls the selected token" : "the selected token looks at"}. Blue ring: the same token elsewhere.`,
+      ),
       this.spoken,
     );
     const tokenOf = (event) => event.target.closest(".token")?.dataset.token;

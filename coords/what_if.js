@@ -20,7 +20,7 @@ class WhatIf {
       element(
         "div",
         { className: "sides" },
-        element("div", {}, this.switches, this.ranking, ...(this.sliders ? [this.sliders] : [])),
+        element("div", {}, this.switches, ...(this.sliders ? [this.sliders] : []), this.ranking),
         this.result,
       ),
     );
@@ -102,7 +102,14 @@ class WhatIf {
     });
     if (!this.moved) {
       this.best = null;
-      this.ranking.replaceChildren(note("Press heads to switch them off, layer·head."));
+      this.switches.hidden = !GIVEN.live;
+      this.ranking.replaceChildren(
+        note(
+          GIVEN.live
+            ? "Press heads to switch them off, layer·head."
+            : "This was not computed, as the text is long: make a page of fewer tokens (--num-tokens).",
+        ),
+      );
       return;
     }
     const order = [...afters.keys()].sort((a, b) => this.moved[b] - this.moved[a]);
@@ -112,7 +119,7 @@ class WhatIf {
         "ol",
         { className: "ranked" },
         ...order.slice(0, RANKED).map((n) => {
-          const [label, chance, id] = afters[n][0];
+          const [label, chance] = afters[n][0];
           return element(
             "li",
             {},
@@ -121,7 +128,7 @@ class WhatIf {
               () => this.#choose(run.heads[n]),
               bold(percent(this.moved[n])),
               element("span", { className: "which", textContent: calledHead(run.heads[n]) }),
-              context(`→ ${id === before[0][2] ? "still " : ""}${cut(label)} ${percent(chance)}`),
+              context(`→ ${cut(label)} ${percent(chance)}`),
             ),
           );
         }),

@@ -399,10 +399,12 @@ def test_a_vanilla_transformer_has_a_page(in_tmp):
 
 
 def test_heads_are_switched_off_if_that_is_quick(monkeypatch):
-    """Never for a live page, and not above a bound on the cost or on the size of the page."""
+    """Not above a bound on the cost, lower for a live page, or on the size of the page."""
     model, tokens = lively("newton modern"), [1, 2, 3, 4, 5]
     assert coords_data.measure(model, tokens).off.loss.shape == (2, 4, 5)
-    assert coords_data.measure(model, tokens, switch_off=False).off is None
+    assert coords_data.measure(model, tokens, live=True).off is not None
+    monkeypatch.setattr(predictions, "AT_ONCE", 2e5)
+    assert coords_data.measure(model, tokens, live=True).off is None
     for bound, value in (("MOST_WORK", 2e5), ("MOST_ROWS", 39)):
         with monkeypatch.context() as patch:
             patch.setattr(predictions, bound, value)
