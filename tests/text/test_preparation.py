@@ -39,7 +39,7 @@ def test_second_call_reuses(in_tmp, small_text, monkeypatch, kind):
     for name in ("encode", "encode_array"):
         for tokenizer in (CharTokenizer, BPETokenizer, TiktokenTokenizer):
             monkeypatch.setattr(tokenizer, name, lambda *a: pytest.fail("encoded"))
-    monkeypatch.setattr(text_corpora, "read_blocks", lambda path: pytest.fail("read the text"))
+    monkeypatch.setattr(text_corpora, "read_file", lambda *a: pytest.fail("read the text"))
     again = prepare("text", str(small_text), kind, **settings)
     assert again.directory == first.directory
     assert np.array_equal(again.train, first.train) and len(again.train) > 1000
