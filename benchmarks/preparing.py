@@ -79,15 +79,15 @@ def watched(folder, vocab_size):
     """
     command = [sys.executable, str(ROOT / "prepare_data.py"), "--dataset", "text"]
     command += ["--data-path", "texts", "--tokenizer", "bpe", "--bpe-vocab-size", str(vocab_size)]
-    curve, printed, begun = [], (0.0, ""), time.perf_counter()
+    curve, phase, printed, begun = [], "starting", (0.0, ""), time.perf_counter()
     print("\n| seconds | phase | memory, MB |\n|---|---|---|")
     with open(folder / "bars", "wb") as bars:
         process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=bars)
         try:
             while process.poll() is None:
-                seconds, phase = time.perf_counter() - begun, doing(folder / "bars")
+                seconds, phase = time.perf_counter() - begun, doing(folder / "bars") or phase
                 curve.append((seconds, phase, memory(process)))
-                if phase != printed[1] or seconds > LATER * printed[0]:
+                if phase != printed[1] or seconds > LATER * max(1, printed[0]):
                     print(f"| {seconds:,.0f} | {phase} | {curve[-1][2]:,.0f} |", flush=True)
                     printed = seconds, phase
                 time.sleep(SECONDS_BETWEEN)
@@ -101,11 +101,11 @@ def watched(folder, vocab_size):
 
 
 def doing(bars):
-    """The first word of the progress bar that was drawn last."""
+    """The first word of the progress bar that is being drawn, or None."""
     with open(bars, "rb") as file:
         file.seek(max(0, bars.stat().st_size - 1000))
         found = BAR.search(file.read().decode(errors="replace").rstrip("\r"))
-    return found[1] if found else "starting"
+    return found[1] if found else None
 
 
 def memory(process):
