@@ -116,7 +116,7 @@ def _shakespeare(data_path, say):
         )
     if not path.exists():
         _fetch_shakespeare(path, say)
-    sha256 = sha256_of(path)
+    sha256 = sha256_of_texts(path)
     name = SHAKESPEARES.get(sha256, "own text, not a Shakespeare known by its SHA-256")
 
     readers, changed = _split_by_position(path, train=0.9, valid=1.0)
