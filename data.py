@@ -30,7 +30,7 @@ def get_batch(tokens, batch_size, block_size, seed, step, micro_step=0):
     """A random training batch; the same for equal (seed, step, micro_step).
 
     Args:
-        tokens: (N,) ids, a memory map.
+        tokens: (N,) ids, a memory map, or several as `ShardedTokens`.
 
     Returns:
         inputs and targets, both (batch_size, block_size) int64.

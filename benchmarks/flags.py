@@ -3,7 +3,7 @@
 import argparse
 
 from layers.config import LAWS
-from system.cli import file_path, whole, whole_list, whole_or_zero
+from system.cli import file_path, positive, whole, whole_list, whole_or_zero
 from system.settings import add_flag
 from training.config import LAW_DEFAULTS, SETTINGS
 
@@ -157,6 +157,13 @@ def add_data_flags(parser):
     )
     add("--bpe-vocab-size", type=whole, default=1024, help="vocabulary of the BPE (default: 1024)")
     add("--steps", type=whole, default=5, help="timed rounds (default: 5)")
+    add(
+        "--gigabytes",
+        type=positive,
+        metavar="GB",
+        help="instead, write FILE again and again, changed, into a temporary folder of 200 files "
+        "of so many GB, prepare it, and print memory and speed over time (default: off)",
+    )
 
 
 def add_scaling_flags(parser):

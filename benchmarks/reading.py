@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from benchmarks.preparing import benchmark_preparing
 from benchmarks.timing import interleaved, spread
 from data import get_batch
 from text.corpora import Corpus
@@ -27,6 +28,8 @@ def benchmark_data(args, device):
     Raises:
         UserError: if --data-path cannot be read or is empty.
     """
+    if args.gigabytes is not None:
+        return benchmark_preparing(args)
     source, text = text_of(args.data_path)
     megabytes = len(text.encode()) / 1e6
     parts = list(pieces([text]))

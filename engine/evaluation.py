@@ -41,7 +41,7 @@ def evaluation(model, tokenizer, checkpoint, context_lengths, num_windows, trial
             f"the validation text has {len(tokens):,} tokens, a window {block_size:,}: "
             "prepare a longer text"
         )
-    ranks = frequency_ranks(np.asarray(data.train), vocab_size)
+    ranks = frequency_ranks(data.train, vocab_size)
     places, frequencies = by_place_and_rank(losses, tokens, ranks, block_size)
     result = {
         "by_length": by_length(losses, tokens, context_lengths, num_windows),
@@ -115,7 +115,7 @@ def frequency_ranks(tokens, vocab_size):
 
     Only the first 50 million tokens are counted, which bounds the time on a large corpus.
     """
-    counts = np.bincount(tokens[:50_000_000], minlength=vocab_size)
+    counts = np.bincount(np.asarray(tokens[:50_000_000]), minlength=vocab_size)
     ranks = np.empty(vocab_size, dtype=np.int64)
     ranks[np.argsort(-counts, kind="stable")] = np.arange(1, vocab_size + 1)
     return ranks

@@ -4,6 +4,7 @@ python tests/hostile_files.py        prints them as a table
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -71,6 +72,35 @@ def two_terabytes_of_holes(directory):
     split(tokens=1 << 40)(directory)
 
 
+def in_shards(change):
+    """A change of token files whose training split is in three shards, and of what lists them."""
+
+    def cut(directory):
+        ids = (directory / "train.bin").read_bytes()
+        (directory / "train.bin").unlink()
+        parts, listed = (ids[:1000], ids[1000:2000], ids[2000:]), []
+        for number, part in enumerate(parts):
+            (directory / f"train-0000{number}.bin").write_bytes(part)
+            listed.append({"tokens": len(part) // 2, "sha256": hashlib.sha256(part).hexdigest()})
+        split(shards=change(directory, listed))(directory)
+
+    return cut
+
+
+def damaged_shard(content):
+    def change(directory, listed):
+        (directory / "train-00001.bin").write_bytes(content)
+        return listed
+
+    return in_shards(change)
+
+
+def holes_in_a_shard(directory, listed):
+    os.truncate(directory / "train-00002.bin", 2 << 40)
+    split(tokens=1000 + (1 << 40))(directory)
+    return [*listed[:2], listed[2] | {"tokens": 1 << 40}]
+
+
 TOKEN_FILES = {
     "2 TB of holes": two_terabytes_of_holes,
     "ids that are objects": meta(dtype="|O"),
@@ -90,6 +120,19 @@ TOKEN_FILES = {
     "no UTF-8": overwrite("meta.json", b"\xff\xfe"),
     "a later format": meta(format_version=99),
     "another tokenizer's hash": meta(tokenizer_sha256="0" * 64),
+    "a shard that is not there": in_shards(lambda _, shards: [*shards, shards[0]]),
+    "a shard left out": in_shards(lambda _, shards: shards[:2]),
+    "no shards": in_shards(lambda _, shards: []),
+    "shards as text": in_shards(lambda _, shards: "train-00000.bin"),
+    "shards as names": in_shards(lambda _, shards: ["../../../../etc/passwd"]),
+    "shards of half a token": in_shards(lambda _, shards: [s | {"tokens": 0.5} for s in shards]),
+    "a shard of -1 tokens": in_shards(lambda _, shards: [*shards, {"tokens": -1}, {"tokens": 1}]),
+    "shards without a hash": in_shards(lambda _, s: [{"tokens": x["tokens"]} for x in s]),
+    "a hash that is a list": in_shards(lambda _, shards: [s | {"sha256": []} for s in shards]),
+    "a shard cut short": damaged_shard(bytes(999)),
+    "another shard of this size": damaged_shard(bytes(1000)),
+    "a shard with ids above the vocabulary": damaged_shard(b"\xff" * 1000),
+    "2 TB of holes in a shard": in_shards(holes_in_a_shard),
 }
 """Changes of a directory of token files."""
 

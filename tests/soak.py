@@ -7,7 +7,6 @@ import argparse
 import os
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -15,7 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
+from script_runner import StartedScript
+
 SENTENCE = "The mass of a word is what draws the next one near, and far is what it cannot reach. "
 SMALL = (
     *("--hidden-dim", 32, "--num-layers", 2, "--num-heads", 2, "--block-size", 32),
@@ -29,16 +29,9 @@ SLACK = 0.02  # allowed growth of the memory, as a share
 
 def start(folder, name):
     """Start a training that ends only when it is asked to; returns its process."""
-    command = [ROOT / "train_shakespeare.py", *SMALL, *MODELS[name], "--data-path", "text.txt"]
-    command += ["--checkpoint-path", f"{name}.pt", "--run-name", name]
-    with open(Path(folder) / f"{name}.log", "w") as log:
-        return subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            cwd=folder,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+    flags = [*SMALL, *MODELS[name], "--data-path", "text.txt"]
+    flags += ["--checkpoint-path", f"{name}.pt", "--run-name", name]
+    return StartedScript("train_shakespeare.py", flags, folder)
 
 
 def resident_bytes(pid):
@@ -78,12 +71,12 @@ def soak(folder, name, seconds, say=lambda line: None):
     metrics = folder / "runs" / name / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text()):
         if process.poll() is not None:
-            raise RuntimeError((folder / f"{name}.log").read_text())
+            raise RuntimeError("".join(process.communicate()))
         time.sleep(0.1)
     before, started, samples = steps_of(folder, name), time.monotonic(), []
     while (now := time.monotonic() - started) < seconds:
         if process.poll() is not None:
-            raise RuntimeError((folder / f"{name}.log").read_text())
+            raise RuntimeError("".join(process.communicate()))
         samples.append((now, resident_bytes(process.pid), open_files(process.pid)))
         say(f"{name} {samples[-1][1] / 2**20:,.0f} MiB, {samples[-1][2]} files")
         time.sleep(seconds / 200)

@@ -16,7 +16,16 @@ from tqdm import tqdm
 
 from system.errors import UserError
 from system.files import write_whole
-from text.stream import between, kept_line, kept_lines, plain_text, read_blocks, sha256_of
+from text.folders import SPLITS, files_of_splits, folder_sha256
+from text.rows import TEXT_TYPES, read_file, read_files, sha256_of_texts
+from text.stream import (
+    between,
+    kept_line,
+    kept_lines,
+    plain_text,
+    read_blocks,
+    sha256_of,
+)
 
 SHAKESPEARE_FILE = Path("data") / "shakespeare" / "input.txt"
 TINY_URL = (
@@ -43,10 +52,8 @@ WIKITEXT_FILES = (
     "wiki.train.raw, wiki.valid.raw and wiki.test.raw (.tokens and .txt do too, plain, .xz or "
     ".gz), or the Hub's parquet files"
 )
-SPLITS = ("train", "valid", "test")
 COMPRESSED = ("", ".xz", ".gz")
 ROWS_PER_BLOCK = 4096
-TEXT_TYPES = ("string", "large_string", "string_view", "null")  # null: no row has a value
 
 
 @dataclass
@@ -59,6 +66,7 @@ class Corpus:
         sha256, source_bytes: of the source as it is on disk.
         readers: split -> function that yields the split's text in blocks of any length.
         changed: what the readers changed in the text, in words; see `stream.plain_text`.
+        sizes: split -> UTF-8 bytes, once `token_files.split_sizes` has read the text.
     """
 
     name: str
@@ -67,6 +75,7 @@ class Corpus:
     source_bytes: int
     readers: dict
     changed: set = field(default_factory=set)
+    sizes: dict = field(default_factory=dict)
 
 
 def find_corpus(dataset, data_path=None, say=print):
@@ -75,7 +84,8 @@ def find_corpus(dataset, data_path=None, say=print):
     Args:
         dataset: "shakespeare" (one file, split 90/10), "wikitext103" (the Hub's dataset or local
             `wiki.{train,valid,test}.{raw,tokens,txt}`) or "text" (a directory with `train.*`,
-            `valid.*`, `test.*`, or one file split 90/5/5; plain, .xz or .gz).
+            `valid.*`, `test.*`, or of many files split 90/5/5, or one file split 90/5/5; text,
+            .jsonl, either also .xz or .gz, or .parquet).
         data_path: the file or directory.
         say: called with lines for the user.
 
@@ -88,7 +98,7 @@ def find_corpus(dataset, data_path=None, say=print):
         return _wikitext103(Path(data_path or WIKITEXT_FOLDER), say)
     if data_path is None:
         raise UserError("--dataset text needs --data-path: a text file, or a directory of them", 2)
-    return _text(Path(data_path))
+    return _text(Path(data_path), say)
 
 
 def _shakespeare(data_path, say):
@@ -106,7 +116,7 @@ def _shakespeare(data_path, say):
         )
     if not path.exists():
         _fetch_shakespeare(path, say)
-    sha256 = sha256_of(path)
+    sha256 = sha256_of_texts(path)
     name = SHAKESPEARES.get(sha256, "own text, not a Shakespeare known by its SHA-256")
 
     readers, changed = _split_by_position(path, train=0.9, valid=1.0)
@@ -290,29 +300,18 @@ def _load_dataset(remedy, name, what):
         ) from None
 
 
-def _text(path):
+def _text(path, say):
     if path.is_dir():
-        files = {}
-        for split in SPLITS:
-            found = sorted(p for p in path.iterdir() if p.name.split(".")[0] == split)
-            if len(found) > 1:
-                raise UserError(f"--data-path {path} has several {split}.* files: keep one")
-            if found:
-                files[split] = found[0]
-        for split in SPLITS[:2]:
-            if split not in files:
-                raise UserError(
-                    f"--data-path {path} has no {split}.* file: put train.txt and valid.txt there "
-                    "(or .xz, .gz), or name one text file to have it split 90/5/5"
-                )
-        found = files.values()
+        files = files_of_splits(path, say)
+        found = [file for paths in files.values() for file in paths]
         changed = set()
-        readers = {split: partial(read_blocks, file, changed) for split, file in files.items()}
-        return Corpus("text", f"text {path}", sha256_of(*found), _size(*found), readers, changed)
+        readers = {split: partial(read_files, paths, changed) for split, paths in files.items()}
+        sha256 = folder_sha256(files)
+        return Corpus("text", f"text {path}", sha256, _size(*found), readers, changed)
     if not path.exists():
         raise UserError(f"--data-path {path} does not exist: name a text file or a directory")
     readers, changed = _split_by_position(path, train=0.9, valid=0.95, test=1.0)
-    return Corpus("text", f"text {path}", sha256_of(path), _size(path), readers, changed)
+    return Corpus("text", f"text {path}", sha256_of_texts(path), _size(path), readers, changed)
 
 
 def _split_by_position(path, **ends):
@@ -326,9 +325,9 @@ def _split_by_position(path, **ends):
 
     def read(start_share, end_share):
         if not characters:
-            characters.append(sum(map(len, read_blocks(path, changed))))
+            characters.append(sum(map(len, read_file(path, changed))))
         total = characters[0]
-        return between(read_blocks(path), int(total * start_share), int(total * end_share))
+        return between(read_file(path), int(total * start_share), int(total * end_share))
 
     starts = [0.0, *ends.values()]
     readers = {

@@ -1,6 +1,7 @@
 """From a corpus to its token files; of several processes only one makes them."""
 
 import contextlib
+import itertools
 import json
 import threading
 from concurrent.futures import Future, wait
@@ -10,8 +11,13 @@ from filelock import FileLock, Timeout
 
 from system.errors import UsageError, UserError, warn
 from text.corpora import find_corpus
-from text.stream import pieces, plain_text
-from text.token_files import TokenFilesError, byte_bar, open_token_data, write_token_files
+from text.stream import byte_bar, pieces, plain_text
+from text.token_files import (
+    TokenFilesError,
+    open_token_data,
+    split_sizes,
+    write_token_files,
+)
 from text.tokenizer import BPETokenizer, CharTokenizer, TiktokenTokenizer, load_bpe
 
 TOKENS = Path("data") / "tokens"
@@ -19,6 +25,7 @@ LOCKS = Path("data") / "locks"
 LOOKED_AT = 1 << 16  # tokens, whose text is looked at
 SECONDS_BETWEEN_SIGNS = 0.5  # of life, while a tokenizer is trained
 SECONDS_TO_STOP = 1.0
+SAMPLE_BYTES = 600_000_000  # more text than WikiText-103's is not needed to train a tokenizer
 
 
 def prepare_data(
@@ -208,18 +215,22 @@ def _make_tokenizer_file(corpus, vocab_size, path, say):
         say(f"wrote {path}, the tokenizer of {same.directory}")
         return
     say(f"corpus: {corpus.description}")
-    _train_bpe(corpus, vocab_size, None, say).save(path)
+    _train_bpe(corpus, vocab_size, split_sizes(corpus)["train"], say).save(path)
 
 
 def _train_bpe(corpus, vocab_size, size, say):
-    """A tokenizer trained on the train split, whose `size` in bytes may be None."""
-    say(f"training a BPE tokenizer of {vocab_size} tokens")
+    """A tokenizer trained on the train split of `size` bytes, or on evenly spread pieces of it."""
+    every = -(-size // SAMPLE_BYTES)
+    line = f"training a BPE tokenizer of {vocab_size} tokens"
+    if every > 1:
+        line += f" on a sample, one of every {every} pieces of 64 KB of the training text"
+    say(line)
     is_stopped = threading.Event()
 
-    with byte_bar("training the tokenizer", size) as bar:
+    with byte_bar("training the tokenizer", size // every) as bar:
 
         def texts():
-            for piece in pieces(corpus.readers["train"]()):
+            for piece in itertools.islice(pieces(corpus.readers["train"]()), 0, None, every):
                 if is_stopped.is_set():
                     raise KeyboardInterrupt
                 yield piece

@@ -8,6 +8,7 @@ import codecs
 import gzip
 import hashlib
 import lzma
+import os
 import zlib
 from pathlib import Path
 
@@ -218,27 +219,36 @@ def sha256_of(*paths):
         UserError: if one is no readable file.
     """
     digests = []
-    for path in paths:
-        try:
-            # reading a pipe or device may never end
-            if path.exists() and not path.is_file() and not path.is_dir():
-                raise UserError(f"{path} is not an ordinary file: name a text file")
-            with open(path, "rb") as file:
-                digests.append(_digest(file, path).hexdigest())
-        except IsADirectoryError:
-            raise UserError(f"{path} is a directory: name the text file in it") from None
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    title = f"hashing {paths[0].name if len(paths) == 1 else f'{len(paths):,} files'}"
+    with byte_bar(
+        title, sum(os.path.getsize(path) for path in paths if os.path.isfile(path))
+    ) as bar:
+        for path in paths:
+            try:
+                # reading a pipe or device may never end
+                if path.exists() and not path.is_file() and not path.is_dir():
+                    raise UserError(f"{path} is not an ordinary file: name a text file")
+                with open(path, "rb") as file:
+                    digests.append(_digest(file, bar).hexdigest())
+            except IsADirectoryError:
+                raise UserError(f"{path} is a directory: name the text file in it") from None
+            except OSError as error:
+                raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     if len(digests) == 1:
         return digests[0]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _digest(file, path):
+def _digest(file, bar):
     digest = hashlib.sha256()
-    total = path.stat().st_size
-    with tqdm(total=total, desc=f"hashing {path.name}", unit="B", unit_scale=True, delay=2) as bar:
-        while data := file.read(BLOCK_BYTES):
-            digest.update(data)
-            bar.update(len(data))
+    while data := file.read(BLOCK_BYTES):
+        digest.update(data)
+        bar.update(len(data))
     return digest
+
+
+def byte_bar(title, total=None, start=0):
+    """A progress bar that shows MB/s and, if the total is known, the time left."""
+    return tqdm(
+        total=total, initial=start, desc=title, unit="B", unit_scale=True, delay=1, leave=False
+    )

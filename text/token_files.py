@@ -2,12 +2,13 @@
 
 A prepared corpus is a directory with `train.bin`, `valid.bin` (and `test.bin`): flat little-endian
 uint16 ids (uint32 above 65,535), with `vocab.json`, the tokenizer, and `meta.json`, which has
-the sizes and the hashes of tokenizer and source. Its name ends in `.partial` until it is complete.
+the sizes and the hashes of tokenizer and source. A very large split is in shards, `train-00000.bin`
+and so on, whose sizes and hashes meta.json lists. The directory's name ends in `.partial` until it
+is complete.
 """
 
 import itertools
 import json
-import os
 import shutil
 import time
 from collections import deque
@@ -16,28 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from system.errors import UserError
 from system.files import write_whole
-from text.stream import PIECE_CHARS, pieces, say_what_changed
+from text import shards
+from text.shards import TokenFilesError
+from text.stream import PIECE_CHARS, byte_bar, pieces, say_what_changed
 from text.tokenizer import tokenizer_from_vocab
 
 FORMAT_VERSION = 1
 BATCH_PIECES = 32
 BATCH_CHARS = BATCH_PIECES * PIECE_CHARS  # pieces of long lines are larger: Ctrl-C must not wait
 NOTE_SECONDS = 5.0  # between notes of the progress on disk
-CHECKED_AT_ONCE = 1 << 22  # ids
 DTYPES = ("<u2", "<u4")
 COUNTS = ("pieces", "tokens", "bytes", "encoded_bytes")
-
-
-class TokenFilesError(UserError):
-    """Token files that cannot be used; `reason` says why, without the remedy."""
-
-    def __init__(self, reason, directory):
-        super().__init__(f"{reason}: delete {directory} to have it made again")
-        self.reason = reason
 
 
 class TextMissing(UserError):
@@ -46,7 +39,7 @@ class TextMissing(UserError):
 
 @dataclass
 class TokenData:
-    """A prepared corpus: `train` and `valid` (and `test`) are memory maps of token ids."""
+    """A prepared corpus: `train` and `valid` (and `test`) are token ids, read by memory map."""
 
     directory: Path
     meta: dict
@@ -90,15 +83,7 @@ def open_token_data(directory):
         for name, split in meta["splits"].items():
             if not all(type(split[key]) is int and split[key] > 0 for key in ("tokens", "bytes")):
                 raise TokenFilesError(f"{directory}/meta.json has impossible counts", directory)
-            path = directory / f"{name}.bin"
-            count = path.stat().st_size / dtype.itemsize
-            if count != split["tokens"]:
-                raise TokenFilesError(
-                    f"{path} has {count:,} tokens, not {split['tokens']:,}", directory
-                )
-            if _largest_id(path, dtype) >= tokenizer.vocab_size:
-                raise TokenFilesError(f"{path} has ids above the vocabulary", directory)
-            splits[name] = np.memmap(path, dtype=dtype, mode="r")
+            splits[name] = shards.open_split(directory, name, split, dtype, tokenizer.vocab_size)
     except TokenFilesError:
         raise
     except UserError as error:
@@ -106,37 +91,6 @@ def open_token_data(directory):
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TokenFilesError(f"{directory} is damaged ({error})", directory) from None
     return TokenData(directory, meta, tokenizer, splits)
-
-
-def _largest_id(path, dtype):
-    """The largest id in a token file.
-
-    Raises:
-        ValueError: if the file has holes. No corpus has, and a malicious file of 2 TB of holes
-            takes no disk but a day to read.
-    """
-    # read in parts: pages of a memory map that was read through would count as memory used
-    largest, size = -1, path.stat().st_size
-    with open(path, "rb") as file, byte_bar(f"checking {path.name}", size) as bar:
-        if _data_before_a_hole(file, size) < size:
-            raise ValueError(f"{path.name} has holes in it")
-        while len(ids := np.fromfile(file, dtype, CHECKED_AT_ONCE)):
-            largest = max(largest, int(ids.max()))
-            bar.update(ids.nbytes)
-    return largest
-
-
-def _data_before_a_hole(file, size):
-    """The number of bytes before the first hole; `size` if the system cannot tell.
-
-    The number of disk blocks proves nothing: compressing file systems use few for any file.
-    """
-    try:
-        return file.seek(0, os.SEEK_HOLE)
-    except (AttributeError, OSError):
-        return size
-    finally:
-        file.seek(0)
 
 
 def data_of_checkpoint(checkpoint, tokenizer, remedy):
@@ -175,7 +129,7 @@ def write_token_files(directory, corpus, make_tokenizer, say):
     try:
         progress = _Progress(partial, corpus)
         if progress.tokenizer is None:
-            sizes = _sizes(corpus)
+            sizes = split_sizes(corpus)
             progress.begin(sizes, make_tokenizer(sizes), corpus.changed)
         elif progress.tokens():
             say(f"continuing {partial}, which has {progress.tokens():,} tokens already")
@@ -193,6 +147,7 @@ def write_token_files(directory, corpus, make_tokenizer, say):
             "text_changes": progress.text_changes,  # missing in older files, which changed nothing
             "splits": {
                 name: {"tokens": split["tokens"], "bytes": split["bytes"]}
+                | shards.finish_split(partial, name, split["tokens"])
                 for name, split in progress.splits.items()
             },
         }
@@ -216,24 +171,23 @@ def write_token_files(directory, corpus, make_tokenizer, say):
     say(f"wrote {directory}: {tokens} tokens, vocabulary {progress.tokenizer.vocab_size:,}")
 
 
-def _sizes(corpus):
-    """UTF-8 bytes of every split; reading all of it finds damage before anything is written."""
-    sizes = {}
+def split_sizes(corpus):
+    """UTF-8 bytes of every split; reading all of it finds damage before anything is written.
+
+    Raises:
+        UserError: as the readers, or if a split has no text.
+    """
     for split, reader in corpus.readers.items():
-        with byte_bar(f"reading {split}") as bar:
-            for block in reader():
-                bar.update(len(block.encode()))
-            sizes[split] = bar.n
-        if not sizes[split]:
-            raise UserError(f"{corpus.description} is too short to have a {split} split: give more")
-    return sizes
-
-
-def byte_bar(title, total=None, start=0):
-    """A progress bar that shows MB/s and, if the total is known, the time left."""
-    return tqdm(
-        total=total, initial=start, desc=title, unit="B", unit_scale=True, delay=1, leave=False
-    )
+        if split not in corpus.sizes:
+            with byte_bar(f"reading {split}") as bar:
+                for block in reader():
+                    bar.update(len(block.encode()))
+            if not bar.n:
+                raise UserError(
+                    f"{corpus.description} is too short to have a {split} split: give more"
+                )
+            corpus.sizes[split] = bar.n
+    return dict(corpus.sizes)
 
 
 class _Progress:
@@ -247,6 +201,7 @@ class _Progress:
             "source_bytes": corpus.source_bytes,
             "piece_chars": PIECE_CHARS,
             "line_ends": "LF",  # older versions kept those of the source
+            "shard_tokens": shards.SHARD_TOKENS,
         }
         self.tokenizer, self.splits, self.text_changes = None, {}, []
         try:
@@ -296,35 +251,28 @@ def _encode_split(progress, split, reader):
     done = progress.splits[split]
     if done["encoded_bytes"] == done["bytes"]:
         return
-    path = progress.directory / f"{split}.bin"
-    with open(path, "ab") as file:
-        # what a crash lost after the last note is encoded again, what it added is cut off
-        if file.tell() < done["tokens"] * progress.dtype.itemsize:
-            done.update(pieces=0, tokens=0, encoded_bytes=0)
-        file.truncate(done["tokens"] * progress.dtype.itemsize)
-        todo = itertools.islice(pieces(reader()), done["pieces"], None)
-        noted = time.monotonic()
-        with byte_bar(f"encoding {split}", done["bytes"], done["encoded_bytes"]) as bar:
-            for batch, ids in _encoded(progress.tokenizer, todo):
-                ids.astype(progress.dtype).tofile(file)
-                size = sum(len(piece.encode()) for piece in batch)
-                bar.update(size)
-                done["pieces"] += len(batch)
-                done["tokens"] += len(ids)
-                done["encoded_bytes"] += size
-                if time.monotonic() - noted > NOTE_SECONDS:
-                    _to_disk(file)
-                    progress.note()
-                    noted = time.monotonic()
-        _to_disk(file)
+    if not shards.are_written(progress.directory, split, progress.dtype, done["tokens"]):
+        done.update(pieces=0, tokens=0, encoded_bytes=0)
+    # what a crash lost after the last note is encoded again, what it added is cut off
+    writer = shards.ShardWriter(progress.directory, split, progress.dtype, done["tokens"])
+    todo = itertools.islice(pieces(reader()), done["pieces"], None)
+    noted = time.monotonic()
+    with byte_bar(f"encoding {split}", done["bytes"], done["encoded_bytes"]) as bar:
+        for batch, ids in _encoded(progress.tokenizer, todo):
+            writer.write(ids)
+            size = sum(len(piece.encode()) for piece in batch)
+            bar.update(size)
+            done["pieces"] += len(batch)
+            done["tokens"] += len(ids)
+            done["encoded_bytes"] += size
+            if time.monotonic() - noted > NOTE_SECONDS:
+                writer.to_disk()
+                progress.note()
+                noted = time.monotonic()
+    writer.to_disk()
     if done["encoded_bytes"] != done["bytes"]:
         raise UserError(f"the {split} text changed while it was encoded: call again")
     progress.note()
-
-
-def _to_disk(file):
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _next_batch(texts):

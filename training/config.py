@@ -105,8 +105,8 @@ class RunSettings:
         None,
         "shakespeare: a text file to use instead; wikitext103: a directory with "
         "wiki.{train,valid,test}.{raw,tokens,txt} or the Hub's parquet files (default: data); "
-        "text: a file (split 90/5/5) or a directory with train.*, valid.*, test.*; each plain, "
-        ".xz or .gz",
+        "text: a file (split 90/5/5), a directory with train.*, valid.*, test.*, or one of many "
+        ".txt, .jsonl or .parquet files (split by file); each plain, .xz or .gz",
         is_path=True,
     )
     tokenizer: str = setting("char", "how text becomes tokens", choices=("char", "bpe", "tiktoken"))

@@ -57,7 +57,9 @@ for name in $PAGES; do
         compare)
             train_english ngt english
             train_english vanilla english_vanilla
-            page compare english --compare checkpoints/gallery/english_vanilla.pt_best.pt
+            # vanilla reads no more than a window of its training, which is 128 tokens
+            page compare english --num-tokens 122 \
+                --compare checkpoints/gallery/english_vanilla.pt_best.pt
             ;;
         korean)
             python docs/gallery/corpora.py data/gallery

@@ -227,6 +227,21 @@ def test_data(in_tmp, small_text):
     assert {f"{name}_mb_per_s" for name in names} <= numbers.keys()
 
 
+def test_preparing_a_large_text(in_tmp, small_text, monkeypatch):
+    """A real preparation of 200 files is watched to its end, and nothing of it stays."""
+    (in_tmp / "big").mkdir()
+    monkeypatch.setenv("TMPDIR", str(in_tmp / "big"))
+    numbers = numbers_of(
+        *(in_tmp, "data", "--data-path", small_text, "--gigabytes", "0.001"),
+        *("--bpe-vocab-size", "300"),
+    )
+    assert numbers["gigabytes"] == pytest.approx(200 * 24_000 / 1e9)  # no file is smaller
+    seconds, _, megabytes = zip(*numbers["curve"], strict=True)
+    assert list(seconds) == sorted(seconds) and numbers["peak_mb"] == max(megabytes) > 20
+    assert numbers["hours_for_target"] > max(seconds) / 3600
+    assert not list((in_tmp / "big").iterdir())
+
+
 def test_models_take_turns():
     """Every second round runs in reverse order, and the warm-up round is not counted."""
     order = []

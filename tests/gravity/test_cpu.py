@@ -225,7 +225,7 @@ def test_without_a_working_compiler_one_warning(case, tmp_path):
         ".mean().item())\n"
     )
     script = tmp_path / "script.py"
-    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}")
+    script.write_text(code)
     environment = {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path)}
     result = run(script, cwd=tmp_path, env=environment, check=0)
     assert [float(line) for line in result.stdout.split()] == pytest.approx([1, 1])
@@ -240,18 +240,15 @@ def test_the_library_is_made_once_and_survives_a_read_only_home(tmp_path):
     compiler.write_text(f'#!/bin/sh\nexec {cxx} "$@" -O0\n')  # compiles in no time
     compiler.chmod(0o755)
     environment = {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    command = [sys.executable, "-c", "from gravity import cpu; print(cpu.library()._name)"]
-
-    def call():
-        return subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment}
-        )
-
-    first, second = call(), call()
+    script = tmp_path / "script.py"
+    script.write_text("from gravity import cpu; print(cpu.library()._name)")
+    first, second = (run(script, cwd=tmp_path, env=environment, check=0) for _ in range(2))
     assert "compiling" in first.stderr and "compiling" not in second.stderr
     assert first.stdout == second.stdout != ""
     assert len(list((tmp_path / "cache").rglob("*.so"))) == 1
-    environment["XDG_CACHE_HOME"] = "/proc/no/such/place"
-    third = call()
+    environment |= {"XDG_CACHE_HOME": "/proc/no/such/place", "PYTHONPATH": str(ROOT)}
+    third = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, env={**os.environ, **environment}
+    )
     assert third.returncode == 0 and third.stdout.strip().endswith(".so")
     assert not os.path.exists(third.stdout.strip())

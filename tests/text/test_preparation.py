@@ -23,7 +23,7 @@ from conftest import ROOT, error_line, left_behind, run
 from sample_texts import OFFLINE
 from system.errors import UserError
 from text import corpora as text_corpora
-from text import stream
+from text import preparation, stream
 from text import token_files as text_token_files
 from text.token_files import open_token_data
 from text.tokenizer import BPETokenizer, CharTokenizer, TiktokenTokenizer
@@ -39,7 +39,7 @@ def test_second_call_reuses(in_tmp, small_text, monkeypatch, kind):
     for name in ("encode", "encode_array"):
         for tokenizer in (CharTokenizer, BPETokenizer, TiktokenTokenizer):
             monkeypatch.setattr(tokenizer, name, lambda *a: pytest.fail("encoded"))
-    monkeypatch.setattr(text_corpora, "read_blocks", lambda path: pytest.fail("read the text"))
+    monkeypatch.setattr(text_corpora, "read_file", lambda *a: pytest.fail("read the text"))
     again = prepare("text", str(small_text), kind, **settings)
     assert again.directory == first.directory
     assert np.array_equal(again.train, first.train) and len(again.train) > 1000
@@ -311,6 +311,25 @@ def test_memory_does_not_grow_with_the_text(in_tmp):
     grown, tokens = map(int, result.stdout.split("grown by")[1].split())
     assert tokens == 120_000_000
     assert grown < 300e6, f"{grown:,}"
+
+
+def test_a_large_text_trains_on_a_sample(in_tmp, small_text, monkeypatch):
+    """Above SAMPLE_BYTES every k-th piece, evenly spread; the tokenizer of smaller texts stays."""
+    monkeypatch.setattr(stream, "PIECE_CHARS", 100)
+    pieces = list(stream.pieces([small_text.read_text()[:21_600]]))
+    whole = prepare("text", str(small_text), "bpe", 300)
+    assert whole.tokenizer.fingerprint == BPETokenizer.train(pieces, 300).fingerprint
+    shutil.rmtree("data")
+    monkeypatch.setattr(preparation, "SAMPLE_BYTES", 21_599 // 6)
+    sample = BPETokenizer.train(pieces[::7], 300).fingerprint
+    lines = []
+    assert (
+        prepare("text", "small.txt", "bpe", 300, say=lines.append).tokenizer.fingerprint == sample
+    )
+    assert any("a sample, one of every 7 pieces" in line for line in lines)
+    shutil.rmtree("data")
+    assert prepare("text", "small.txt", "bpe", 300, "tok.json").tokenizer.fingerprint == sample
+    assert sample != whole.tokenizer.fingerprint
 
 
 def test_a_mismatch_says_why(in_tmp):

@@ -42,7 +42,7 @@ SMALL = (
 def test_killed_anywhere(variant, kills, tmp_path):
     """SIGKILL at random moments, some while a checkpoint is being written: the result is
     bit-identical to an undisturbed run, and at most one checkpoint interval is repeated."""
-    result = campaign(tmp_path, variant, kills, steps=100)
+    result = campaign(tmp_path, variant, kills, steps=70)
     assert result["kills"] == kills and result["mismatches"] == result["damaged"] == 0, result
     assert result["in_writing"] >= 1
     assert result["most_repeated"] <= CHECKPOINT_INTERVAL
