@@ -95,7 +95,7 @@ class PullDifference {
     const most = [...first.values()].toSorted((a, b) => b[1] - a[1]).slice(0, DIFFERENT);
     this.everywhere.replaceChildren(
       "In the whole text they differ most on",
-      ...most.map(([token, share]) => this.#go(token, `${percent(share)} elsewhere`)),
+      ...most.map(([token, share]) => this.#go(token, `${percent(share)} goes to other tokens`)),
     );
   }
 }

@@ -160,7 +160,6 @@ class Run {
       ([from, to]) =>
         Math.max(...from.map((x, axis) => (1.06 * (to[axis] - x)) / 2 / this.half[axis])) || 1,
     );
-    this.isUneven = Math.min(...this.fills) < 0.4;
   }
 
   // Middle and half width of the picture per axis: of all layers, or fitted to the layer `at`,

@@ -102,7 +102,7 @@ class HeadTable {
     this.headings = this.columns.map((column) =>
       element(
         "th",
-        { scope: "col" },
+        { scope: "col", dataset: { key: column.key } },
         element("button", {
           type: "button",
           textContent: column.title,
@@ -175,10 +175,10 @@ class HeadTable {
           {},
           ...this.columns.map((column, n) =>
             n
-              ? element("td", { textContent: column.of(row) })
+              ? element("td", { textContent: column.of(row), dataset: { key: column.key } })
               : element(
                   "th",
-                  { scope: "row" },
+                  { scope: "row", dataset: { key: column.key } },
                   goButton("show its pull", () => this.press(row), column.of(row)),
                 ),
           ),

@@ -94,7 +94,7 @@ class Next {
           `select position ${token}`,
           () => this.actions.select(run, token),
           chip(run.labels[token]),
-          context(`${wordOf(token)}${number(run.loss[token], 2)} nats`),
+          context(`${wordOf(token)}${number(run.loss[token])} nats`),
         ),
       ),
     );

@@ -23,7 +23,7 @@ const state = {
   colour: "none",
   split: "colour",
   trails: true,
-  isFit: false,
+  isFit: true,
   playing: false,
 };
 // Per run: its stage, text and details, and the views that were opened so far.
@@ -275,13 +275,15 @@ function listen() {
   }).observe($("panel"));
 }
 
-// Where a page opens: the head whose pull on a token is strongest, by another than the one before.
+// Where a page opens: the head whose pull on a token is strongest, by a word that does not stand
+// just before it.
 function firstHead(run, token) {
   let found = { layer: run.numLayers, head: "mean", share: 0 };
   for (let layer = 1; layer <= run.numLayers; layer++)
     for (let head = 0; head < run.numHeads; head++)
       for (const [source, share] of run.pulls(layer, head, token, 3))
-        if (token - source > 1 && share > found.share) found = { layer, head, share };
+        if (token - source > 1 && share > found.share && /[\p{L}\p{N}]/u.test(run.texts[source]))
+          found = { layer, head, share };
   return { layer: found.layer, head: found.head };
 }
 
@@ -335,7 +337,6 @@ function openPage(given) {
   Object.assign(state, firstHead(run, state.token.get(run)));
   if (given.layer !== null) Object.assign(state, { layer: given.layer, head: "mean" });
   state.at = state.layer;
-  state.isFit = RUNS.some((run) => run.isUneven);
   if (!RUNS.some((run) => run.hasGravity)) state.view = "heads";
   followAddress();
   find();
@@ -344,5 +345,10 @@ function openPage(given) {
 makeTabs();
 if (live) $("live").append(live.node);
 listen();
-openPage(GIVEN);
+try {
+  openPage(GIVEN);
+} catch (error) {
+  $("panel").replaceChildren(note(`This browser cannot draw the page: ${error.message}`));
+  console.error(error);
+}
 document.body.dataset.ready = "yes";

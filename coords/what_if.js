@@ -206,7 +206,7 @@ class WhatIf {
           : null,
       );
     moved.onchange = move;
-    const who = `layer ${layer} ${head === "mean" ? "all heads" : `head ${head + 1}`}`;
+    const who = `${layer}·${head === "mean" ? "all" : head + 1}`;
     const cuts = element("label", {}, `Cut the pull (${who}) of`, cutFrom);
     // dot-product attention has no masses and no places
     this.sliders.replaceChildren(

@@ -174,7 +174,7 @@ function headByHead(token) {
           $("head").value = row() === index ? allHeads() : index;
           update();
         },
-        element("span", { textContent: `${layer + 1}.${head + 1}` }),
+        element("span", { textContent: `${layer + 1}·${head + 1}` }),
         ...(strongest
           ? [
               chip(labelOf(strongest[0])),

@@ -83,6 +83,7 @@ const pullList = (position, pulls, labelOf, goTo) =>
   );
 
 const otherPulls = (pulls, whole, quiet) => {
+  if (pulls.length === 1 && pulls[0][0] === 0) return "There are no others.";
   const shown = pulls.reduce((sum, [, weight]) => sum + weight, 0);
   const rest = (quiet === null ? whole : 1 - quiet) - shown;
   if (quiet === null && rest <= 0.0005) return "There are no others.";

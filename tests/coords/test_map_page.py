@@ -297,11 +297,12 @@ def test_whole_characters_of_a_byte_level_vocabulary(open_map):
 
 
 def test_where_a_page_opens(open_map):
-    """At the head that pulls most, but not from one token back; --layer and the address win."""
+    """At the strongest pull by a letter more than one back; --layer and the address win."""
     model = make_checkpoint("x.pt")
     page, (run,) = open_map("--text", TEXT)
     (token,) = selected(page)
     weights = pull_weights(model, torch.tensor([run["tokens"]]))[:, :, token, : token - 1]
+    weights *= torch.tensor([text.isalnum() for text in run["texts"][: token - 1]])
     layer, head = np.unravel_index(int(weights.amax(-1).argmax()), weights.shape[:2])
     assert page.input_value("#layer") == str(layer + 1)
     assert page.input_value("#head") == str(head)
