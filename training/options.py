@@ -30,7 +30,7 @@ GROUPS = {  # in the order of --help
         *("matrix_learning_rate", "min_learning_rate", "beta2", "weight_decay"),
         *("grad_clip", "max_steps", "use_cosine_schedule", "warmup_steps", "seed"),
     ),
-    "machine": ("use_amp", "compile", "shard_optimizer", "deterministic", "device", "threads"),
+    "machine": ("use_amp", "compile", "shard", "deterministic", "device", "threads"),
 }
 
 
@@ -38,7 +38,16 @@ def train_parser(description, examples):
     """The parser of train_shakespeare.py."""
     parser = script_parser(description, examples)
     for title, names in GROUPS.items():
-        _add_settings(parser.add_argument_group(title), *names)
+        group = parser.add_argument_group(title)
+        _add_settings(group, *names)
+    for flag, value in (("--shard-optimizer", "optimizer"), ("--no-shard-optimizer", "none")):
+        group.add_argument(
+            *(flag,),
+            dest="shard",
+            action="store_const",
+            const=value,
+            help=f"older form of --shard {value}",
+        )
     run = parser.add_argument_group("run")
     _add_settings(run, "eval_interval", "eval_iters", "sample_tokens")
     run.add_argument(

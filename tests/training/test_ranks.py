@@ -95,8 +95,9 @@ def test_any_number_of_ranks_gives_one_curve(flags, in_tmp, small_text, request)
     expected = curve(in_tmp, "one")
     assert expected[-1]["step"] == STEPS and expected[-1]["val_loss"] < expected[0]["val_loss"]
     others = {"two": (2, ()), "sharded": (2, ("--shard-optimizer",))}
+    others["parts"] = 2, ("--shard", "model")
     if flags or request.config.getoption("--slow"):
-        others["four"] = (4, ())
+        others |= {"four": (4, ()), "four parts": (4, ("--shard", "model"))}
     for name, (ranks, more) in others.items():
         output = on_ranks(in_tmp, ranks, *flags, *more, *named(name))
         assert output.count("best validation loss") == 1  # only rank 0 prints
@@ -119,10 +120,10 @@ def killed(cwd, name, *flags, restarts):
     return finish(process, code=0 if restarts else 1)
 
 
-@pytest.mark.parametrize("recipe", ["gpt2", "modern"])
-def test_resuming_on_two_ranks_is_bit_identical(recipe, in_tmp, small_text):
-    """With a sharded optimizer, and dropout whose random numbers differ from rank to rank."""
-    flags = ("--recipe", recipe, "--dropout", 0.1, "--shard-optimizer")
+@pytest.mark.parametrize("shard, recipe", [("optimizer", "gpt2"), ("model", "modern")])
+def test_resuming_on_two_ranks_is_bit_identical(shard, recipe, in_tmp, small_text):
+    """With sharding, and dropout whose random numbers differ from rank to rank."""
+    flags = ("--recipe", recipe, "--dropout", 0.1, "--shard", shard)
     flags += ("--no-use-cosine-schedule", "--max-steps")
     on_ranks(in_tmp, 2, *flags, 40, *named("whole"))
     on_ranks(in_tmp, 2, *flags, 20, *named("cut"))
