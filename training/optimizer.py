@@ -82,8 +82,8 @@ class MuonOnDevice(torch.optim.Muon):
             parameters, gradients, momenta = [], [], []
             self._init_group(group, parameters, gradients, momenta)
             taken = torch.ones_like(group["lr"]) if self.found_inf is None else 1 - self.found_inf
-            cut = getattr(parameters[0], "cut", None)
-            at_once = 1 if cut is None else cut.ranks.size
+            cuts = [parameter.cut for parameter in parameters if hasattr(parameter, "cut")]
+            at_once = cuts[0].ranks.size if cuts else 1
             matrices = [*zip(parameters, gradients, momenta, strict=True)]
             for first in range(0, len(matrices), at_once):
                 self._change(matrices[first : first + at_once], group, taken)
