@@ -3,6 +3,7 @@
 It takes the flags of train_shakespeare.py, and torchrun's environment.
 """
 
+import copy
 import math
 import sys
 
@@ -38,9 +39,7 @@ def kept(trainer):
 
 def step_with_an_overflow(trainer, is_here):
     """Take a step in fp16's manner, in which one rank's gradients alone overflow."""
-    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
-
-    hand_over, trainer.scaler = trainer.weights.hand_over_gradients, ShardedGradScaler("cpu")
+    hand_over, trainer.scaler = trainer.weights.hand_over_gradients, type(trainer.scaler)("cpu")
 
     def overflowing():
         hand_over()
@@ -61,10 +60,10 @@ def main():
         trainer = Trainer(config, data, torch.device("cpu"), ranks)
         is_first = ranks.is_main  # its part is never empty
         found = {"results": take_steps(trainer, not is_first)}
-        found |= {"state": trainer.state(), "kept": ranks.gathered(kept(trainer))}
+        found |= {"state": copy.deepcopy(trainer.state()), "kept": ranks.gathered(kept(trainer))}
         whole_model = trainer.weights.whole_model()
         found["next"] = trainer.step()
-        before = trainer.state()["model_state"]
+        before = copy.deepcopy(trainer.state()["model_state"])
         step_with_an_overflow(trainer, is_first)
         if after := trainer.state()["model_state"]:
             found |= {"before": before, "after": after}

@@ -31,7 +31,7 @@ def parsed(*flags):
 def test_steps_are_those_of_one_process(ranks, make_trainer, in_tmp, small_text):
     """With Muon, single numbers, repulsion, accumulation, parts of unequal size, and a step that is
     not finite on some ranks only."""
-    # outputs that start at 0 give single numbers gradients that are all rounding
+    # outputs that start at 0 would give single numbers no gradient at first
     flags = ("--recipe", "modern", "--no-zero-init-outputs", *UNEVEN)
     more = ("--data-path", small_text, "--dropout", 0, "--shard", "model")
     run_on_ranks(in_tmp, ranks, "tests/sharded_steps.py", *SMALL, *more, *flags)
@@ -70,10 +70,10 @@ def test_steps_are_those_of_one_process(ranks, make_trainer, in_tmp, small_text)
     assert same(found["before"], found["after"])
 
 
-@pytest.mark.parametrize("rows", [0, 1, 5, 8])
+@pytest.mark.parametrize("rows", [1, 5, 8])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_parts_are_torchs_chunks(rows, ranks):
-    chunks = torch.zeros(rows, 3).chunk(ranks) if rows else []
+    chunks = torch.zeros(rows, 3).chunk(ranks)
     numbers = [chunk.numel() for chunk in chunks] + [0] * (ranks - len(chunks))
     assert Cut(torch.Size((rows, 3)), Ranks(0, ranks)).numbers() == numbers
 
