@@ -3,6 +3,8 @@
 Their argparse default is None, so that `training.config.resolve` can tell which were given.
 """
 
+import argparse
+
 from system.cli import file_path, script_parser
 from system.settings import add_flag
 from training.config import CORPUS, DEFAULTS, PRESETS, RECIPES, SETTINGS
@@ -40,14 +42,8 @@ def train_parser(description, examples):
     for title, names in GROUPS.items():
         group = parser.add_argument_group(title)
         _add_settings(group, *names)
-    for flag, value in (("--shard-optimizer", "optimizer"), ("--no-shard-optimizer", "none")):
-        group.add_argument(
-            *(flag,),
-            dest="shard",
-            action="store_const",
-            const=value,
-            help=f"older form of --shard {value}",
-        )
+    help = "older form of --shard optimizer and --shard none"
+    group.add_argument("--shard-optimizer", action=_OldShard, help=help)
     run = parser.add_argument_group("run")
     _add_settings(run, "eval_interval", "eval_iters", "sample_tokens")
     run.add_argument(
@@ -86,6 +82,11 @@ def train_parser(description, examples):
         "--overwrite", action="store_true", help="replace an existing run of the same name"
     )
     return parser
+
+
+class _OldShard(argparse.BooleanOptionalAction):
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.shard = "none" if option_string.startswith("--no-") else "optimizer"
 
 
 def add_corpus_flags(parser, default_dataset):
