@@ -7,6 +7,7 @@ and its gradients are divided among the ranks as soon as they are there.
 
 import contextlib
 import dataclasses
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -103,6 +104,8 @@ class ShardedWeights(Weights):
         from torch.distributed.device_mesh import init_device_mesh  # they take a second to import
         from torch.distributed.fsdp import fully_shard
 
+        # it warns that a layer's values are a view, which must not be changed in place: nothing does
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
         mesh = init_device_mesh(device.type, (ranks.size,))
         # FSDP cannot divide a single number: every rank keeps it
         single = {weight for weight in model.parameters() if weight.dim() == 0}
@@ -138,11 +141,11 @@ class ShardedWeights(Weights):
     def clip_gradients(self, limit):
         parts = [part for part in self.named.values() if part.grad is not None]
         of_parts = torch.nn.utils.get_total_norm([x.grad for x in parts if x.dim()])
-        norm = self.ranks.sum(of_parts.square())
+        norm = self.ranks.sum(of_parts.double().square())
         single = [part.grad for part in parts if part.dim() == 0]
         if single:
             norm = norm + torch.stack(single).square().sum()
-        norm = norm.sqrt()
+        norm = norm.sqrt().float()
         torch.nn.utils.clip_grads_with_norm_(parts, limit, norm)
         return norm
 
