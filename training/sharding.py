@@ -104,7 +104,7 @@ class ShardedWeights(Weights):
         from torch.distributed.device_mesh import init_device_mesh  # they take a second to import
         from torch.distributed.fsdp import fully_shard
 
-        # it warns that a layer's values are a view, which must not be changed in place: nothing does
+        # it warns of views among a layer's outputs: changed in place they would lose their hooks
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
         mesh = init_device_mesh(device.type, (ranks.size,))
         # FSDP cannot divide a single number: every rank keeps it
