@@ -27,6 +27,7 @@ SIZES = {
     "1B": _SHAPE | {"hidden_dim": 2048, "num_layers": 22, "num_heads": 32, "mlp_dim": 8192},
 }
 RANKS_ON_PAPER = (1, 8, 64)
+RANKS_OF_1B = (1, 2, 4, 8, 16)
 TOKENS_PER_RANK = (2048, 4096, 16_384)
 
 
@@ -37,7 +38,7 @@ def paper_section():
         parameters = parameters_of(shape)
         activations = saved_bytes(shape) * TOKENS_PER_RANK[-1]
         for n in RANKS_ON_PAPER:
-            whole, sharded = (memory_of_a_rank(parameters, n, s) for s in (False, True))
+            whole, sharded = (memory_of_a_rank(shape, n, s) for s in ("none", "optimizer"))
             lines.append(
                 [
                     f"{name}: {parameters / 1e6:,.0f}M",
@@ -59,9 +60,10 @@ Nothing in this section was measured. P parameters, N ranks, fp32 weights, gradi
 
 ```
 memory per rank  16 P              weights 4, gradients 4 (in DDP's buckets), averages 8
-                 8 P + 8 P / N     --shard-optimizer
+                 8 P + 8 P / N     --shard optimizer
 sent by a rank   2 (N-1)/N * 4 P   ring all-reduce of the gradients, once per step
-                 3 (N-1)/N * 4 P   --shard-optimizer: the new weights are sent, too
+                 3 (N-1)/N * 4 P   --shard optimizer: the new weights are sent, too
+                 3 (N-1)/N * 4 P   --shard model, per micro-step: weights twice, gradients once
 compute          (6 P + attention) * tokens / (MFU * peak)
 efficiency       compute / (compute + sending beyond the backward pass, 2/3 of computing)
 ```
@@ -77,8 +79,32 @@ Efficiency is an upper limit: slow ranks, evaluations and waiting kernels are no
 {markdown_table(head, lines)}
 
 A step sends the same number of bytes for few tokens as for many, so a large batch or accumulation
-scales better. Weights and gradients are not sharded: 8 P is the minimum, so above about 5B
-parameters on 80 GB it would take FSDP, which is not built.
+scales better.
+
+{sharding_section()}
+"""
+
+
+def sharding_section():
+    """Markdown: the memory that each way of sharding takes for 1B parameters."""
+    shape, lines = SIZES["1B"], []
+    for n in RANKS_OF_1B:
+        shards = ("none", "optimizer", "model") if n > 1 else ("none",)
+        cells = [f"{memory_of_a_rank(shape, n, shard) / 1e9:.1f} GB" for shard in shards]
+        lines.append([str(n), *cells, *["-"] * (3 - len(cells))])
+    of_layer, of_root = (count / 1e6 for count in _parts_gathered(shape))
+    head = ["processes", "--shard none", "--shard optimizer", "--shard model"]
+    return f"""## Memory per process for 1B parameters
+
+Weights, gradients and AdamW's averages of the model 1B above, in fp32, counted parameter by
+parameter; activations and logits come on top. With `--shard model` a process keeps 16 bytes for
+each number of its part (FSDP2 divides every weight by rows). It also gathers the embedding, which
+is the head, and what else is in no layer ({of_root:,.0f}M parameters, 8 bytes: weights and
+gradients), and one layer at a time ({of_layer:,.1f}M parameters, 20 bytes: the weights of it and
+of the next one, its gradients, and the buffers of both). In bf16 autocast keeps 2 bytes of every
+weight of the layers until the backward pass, which is not in the table.
+
+{markdown_table(head, lines)}
 """
 
 
@@ -125,9 +151,24 @@ def _kept(shape, num_layers, tokens):
     return sum(size for size, _ in seen.values())
 
 
-def memory_of_a_rank(parameters, ranks, sharded):
+def memory_of_a_rank(shape, ranks, shard):
     """Bytes per rank of weights, gradients and AdamW's averages, all fp32."""
-    return 8 * parameters + 8 * parameters / (ranks if sharded else 1)
+    if shard != "model":
+        parameters = parameters_of(shape)
+        return 8 * parameters + 8 * parameters / (ranks if shard == "optimizer" else 1)
+    of_layer, of_root = _parts_gathered(shape)
+    # every part has as many rows as the largest one
+    rows = ((-(-p.shape[0] // ranks), p.shape[1:].numel()) for p in _network(shape).parameters())
+    return 16 * sum(count * width for count, width in rows) + 20 * of_layer + 8 * of_root
+
+
+def _parts_gathered(shape):
+    """The numbers of parameters that `--shard model` gathers at once: `(a layer's, the root's)`."""
+    layers = _network(shape).layers
+    of_layer, of_layers = (
+        sum(p.numel() for p in part.parameters()) for part in (layers[0], layers)
+    )
+    return of_layer, parameters_of(shape) - of_layers
 
 
 def bytes_on_the_wire(parameters, ranks, sharded):

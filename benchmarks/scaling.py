@@ -29,7 +29,7 @@ from system.errors import UsageError, UserError
 from system.files import write_whole
 from system.machine import code_version
 from system.markdown import markdown_table
-from training.config import DEFAULTS, LAW_DEFAULTS, PRESETS
+from training.config import DEFAULTS, LAW_DEFAULTS, PRESETS, SETTINGS
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "The mass of a word is what draws the next one near. "
@@ -79,7 +79,8 @@ def benchmark_scaling(args, device):
         print(f"wrote {args.output}")
     else:
         print(page)
-    runs = {f"{n}{' sharded' if s else ''}": rounds for (n, s), rounds in numbers.items()}
+    names = {"none": "", "optimizer": " sharded", "model": " sharded model"}
+    runs = {f"{n}{names[shard]}": rounds for (n, shard), rounds in numbers.items()}
     return {"runs": runs, "microseconds_a_token": timed}
 
 
@@ -93,13 +94,14 @@ def trained_or_fresh(path):
 
 
 def measure(args, ranks):
-    """Train with each number of processes, with and without --shard-optimizer, in turn.
+    """Train with each number of processes and each --shard in turn.
 
     Returns:
-        For each `(ranks, sharded)` what `launch` returned in every round.
+        For each `(ranks, shard)` what `launch` returned in every round.
     """
     # a single process has nothing to shard
-    kinds = [(n, sharded) for n in ranks for sharded in (False, True) if n > 1 or not sharded]
+    shards = SETTINGS["shard"].metadata["choices"]
+    kinds = [(n, shard) for n in ranks for shard in shards if n > 1 or shard == "none"]
     numbers = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "text.txt").write_text("".join(f"{n} {TEXT}" for n in range(20_000)))
@@ -113,9 +115,8 @@ def measure(args, ranks):
         total = args.rounds * len(kinds)
         with tqdm(total=total, desc="trainings", unit="run") as bar:
             for _ in range(args.rounds):
-                for n, sharded in kinds:
-                    more = ["--shard-optimizer"] if sharded else []
-                    numbers[n, sharded].append(launch(n, [*flags, *more], folder))
+                for n, shard in kinds:
+                    numbers[n, shard].append(launch(n, [*flags, "--shard", shard], folder))
                     bar.update()
     return numbers
 
@@ -124,7 +125,8 @@ def launch(ranks, flags, folder):
     """Train under torchrun in `folder`, with one thread per process.
 
     Returns:
-        A dict: `tokens_per_s` and `peak_bytes` of the first process, `wire_bytes` per step.
+        A dict: `tokens_per_s` and `peak_bytes` of the first process, `peak_bytes_before_saving` of
+        it until the first checkpoint is written, `wire_bytes` per step.
 
     Raises:
         UserError: if the training fails.
@@ -143,10 +145,11 @@ def launch(ranks, flags, folder):
         errors = [line for line in result.stderr.splitlines() if "error:" in line]
         raise UserError(f"a training of {ranks} processes failed: {(errors or ['?'])[0]}")
     rows = (Path(folder) / "runs" / "scaling" / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(row) for row in rows][1:]  # the first evaluation includes the warm-up
+    first, *rows = [json.loads(row) for row in rows]  # the first one's speed includes the warm-up
     return {
         "tokens_per_s": statistics.median(row["tokens_per_s"] for row in rows),
         "peak_bytes": rows[-1]["peak_memory_bytes"],
+        "peak_bytes_before_saving": first["peak_memory_bytes"],
         "wire_bytes": (bytes_on_loopback() - before) / rows[-1]["step"],
     }
 
@@ -163,23 +166,28 @@ def bytes_on_loopback():
 
 def measured_section(args, numbers, parameters):
     """Markdown: a table of what the runs logged, beside the formula for the bytes sent."""
-    head = ["processes", "optimizer", "tokens/s", "of one process", "peak memory of the first"]
+    head = ["processes", "--shard", "tokens/s", "of one process", "peak memory of the first"]
+    head += ["before saving"]
     head += ["bytes sent per step", "formula"]
     alone = numbers[min(numbers)]
     lines = []
-    for (n, sharded), rounds in numbers.items():
+    for (n, shard), rounds in numbers.items():
         speeds = [one["tokens_per_s"] for one in rounds]
         shares = [a / b["tokens_per_s"] for a, b in zip(speeds, alone, strict=True)]
-        peak = statistics.median(one["peak_bytes"] for one in rounds)
+        peak, before = (
+            statistics.median(one[name] for one in rounds)
+            for name in ("peak_bytes", "peak_bytes_before_saving")
+        )
         sent = statistics.median(one["wire_bytes"] for one in rounds)
-        formula = n * bytes_on_the_wire(parameters, n, sharded)
+        formula = n * bytes_on_the_wire(parameters, n, shard != "none")
         lines.append(
             [
                 str(n),
-                "sharded" if sharded else "whole",
+                shard,
                 spread(speeds, 0),
                 f"{statistics.median(shares):.2f}",
                 f"{peak / 2**20:,.0f} MiB",
+                f"{before / 2**20:,.0f} MiB",
                 f"{sent / 1e6:,.1f} MB" if n > 1 else "-",
                 f"{formula / 1e6:,.1f} MB" if n > 1 else "-",
             ]
@@ -190,8 +198,8 @@ def measured_section(args, numbers, parameters):
         f"{SHAPES[args.preset]['block_size']} tokens per step for any number of processes, "
         f"fp32, one thread per process, gloo over loopback; {args.rounds} rounds in turn, medians "
         "(smallest to largest). Bytes are those of the loopback device over the whole run. They "
-        "include evaluations, rendezvous and, if AdamW's state is sharded, gathering it for the "
-        "two checkpoints, which is also when the first process needs most memory.\n\n"
+        "include evaluations, rendezvous and gathering what is sharded for the checkpoints, which "
+        "is also when the first process needs most memory: it holds them whole.\n\n"
         + markdown_table(head, lines)
     )
 

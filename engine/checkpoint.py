@@ -150,6 +150,8 @@ def _with_current_names(checkpoint, path):
     config = checkpoint.get("config")
     if isinstance(config, dict):  # checkpoints written before there was retardation do not say
         config.setdefault("retardation", "layers.0.attn.retardation" in checkpoint["model_state"])
+        if config.get("shard_optimizer") is True:  # the setting before there was "shard"
+            config.setdefault("shard", "optimizer")
     return checkpoint
 
 

@@ -55,6 +55,23 @@ def run_script(script, arguments, cwd, stdin="", env=None, timeout=300):
     return CompletedProcess(process.args, process.returncode, output, errors)
 
 
+def run_on_ranks(cwd, ranks, script, *arguments):
+    """Run a script on several ranks, with torchrun's environment but without torchrun, which would
+    import PyTorch in every process; returns what they print. Each must end with 0."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = []
+    for rank in range(ranks):
+        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(StartedScript(script, arguments, cwd, env=env))
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert all(process.returncode == 0 for process in processes), outputs
+    return "".join(output for output, _ in outputs)
+
+
 class StartedScript:
     """A script that runs in a process of its own, with the methods of `subprocess.Popen`.
 

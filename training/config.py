@@ -174,8 +174,11 @@ class RunSettings:
     compile: bool = setting(
         False, "compile the model with torch.compile; on a GPU record the step as a CUDA graph, too"
     )
-    shard_optimizer: bool = setting(
-        False, "under torchrun, each process keeps only a part of the optimizer's state"
+    shard: str = setting(
+        "none",
+        "under torchrun, each process keeps only a part of the optimizer's state, or of the whole "
+        "model with it",
+        choices=("none", "optimizer", "model"),
     )
     deterministic: bool = setting(False, "bit-identical runs on a GPU too (slower)")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
@@ -212,7 +215,7 @@ CORPUS = (  # what `text.preparation.prepare_data` takes
     *("tokenizer_path", "tiktoken_encoding"),
 )
 FREE_ON_RESUME = {  # they change nothing that the model learns: no warning of a change
-    *("device", "threads", "data_path", "tokenizer_path", "prepared_tokens", "shard_optimizer"),
+    *("device", "threads", "data_path", "tokenizer_path", "prepared_tokens", "shard"),
     *("eval_interval", "eval_iters", "sample_tokens", "checkpoint_interval"),
 }
 

@@ -42,6 +42,8 @@ def _settings(path):
         raise UsageError(f"--config {path} cannot be read ({reason}): name a config.json") from None
     if not isinstance(config, dict) or not {"model_type", "dataset"} <= config.keys():
         raise UsageError(f"--config {path} is no config.json of a run: name one below runs/")
+    if config.get("shard_optimizer") is True:  # the setting before there was "shard"
+        config.setdefault("shard", "optimizer")
     found = {}
     for name, field in SETTINGS.items():
         value = config.get(name)

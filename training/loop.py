@@ -34,8 +34,9 @@ def loop(trainer, log, files):
     if not run.is_done:
         print(f"stopped at step {trainer.iter}{run.how_to_continue()}", flush=True)
         return stop.exit_code
+    whole_model = trainer.weights.whole_model()  # all ranks must get here
     if log is not None:
-        log.dashboard.projector(trainer.raw_model, trainer.data.tokenizer, trainer.iter)
+        log.dashboard.projector(whole_model, trainer.data.tokenizer, trainer.iter)
         log.dashboard.finish(trainer.iter)
         if trainer.best_val < math.inf and files.best.exists():
             print(f"best validation loss {trainer.best_val:.4f} in {files.best}")
@@ -95,9 +96,10 @@ class _Loop:
         """Evaluate, write the row everywhere, and keep the best checkpoint."""
         trainer = self.trainer
         row = evaluation_row(trainer, norm, self.steps, self.seconds)  # all ranks share the windows
+        whole_model = trainer.weights.whole_model()
         if self.log is not None:
             self.log.evaluation(row)
-            self.log.dashboard.learned(trainer.raw_model, trainer.data, trainer.iter)
+            self.log.dashboard.learned(whole_model, trainer.data, trainer.iter)
         self.steps, self.seconds = 0, 0.0
         # a step's loss is that of the weights before the step: it can be finite when they are not
         self.is_sound = self.is_sound and math.isfinite(row["val_loss"])

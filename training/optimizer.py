@@ -7,22 +7,27 @@ import torch
 from torch import nn
 from torch.optim import _muon
 
+from training.sharding import gathered, on_whole_matrices, part_for, whole_shape
 
-def make_optimizer(model, config, device, ranks, on_device=False):
+
+def make_optimizer(model, config, device, ranks, on_device=False, named=None):
     """AdamW, or under `--optimizer muon` a `MuonAndAdamW`, with weight decay on matrices only.
 
-    AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101. With `shard_optimizer` every rank keeps a
+    AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101. With `--shard optimizer` every rank keeps a
     share of the state (ZeRO stage 1, Rajbhandari et al. 2020, arXiv:1910.02054).
 
     Args:
         on_device: keep learning rates on the device, so that a step can be recorded as a CUDA
             graph, and taken or left out by `step_unless`.
+        named: the parameters by name (default: the model's); under `--shard model` this rank's
+            parts of them.
     """
-    for_muon = matrices_inside(model) if config["optimizer"] == "muon" else []
-    of_muon = {id(parameter) for parameter in for_muon}
+    named = dict(model.named_parameters()) if named is None else named
+    of_muon = matrices_inside(model) if config["optimizer"] == "muon" else []
+    for_muon = [named[name] for name in of_muon]
     decay, keep = [], []
-    for name, parameter in model.named_parameters():
-        if id(parameter) in of_muon:
+    for name, parameter in named.items():
+        if name in of_muon:
             continue
         # biases, norms and masses have no reason to be near 0
         is_matrix = parameter.dim() >= 2 and not name.startswith("mass_emb")
@@ -36,16 +41,17 @@ def make_optimizer(model, config, device, ranks, on_device=False):
         rate = torch.tensor(rate, device=device)
     settings = {"lr": rate, "betas": (0.9, config["beta2"])}
     settings["fused"] = device.type in ("cpu", "cuda")
-    is_shared = config["shard_optimizer"] and ranks.size > 1
+    is_shared = config["shard"] == "optimizer" and ranks.size > 1
+    has_parts = any(hasattr(parameter, "cut") for parameter in for_muon)
     adamw = _optimizer(torch.optim.AdamW, groups, settings, is_shared)
     if not for_muon:
         return adamw
     # the factor gives Muon's steps the size of AdamW's (Liu et al. 2025, arXiv:2502.16982)
-    if on_device:
-        rate = rate.clone()  # it need not be that of AdamW
+    if on_device or has_parts:
+        rate = torch.as_tensor(rate, device=device).clone()  # it need not be that of AdamW
     settings = {"lr": rate, "adjust_lr_fn": "match_rms_adamw"}
     settings["weight_decay"] = config["weight_decay"]
-    kind = MuonOnDevice if on_device else torch.optim.Muon
+    kind = MuonOnDevice if on_device or has_parts else torch.optim.Muon
     return MuonAndAdamW(_optimizer(kind, for_muon, settings, is_shared), adamw)
 
 
@@ -58,14 +64,15 @@ def _optimizer(kind, parameters, settings, is_shared):
 
 
 def matrices_inside(model):
-    """The matrices of all linear maps but the last, which is the head; no embeddings."""
-    linear = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "head"]
-    return [m.weight for m in linear]
+    """The names of the matrices of all linear maps but the last, the head; no embeddings."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [f"{name}.weight" for name in linear if name != "head"]
 
 
 class MuonOnDevice(torch.optim.Muon):
     """Muon whose learning rate is a tensor, and that leaves out a step if its `found_inf` is 1, as
-    PyTorch's fused AdamW does: the host need not know."""
+    PyTorch's fused AdamW does: the host need not know. If its matrices are parts, as `--shard
+    model` makes them, each rank orthogonalises other whole ones."""
 
     found_inf = None
 
@@ -75,17 +82,31 @@ class MuonOnDevice(torch.optim.Muon):
             parameters, gradients, momenta = [], [], []
             self._init_group(group, parameters, gradients, momenta)
             taken = torch.ones_like(group["lr"]) if self.found_inf is None else 1 - self.found_inf
-            for parameter, gradient, momentum in zip(parameters, gradients, momenta, strict=True):
-                gradient = gradient.where(taken > 0, 0)  # what is not finite stays so times 0
-                momentum.lerp_(gradient, (1 - group["momentum"]) * taken)
-                update = _muon._zeropower_via_newtonschulz(
-                    gradient.lerp(momentum, group["momentum"]),
-                    *(group["ns_coefficients"], group["ns_steps"], group["eps"]),
-                )
-                rate = group["lr"] * taken
-                adjusted = _muon._adjust_lr(rate, group["adjust_lr_fn"], parameter.shape)
-                parameter.mul_(1 - rate * group["weight_decay"])
-                parameter.sub_(update.to(parameter.dtype) * adjusted)
+            cuts = [parameter.cut for parameter in parameters if hasattr(parameter, "cut")]
+            at_once = cuts[0].ranks.size if cuts else 1
+            matrices = [*zip(parameters, gradients, momenta, strict=True)]
+            for first in range(0, len(matrices), at_once):
+                self._change(matrices[first : first + at_once], group, taken)
+
+    def _change(self, matrices, group, taken):
+        """Change some `(parameter, gradient, momentum)`; nothing changes where `taken` is 0."""
+        directions = []
+        for _, gradient, momentum in matrices:
+            gradient = gradient.where(taken > 0, 0)  # what is not finite stays so times 0
+            momentum.lerp_(gradient, (1 - group["momentum"]) * taken)
+            directions.append(gradient.lerp(momentum, group["momentum"]))
+        parameters = [parameter for parameter, *_ in matrices]
+        settings = group["ns_coefficients"], group["ns_steps"], group["eps"]
+
+        def orthogonal(matrix):
+            return _muon._zeropower_via_newtonschulz(matrix, *settings)
+
+        updates = on_whole_matrices(orthogonal, directions, parameters)
+        for parameter, update in zip(parameters, updates, strict=True):
+            rate = group["lr"] * taken
+            adjusted = _muon._adjust_lr(rate, group["adjust_lr_fn"], whole_shape(parameter))
+            parameter.mul_(1 - rate * group["weight_decay"])
+            parameter.sub_(update.to(parameter.dtype) * adjusted)
 
 
 class MuonAndAdamW:
@@ -209,8 +230,7 @@ def learning_rate(step, config):
 
 
 def state_of(optimizer, ranks):
-    """An optimizer's state, for a checkpoint; None on all ranks but the main one if it is shared
-    out. All ranks call it."""
+    """An optimizer's state, for a checkpoint; only the main rank's is whole. All ranks call it."""
     parts = getattr(optimizer, "parts", [optimizer])
     shared = [part for part in parts if hasattr(part, "consolidate_state_dict")]
     for part in shared:
@@ -218,6 +238,12 @@ def state_of(optimizer, ranks):
     if shared and not ranks.is_main:
         return None
     state = optimizer.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number in sorted(state["state"]):  # in one order on all ranks
+        state["state"][number] = {
+            name: average if name == "step" else gathered(average, parameters[number])
+            for name, average in state["state"][number].items()
+        }
     for group in state["param_groups"]:
         group["lr"] = float(group["lr"])
     return state
@@ -245,11 +271,18 @@ def restore_optimizer(optimizer, state):
         if averages.keys() != expected[number]:
             raise ValueError("optimizer_state is of another --optimizer")
         for name, average in averages.items():
-            shape = () if name == "step" else parameters[number].shape
+            shape = () if name == "step" else whole_shape(parameters[number])
             if average.shape != shape or average.dtype != torch.float32:
                 raise ValueError(f"optimizer_state is of other parameters than number {number}")
             if not bool(torch.isfinite(average).all()) or average.layout != torch.strided:
                 raise ValueError("optimizer_state holds NaN or infinity")
             if name in ("step", "exp_avg_sq") and bool((average < 0).any()):
                 raise ValueError("optimizer_state holds negative squares or steps")
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    parts = {
+        number: {
+            name: average if name == "step" else part_for(average, parameters[number])
+            for name, average in averages.items()
+        }
+        for number, averages in state.items()
+    }
+    optimizer.load_state_dict({"state": parts, "param_groups": groups})

@@ -3,6 +3,8 @@
 Their argparse default is None, so that `training.config.resolve` can tell which were given.
 """
 
+import argparse
+
 from system.cli import file_path, script_parser
 from system.settings import add_flag
 from training.config import CORPUS, DEFAULTS, PRESETS, RECIPES, SETTINGS
@@ -30,7 +32,7 @@ GROUPS = {  # in the order of --help
         *("matrix_learning_rate", "min_learning_rate", "beta2", "weight_decay"),
         *("grad_clip", "max_steps", "use_cosine_schedule", "warmup_steps", "seed"),
     ),
-    "machine": ("use_amp", "compile", "shard_optimizer", "deterministic", "device", "threads"),
+    "machine": ("use_amp", "compile", "shard", "deterministic", "device", "threads"),
 }
 
 
@@ -38,7 +40,10 @@ def train_parser(description, examples):
     """The parser of train_shakespeare.py."""
     parser = script_parser(description, examples)
     for title, names in GROUPS.items():
-        _add_settings(parser.add_argument_group(title), *names)
+        group = parser.add_argument_group(title)
+        _add_settings(group, *names)
+    help = "older form of --shard optimizer and --shard none"
+    group.add_argument("--shard-optimizer", action=_OldShard, help=help)
     run = parser.add_argument_group("run")
     _add_settings(run, "eval_interval", "eval_iters", "sample_tokens")
     run.add_argument(
@@ -77,6 +82,11 @@ def train_parser(description, examples):
         "--overwrite", action="store_true", help="replace an existing run of the same name"
     )
     return parser
+
+
+class _OldShard(argparse.BooleanOptionalAction):
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.shard = "none" if option_string.startswith("--no-") else "optimizer"
 
 
 def add_corpus_flags(parser, default_dataset):

@@ -20,8 +20,11 @@ def uses_amp_by_default(device):
     return device.type == "cuda" and multiplies_bf16(device)
 
 
-def choose_precision(use_amp, device):
+def choose_precision(use_amp, device, is_sharded=False):
     """The precision of training, with one warning if `use_amp` is not possible.
+
+    Args:
+        is_sharded: every rank has gradients of its own, and all must skip the same steps.
 
     Returns:
         `(autocast, scaler)`: a function that makes a context for the forward pass, and a
@@ -34,7 +37,10 @@ def choose_precision(use_amp, device):
         dtype = torch.float16
     elif use_amp:
         warn(f"--use-amp: this {device.type} has no fast bf16, so training runs in fp32")
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler_class = torch.amp.GradScaler
+    if is_sharded:
+        from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler as scaler_class
+    scaler = scaler_class(device.type, enabled=dtype == torch.float16)
     if dtype is None:
         return contextlib.nullcontext, scaler
     return lambda: torch.autocast(device.type, dtype=dtype), scaler

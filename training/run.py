@@ -31,6 +31,7 @@ from training.ranks import is_restarted
 from training.resume import read_to_resume, tokenizer_to_resume
 from training.run_files import RunFiles
 from training.run_log import RunLog
+from training.sharding import check_shard
 from training.trainer import Trainer
 
 
@@ -117,6 +118,7 @@ def _check(args, config, checkpoint, ranks):
             f"--batch-size {config['batch_size']} cannot be shared out among {ranks.size} "
             f"processes: give a multiple of {ranks.size}"
         )
+    check_shard(args, config, ranks)
     model_config(config | {"vocab_size": 1})  # refuses impossible sizes
 
 

@@ -24,7 +24,8 @@ from training.optimizer import (
     step_unless,
 )
 from training.precision import choose_precision
-from training.ranks import Ranks, distribute
+from training.ranks import Ranks
+from training.sharding import place
 from training.step_graph import GraphedStep
 
 SEEDS = 1 << 63  # PyTorch's generators take seeds from 0 to below this
@@ -73,20 +74,24 @@ class Trainer:
         keep_freed_memory()
         self.runs_ahead = device.type == "cuda" if runs_ahead is None else runs_ahead
         vocab_size = data.tokenizer.vocab_size
-        self.raw_model = build_model(config | {"vocab_size": vocab_size}).to(device)
+        self.raw_model = build_model(config | {"vocab_size": vocab_size})
         self.has_repulsion = config["repulsion"] and isinstance(self.raw_model, NGT)
         if isinstance(self.raw_model, NGT) and not self.has_repulsion:
             self.raw_model.layers[-1].leave_motion_unlearned()
-        self.model = distribute(self.raw_model, device, self.ranks)
+        self.weights = place(self.raw_model, config, device, self.ranks)
         # with the loss, so that the compiler can fuse it with the logits
         self.forward = maybe_compile(forward, config, device)
         self.optimizer = make_optimizer(
-            self.raw_model, config, device, self.ranks, on_device=self.runs_ahead
+            *(self.raw_model, config, device, self.ranks),
+            on_device=self.runs_ahead,
+            named=self.weights.named,
         )
         # the weights above must be the same on all ranks, but dropout must not
         if not self.ranks.is_main:
             torch.manual_seed(self._seed(self.ranks.rank))
-        self.autocast, self.scaler = choose_precision(config["use_amp"], device)
+        self.autocast, self.scaler = choose_precision(
+            config["use_amp"], device, self.weights.are_sharded
+        )
         self.work = self._work
         if self._can_be_graphed():
             self.work = GraphedStep(self._work, lambda: recordable(self.optimizer))
@@ -134,7 +139,7 @@ class Trainer:
         optimizer_state = state_of(self.optimizer, self.ranks)
         return {
             "format_version": FORMAT_VERSION,
-            "model_state": self.raw_model.state_dict(),
+            "model_state": self.weights.state(),
             "optimizer_state": optimizer_state,
             "iter": self.iter,
             "best_val": self.best_val,
@@ -181,7 +186,7 @@ class Trainer:
                     "it was trained on, or start anew with another --checkpoint-path"
                 )
         try:
-            self.raw_model.load_state_dict(checkpoint["model_state"])
+            self.weights.load(checkpoint["model_state"])
             state = checkpoint["optimizer_state"]["state"]
             if checkpoint["iter"] and not state:
                 raise ValueError("optimizer_state is empty")
@@ -216,7 +221,9 @@ class Trainer:
             inputs, targets: (B, T) ids.
             sample: the positions that repel each other; None for all.
         """
-        cross_entropy, z, mass = self.forward(self.model, inputs, targets, self.has_repulsion)
+        cross_entropy, z, mass = self.forward(
+            self.weights.model, inputs, targets, self.has_repulsion
+        )
         loss = cross_entropy
         if with_repulsion:
             if sample is not None:
@@ -262,15 +269,17 @@ class Trainer:
         """
         mean, micro_steps = 0.0, len(batches)
         for number, (inputs, targets, *sample) in enumerate(batches, 1):
-            with contextlib.nullcontext() if number == micro_steps else self._no_sync():
+            is_last = number == micro_steps
+            with contextlib.nullcontext() if is_last else self.weights.without_averaging():
                 with self.autocast():
                     loss, cross_entropy = self.loss(inputs, targets, with_repulsion, *sample)
                 self.scaler.scale(loss / micro_steps).backward()
             mean = mean + cross_entropy.to(self._exact) / micro_steps
         mean = self.ranks.mean(mean)
+        self.weights.hand_over_gradients()
         self.scaler.unscale_(self.optimizer)
         limit = self.config["grad_clip"] or math.inf  # the norm is wanted even without clipping
-        norm = torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), limit)
+        norm = self.weights.clip_gradients(limit)
         result = torch.stack([mean, norm.to(self._exact)])
         is_finite = torch.isfinite(result).all()
         if self.scaler.is_enabled():  # the scaler itself skips a step that overflowed
@@ -310,10 +319,6 @@ class Trainer:
         # from pinned memory a copy does not wait for the device
         return tuple(part.pin_memory().to(self.device, non_blocking=True) for part in batch)
 
-    def _no_sync(self):
-        """A context in which backward does not average over the ranks: once per step is enough."""
-        return self.model.no_sync() if self.ranks.size > 1 else contextlib.nullcontext()
-
     def _read_all_but(self, newest):
         """Read what came out of all steps but so many of the newest."""
         while len(self._unread) > newest:
@@ -350,7 +355,7 @@ class Trainer:
 
     def is_sound(self):
         """Whether every weight is finite; otherwise no checkpoint is written."""
-        return all(bool(torch.isfinite(p).all()) for p in self.raw_model.parameters())
+        return self.weights.are_finite()
 
 
 class _Numbers:

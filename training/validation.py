@@ -32,7 +32,10 @@ def evaluate(model, data, block_size, eval_iters, device, autocast, ranks=None):
     num_batches = -(-len(eval_windows(data.valid, block_size, eval_iters)) // windows)
     bar = evaluation_bar(batches, num_batches, ranks.is_main)
     for number, (inputs, targets) in enumerate(bar):
-        if number % ranks.size != ranks.rank:  # another rank's batch
+        # a rank without a batch in the last round takes the last one too, uncounted: under
+        # --shard model all ranks must compute at the same time
+        is_mine = number % ranks.size == ranks.rank
+        if not is_mine and (number < num_batches - 1 or number % ranks.size > ranks.rank):
             continue
         inputs, targets = inputs.to(device), targets.to(device)
         with autocast():
@@ -44,8 +47,9 @@ def evaluate(model, data, block_size, eval_iters, device, autocast, ranks=None):
             else:
                 logits = model(inputs)
         losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
-        total += float(losses)
-        count += targets.numel()
+        if is_mine:
+            total += float(losses)
+            count += targets.numel()
     model.train(was_training)
     loss = ranks.sum(total) / ranks.sum(count)
     return {

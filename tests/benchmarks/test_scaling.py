@@ -61,8 +61,19 @@ def test_what_a_ring_sends():
     assert bytes_on_the_wire(parameters, ranks, False) == 2 * (ranks - 1) * part
     assert bytes_on_the_wire(parameters, ranks, True) == 3 * (ranks - 1) * part
     assert bytes_on_the_wire(parameters, 1, True) == 0
-    assert memory_of_a_rank(parameters, ranks, False) == 16 * parameters
-    assert memory_of_a_rank(parameters, ranks, True) == 10 * parameters
+
+
+def test_memory_of_a_rank():
+    """Of a model whose weights are counted by hand: 5 layers, on 4 ranks rows are padded."""
+    shape = {"vocab_size": 10, "hidden_dim": 8, "num_layers": 5, "num_heads": 2, "mlp_dim": 6}
+    shape |= {"model_type": "vanilla", "pos": "rotary", "bias": False, "norm": "rmsnorm"}
+    layer = 4 * 8 * 8 + 2 * 6 * 8 + 2 * 8
+    root = 10 * 8 + 8  # the head is the embedding
+    parameters = 5 * layer + root
+    assert memory_of_a_rank(shape, 4, "none") == 16 * parameters
+    assert memory_of_a_rank(shape, 4, "optimizer") == 10 * parameters
+    part = 5 * (4 * 2 * 8 + 2 * 8 + 2 * 6 + 2 * 2) + 3 * 8 + 2
+    assert memory_of_a_rank(shape, 4, "model") == 16 * part + 20 * layer + 8 * root
 
 
 def test_saved_bytes_are_those_of_a_real_layer():
@@ -85,7 +96,7 @@ def test_the_page_is_of_real_trainings(in_tmp):
     assert benchmark.main(["scaling", *flags, "--output", "s.md"]) == 0
     page, numbers = Path("s.md").read_text(), json.loads(Path("s.json").read_text())
     assert "## Measured" in page and "1,048,576" in page
-    assert {"1", "2", "2 sharded"} == numbers["runs"].keys()
+    assert {"1", "2", "2 sharded", "2 sharded model"} == numbers["runs"].keys()
     two = numbers["runs"]["2"][0]
     parameters = parameters_of(scaling.SHAPES["shakespeare"] | {"vocab_size": scaling.VOCAB_SIZE})
     assert two["wire_bytes"] > 2 * bytes_on_the_wire(parameters, 2, False)

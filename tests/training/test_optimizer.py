@@ -13,7 +13,7 @@ from training.config import DEFAULTS
 from training.ranks import Ranks
 
 CPU = torch.device("cpu")
-SETTINGS = {"weight_decay": 0.1, "beta2": 0.95, "learning_rate": 2e-3, "shard_optimizer": False}
+SETTINGS = {"weight_decay": 0.1, "beta2": 0.95, "learning_rate": 2e-3, "shard": "none"}
 SCHEDULE = {"min_learning_rate": 2e-4, "matrix_learning_rate": None, "warmup_steps": 10}
 SCHEDULE |= {"max_steps": 110, "use_cosine_schedule": True}
 

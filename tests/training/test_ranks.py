@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ import torch
 
 from conftest import ROOT, run
 from engine.checkpoint import read_checkpoint
-from script_runner import StartedScript
+from script_runner import run_on_ranks
 from small_runs import assert_same_run
 
 STEPS = 30
@@ -48,20 +47,8 @@ def finish(process, code=0):
 
 
 def on_ranks(cwd, ranks, *flags):
-    """Train to the end over several ranks, with torchrun's environment but without torchrun, which
-    would import PyTorch in every process; returns what they print."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = []
-    for rank in range(ranks):
-        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(StartedScript("train_shakespeare.py", (*SMALL, *flags), cwd, env=env))
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert all(process.returncode == 0 for process in processes), outputs
-    return "".join(output for output, _ in outputs)
+    """Train to the end over several ranks; returns what they print."""
+    return run_on_ranks(cwd, ranks, "train_shakespeare.py", *SMALL, *flags)
 
 
 def named(name):
@@ -88,15 +75,16 @@ def weights(cwd, name):
     ids=["newton", "vanilla", "published", "modern"],
 )
 def test_any_number_of_ranks_gives_one_curve(flags, in_tmp, small_text, request):
-    """Losses of 1, 2 and 4 ranks agree to 1e-5 over 30 steps, also with a sharded optimizer; to
-    1e-4 with Muon, which computes in bf16."""
+    """Losses of 1, 2 and 4 ranks agree to 1e-5 over 30 steps, also with each
+    --shard; to 1e-4 with Muon, which computes in bf16."""
     limit = 1e-4 if "modern" in flags else 1e-5
     run("train_shakespeare.py", *SMALL, *flags, *named("one"), cwd=in_tmp, check=0)
     expected = curve(in_tmp, "one")
     assert expected[-1]["step"] == STEPS and expected[-1]["val_loss"] < expected[0]["val_loss"]
     others = {"two": (2, ()), "sharded": (2, ("--shard-optimizer",))}
+    others["parts"] = (2, ("--shard", "model"))
     if flags or request.config.getoption("--slow"):
-        others["four"] = (4, ())
+        others |= {"four": (4, ()), "four parts": (4, ("--shard", "model"))}
     for name, (ranks, more) in others.items():
         output = on_ranks(in_tmp, ranks, *flags, *more, *named(name))
         assert output.count("best validation loss") == 1  # only rank 0 prints
@@ -119,10 +107,17 @@ def killed(cwd, name, *flags, restarts):
     return finish(process, code=0 if restarts else 1)
 
 
-@pytest.mark.parametrize("recipe", ["gpt2", "modern"])
-def test_resuming_on_two_ranks_is_bit_identical(recipe, in_tmp, small_text):
-    """With a sharded optimizer, and dropout whose random numbers differ from rank to rank."""
-    flags = ("--recipe", recipe, "--dropout", 0.1, "--shard-optimizer")
+@pytest.mark.parametrize(
+    "shard, recipe",
+    [
+        ("optimizer", "gpt2"),
+        pytest.param("optimizer", "modern", marks=pytest.mark.slow),
+        ("model", "modern"),
+    ],
+)
+def test_resuming_on_two_ranks_is_bit_identical(shard, recipe, in_tmp, small_text):
+    """With sharding, and dropout whose random numbers differ from rank to rank."""
+    flags = ("--recipe", recipe, "--dropout", 0.1, "--shard", shard)
     flags += ("--no-use-cosine-schedule", "--max-steps")
     on_ranks(in_tmp, 2, *flags, 20, *named("whole"))
     on_ranks(in_tmp, 2, *flags, 10, *named("cut"))
@@ -131,24 +126,27 @@ def test_resuming_on_two_ranks_is_bit_identical(recipe, in_tmp, small_text):
     assert_same_run(whole, cut)
 
 
-LONGER = ("--max-steps", 200, "--dropout", 0.1, "--shard-optimizer", "--eval-interval", 100)
+LONGER = ("--max-steps", 200, "--dropout", 0.1, "--eval-interval", 100)
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_is_replaced(in_tmp, small_text):
+@pytest.mark.parametrize("shard", ["optimizer", "model"])
+def test_a_rank_that_dies_is_replaced(shard, in_tmp, small_text):
     """With --max-restarts the run continues from its last checkpoint, and its weights are
-    bit-identical to an undisturbed run's, with dropout and a sharded optimizer."""
-    finish(torchrun(in_tmp, 2, *LONGER, *named("whole")))
-    assert "resuming at step" in killed(in_tmp, "cut", *LONGER, restarts=1)
+    bit-identical to an undisturbed run's, with dropout and sharding."""
+    flags = (*LONGER, "--shard", shard)
+    finish(torchrun(in_tmp, 2, *flags, *named("whole")))
+    assert "resuming at step" in killed(in_tmp, "cut", *flags, restarts=1)
     ours, expected = weights(in_tmp, "cut"), weights(in_tmp, "whole")
     assert all(torch.equal(ours[key], expected[key]) for key in expected)
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_ends_the_run(in_tmp, small_text):
+@pytest.mark.parametrize("shard", ["optimizer", "model"])
+def test_a_rank_that_dies_ends_the_run(shard, in_tmp, small_text):
     """Within 90 seconds, naming the cause; one process can resume what two have written."""
     started = time.monotonic()
-    assert "SIGKILL" in killed(in_tmp, "cut", *LONGER, restarts=0)
+    assert "SIGKILL" in killed(in_tmp, "cut", *LONGER, "--shard", shard, restarts=0)
     assert time.monotonic() - started < 90
     assert 5 <= read_checkpoint(in_tmp / "cut.pt_last.pt")["iter"] < 200
     flags = (*SMALL, *LONGER, *named("cut"), "--resume")
