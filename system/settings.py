@@ -45,7 +45,8 @@ def objection(field, value):
     if field.type is bool:
         return None if type(value) is bool else f"{shown_short(value)} is neither on nor off"
     # a file may hold what no command line can
-    if not isinstance(value, str | int | float) or (field.metadata["is_path"] and "\0" in value):
+    is_path = isinstance(value, str) and "\0" not in value
+    if not isinstance(value, str | int | float) or (field.metadata["is_path"] and not is_path):
         return f"{shown_short(value)} is of another type"
     if isinstance(value, int) and abs(value) >= 1 << 63:
         return "it is too large: give less than 2^63"

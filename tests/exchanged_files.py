@@ -6,16 +6,19 @@ checks what is accepted against what the format promises, by other means than th
 """
 
 import gzip
+import importlib.util
 import io
 import json
 import lzma
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
 
+import train_shakespeare
 from chat import introduction
 from conftest import SENTENCES
 from data import check_long_enough
@@ -24,7 +27,7 @@ from engine.export import export, restore
 from engine.models import weightless_model
 from engine.wikitext import articles, detokenized, read_wikitext
 from first_release_files import CHARACTERS, ngt_config, ngt_state
-from hostile_checkpoints import sealed
+from hostile_checkpoints import sealed, train_a_little
 from hostile_files import BPE_JSON, GPT4_WORDS, added_token, exported, words
 from mutations import (
     PICKLED,
@@ -201,7 +204,7 @@ def token_files():
             "meta.json": json_bytes(meta | {"tokenizer_sha256": digest}),
         }
 
-    assert not read({})
+    read({})
     return st.one_of(
         changed_json(meta).map(lambda file: {"meta.json": file}),
         changed_values(vocab).map(with_hash),
@@ -233,7 +236,7 @@ def config():
         model = weightless_model(settings | {"vocab_size": 100})
         assert len(model.layers) == settings["num_layers"]
 
-    assert not read(json_bytes(valid))
+    read(json_bytes(valid))
     return changed_json(valid), read
 
 
@@ -257,7 +260,7 @@ def run_folder():
         for row in run.rows:
             assert all(x is None or math.isfinite(x) for x in row.values())
 
-    assert not read({})
+    read({})
     return st.one_of(
         changed_json(CONFIG).map(lambda file: {"config.json": file}),
         changed_values(rows).map(lambda value: {"metrics.jsonl": lines(value)}),
@@ -296,19 +299,31 @@ def text():
     ), read
 
 
+def published_detokenizer():
+    """lm-evaluation-harness's own; only its file is imported, the package takes seconds."""
+    folder = Path(importlib.util.find_spec("lm_eval").origin).parent
+    path = folder / "tasks/wikitext/preprocess_wikitext.py"
+    spec = importlib.util.spec_from_file_location("preprocess_wikitext", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda article: module.wikitext_detokenizer({"page": article})
+
+
 def wiki_file():
-    """evaluate.py --wikitext: no article takes long to read, and no word is lost."""
+    """evaluate.py --wikitext: the words are those of lm-evaluation-harness, but none takes long."""
     valid = ' = A =\n\n It \' s ( in 2000 ) 3 @.@ 5 " x " , [ a ] { b }\n = B =\n\n The end .\n'
+    published = published_detokenizer()
 
     def read(case):
         Path("wiki.test.raw").write_bytes(case)
-        found = articles(read_wikitext(Path("wiki.test.raw")))
-        kept = "".join(map(detokenized, found))
-        letters = [c for c in "".join(found) if c.isalpha() and c != "N"]  # a rule reads " N " as 1
-        assert [c for c in kept if c.isalpha() and c != "N"] == letters
+        for article in articles(read_wikitext(Path("wiki.test.raw"))):
+            found = detokenized(article)
+            if max(map(len, re.findall(r"\s+", article)), default=0) < 50:  # or that takes hours
+                assert found == published(article)
 
-    assert not read(valid.encode())
-    return changed_bytes(valid.encode(), [b" ( \" [ { ' " * 40]), read
+    read(valid.encode())
+    others = [b' ( " [ { \' ) " ] } ' * 9, "\x1c( \u2003x\x85 )\u3000".encode()]
+    return changed_bytes(valid.encode(), others), read
 
 
 def rows():
@@ -329,7 +344,8 @@ def rows():
         if name.endswith(".jsonl"):
             read = (json.loads(line) for line in file.decode().split("\n") if line.strip())
             return [row["text"] for row in read]
-        return pyarrow.parquet.read_table(io.BytesIO(file)).column("text").to_pylist()
+        table = pyarrow.parquet.read_table(io.BytesIO(file), columns=["text"])
+        return table.column("text").to_pylist()
 
     def read(case):
         name, file = case
@@ -372,7 +388,7 @@ def exported_folder():
         finally:
             Path("again.pt").unlink(missing_ok=True)
 
-    assert not read({})
+    read({})
     weights = files["model.safetensors"]
     return st.one_of(
         changed_json(valid).map(lambda file: {"config.json": file}),
@@ -381,8 +397,28 @@ def exported_folder():
     ), read
 
 
+def resumed():
+    """What a checkpoint says of the optimizer, the progress and the random numbers of its run."""
+    trained = train_a_little()
+    parts = ("optimizer_state", "scheduler_state", "scaler_state", "rng_state", "data_state")
+    flags = ("--checkpoint-path", "c/evil", "--resume", "--max-steps", "3")
+
+    def read(case):
+        Path("c/evil_last.pt").write_bytes(saved(trained | case))
+        try:
+            assert train_shakespeare.main([*flags]) == 0
+        finally:
+            torch.set_flush_denormal(False)  # as training sets it, and Hypothesis has none
+        assert load_model("c/evil_last.pt")[2]["iter"] == 3
+
+    read({})
+    some = {name: trained[name] for name in parts}
+    return changed_values(some, PICKLED).filter(lambda value: isinstance(value, dict)), read
+
+
 FORMATS = {
     "checkpoint": (checkpoint, 2500, 60),
+    "resumed": (resumed, 300, 6),
     "tokenizer": (tokenizer, 1500, 50),
     "token files": (token_files, 1000, 40),
     "config": (config, 1200, 40),

@@ -3,19 +3,33 @@
 A file is refused with one line, or it is accepted and then holds what its format promises.
 """
 
+import json
+import lzma
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 
-from exchanged_files import FORMATS
+import exchanged_files
+from engine.models import weightless_model
+from engine.wikitext import PAIRS, detokenized, read_wikitext
+from hostile_requests import chat_requests
+from reporting.runs import load_run
+from run_folders import CONFIG, write_run
 from system.errors import UserError
 from system.machine import peak_memory_bytes
 from system.safe_text import one_line
 from test_hostile_files import reset_peak_memory
+from text.token_files import open_token_data
+from token_folders import prepare
+from training.config import resolve
+from training.config_file import take_from_file
+from training.options import train_parser
 
+FORMATS = exchanged_files.FORMATS | {"chat": (chat_requests, 1000, 40)}
 MOST_SECONDS = 2  # of processor time, which a busy machine does not change
 MOST_BYTES = 1 << 30
 
@@ -38,7 +52,7 @@ def attempt(read, case):
 
 def try_cases(make, count):
     """How many of so many cases were accepted and refused: always the same cases."""
-    cases, read = make()
+    cases, read, *close = make()
     found = Counter()
 
     @seed(21)
@@ -49,7 +63,11 @@ def try_cases(make, count):
     def try_one(case):
         found[attempt(read, case)] += 1
 
-    try_one()
+    try:
+        try_one()
+    finally:
+        for function in close:
+            function()
     return found
 
 
@@ -72,3 +90,77 @@ def test_ten_thousand(name, in_tmp, capsys):
 
 def test_they_are_ten_thousand():
     assert sum(many for _, many, _ in FORMATS.values()) >= 10_000
+
+
+def with_settings(**changes):
+    """The error of a config.json with these settings, for --config."""
+    settings = {"model_type": "ngt", "dataset": "text", "hidden_dim": 16, "num_heads": 2} | changes
+    Path("evil.json").write_text(json.dumps(settings))
+    args = train_parser("", "").parse_args(["--config", "evil.json"])
+    take_from_file(args)
+    weightless_model(resolve(args) | {"vocab_size": 100})
+
+
+def with_source(**changes):
+    """Open token files whose meta.json has these values."""
+    directory = prepare("text", exchanged_files.write_text()).directory
+    meta = json.loads((directory / "meta.json").read_text()) | changes
+    (directory / "meta.json").write_text(json.dumps(meta))
+    open_token_data(directory)
+
+
+def with_run(**files):
+    write_run("evil", [3.0])
+    for name, data in files.items():
+        Path("runs/evil", name.replace("_json", ".json")).write_text(data)
+    load_run(Path("runs/evil"), "evil")
+
+
+def packed_wikitext():
+    """20 million letters in a file of 3 kB."""
+    Path("evil.xz").write_bytes(lzma.compress(b"a" * 20_000_000))
+    read_wikitext(Path("evil.xz"))
+
+
+FOUND = {
+    "a billion layers": lambda: with_settings(num_layers=10**9),
+    "sizes whose product overflows": lambda: with_settings(hidden_dim=1 << 31, mlp_dim=1 << 31),
+    "a size of 10^400": lambda: with_settings(num_parameters=10**400),
+    "a path with a zero byte": lambda: with_settings(tokenizer_path="a\0b"),
+    "a choice of 3,000 letters": lambda: with_settings(recipe="x" * 3000),
+    "a choice of nested lists": lambda: with_settings(norm=[["x" * 3000]]),
+    "token files without a source": lambda: with_source(source=None),
+    "token files without a hash": lambda: with_source(source_sha256=1),
+    "a text of 10^400 bytes": lambda: with_source(
+        splits={name: {"tokens": 1, "bytes": 10**400} for name in ("train", "valid")}
+    ),
+    "a run's config of deep JSON": lambda: with_run(config_json="[" * 100_000),
+    "a run with a rate of 10^400": lambda: with_run(
+        config_json=json.dumps(CONFIG | {"learning_rate": 10**400})
+    ),
+    "a packed WikiText file": packed_wikitext,
+}
+"""What the fuzz found: each crashed, took long, or printed pages, and is refused since."""
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found(name, in_tmp):
+    assert attempt(lambda make: make(), FOUND[name]) == "refused"
+
+
+def test_brackets_and_spaces():
+    """The published expressions need hours for these; with an end, the spaces go."""
+    for opening, closing in PAIRS:
+        spaces = " " * 30_000
+        started = time.process_time()
+        assert detokenized(f"{opening}{spaces}x{spaces}{closing}") == f"{opening}x{closing}"
+        assert len(detokenized(f"a{opening}{spaces}")) == 30_002
+        assert detokenized(opening * 30_000).count(opening) == 30_000
+        assert time.process_time() - started < MOST_SECONDS
+
+
+def test_a_source_cannot_control_the_terminal(in_tmp):
+    directory = prepare("text", exchanged_files.write_text()).directory
+    meta = json.loads((directory / "meta.json").read_text()) | {"source": "\x1b[2Jtext\nerror: x"}
+    (directory / "meta.json").write_text(json.dumps(meta))
+    assert open_token_data(directory).meta["source"] == "\\x1b[2Jtext error: x"
