@@ -110,7 +110,7 @@ def changed_values(draw, value, hostile=PLAIN):
         kind = draw(st.sampled_from(("replace", "replace", "near", "near", "remove", "move")))
         if kind == "near" and isinstance(old, torch.Tensor):
             container[key] = draw(st.sampled_from(TENSORS))(old)
-        elif kind == "near" and isinstance(old, int | float):
+        elif kind == "near" and isinstance(old, int | float) and abs(old) < 1e300:
             near = (-old, old + 1, old - 1, old * 2, old * 1000, float(old), str(old), not old)
             container[key] = draw(st.sampled_from(near))
         elif kind == "near" and isinstance(old, str):
@@ -123,9 +123,8 @@ def changed_values(draw, value, hostile=PLAIN):
             if not isinstance(old, dict | list):  # or it would hold itself
                 elsewhere[other_key] = old
             elif isinstance(container, dict):
-                container[draw(st.one_of(st.text(max_size=4), st.sampled_from([*container])))] = (
-                    container.pop(key)
-                )
+                name = draw(st.one_of(st.text(max_size=4), st.sampled_from([*container])))
+                container[name] = container.pop(key)
         else:
             container[key] = draw(hostile)
     return value
