@@ -1,6 +1,6 @@
 """Changed requests to the chat's server, which runs in threads of this process.
 
-As in exchanged_files.py, a refusal is raised as `UserError`, here for a status of 4xx.
+As in exchanged_models.py, a refusal is raised as `UserError`, here for a status of 4xx.
 """
 
 import contextlib

@@ -98,6 +98,13 @@ def _place(draw, value):
         value = child
 
 
+def _changed(tensor, change):
+    try:
+        return change(tensor)
+    except (RuntimeError, IndexError):  # of this shape or type it cannot be
+        return tensor[None]
+
+
 @st.composite
 def changed_values(draw, value, hostile=PLAIN):
     """A copy of nested dicts and lists with up to three values replaced, removed or renamed."""
@@ -109,7 +116,7 @@ def changed_values(draw, value, hostile=PLAIN):
         old = container[key]
         kind = draw(st.sampled_from(("replace", "replace", "near", "near", "remove", "move")))
         if kind == "near" and isinstance(old, torch.Tensor):
-            container[key] = draw(st.sampled_from(TENSORS))(old)
+            container[key] = _changed(old, draw(st.sampled_from(TENSORS)))
         elif kind == "near" and isinstance(old, int | float) and abs(old) < 1e300:
             near = (-old, old + 1, old - 1, old * 2, old * 1000, float(old), str(old), not old)
             container[key] = draw(st.sampled_from(near))
@@ -182,3 +189,16 @@ def changed_safetensors(draw, data):
     header = draw(changed_values(json.loads(data[8 : 8 + length])))
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data[8 + length :]
+
+
+def json_bytes(value):
+    return json.dumps(value).encode()
+
+
+def changed_json(value):
+    """A strategy of JSON files: changed values, or a few changed bytes."""
+    return st.one_of(
+        changed_values(value).map(json_bytes),
+        changed_values(value).map(json_bytes),
+        changed_bytes(json_bytes(value)),
+    )

@@ -13,7 +13,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 
-import exchanged_files
+import exchanged_models as models
+import exchanged_texts as texts
 from engine.models import weightless_model
 from engine.wikitext import PAIRS, detokenized, read_wikitext
 from hostile_requests import chat_requests
@@ -24,12 +25,26 @@ from system.machine import peak_memory_bytes
 from system.safe_text import one_line
 from test_hostile_files import reset_peak_memory
 from text.token_files import open_token_data
+from text.tokenizer import tokenizer_from_vocab
 from token_folders import prepare
 from training.config import resolve
 from training.config_file import take_from_file
 from training.options import train_parser
 
-FORMATS = exchanged_files.FORMATS | {"chat": (chat_requests, 1000, 40)}
+FORMATS = {
+    "checkpoint": (models.checkpoint, 2500, 40),
+    "resumed": (models.resumed, 300, 4),
+    "tokenizer": (models.tokenizer, 1500, 40),
+    "config": (models.config, 1200, 40),
+    "run folder": (models.run_folder, 1000, 40),
+    "exported folder": (models.exported_folder, 800, 20),
+    "token files": (texts.token_files, 1000, 40),
+    "text": (texts.text, 800, 40),
+    "wiki file": (texts.wiki_file, 500, 30),
+    "rows": (texts.rows, 800, 40),
+    "chat": (chat_requests, 1000, 20),
+}
+"""Per format: its function, and how many cases the slow and the ordinary suite try."""
 MOST_SECONDS = 2  # of processor time, which a busy machine does not change
 MOST_BYTES = 1 << 30
 
@@ -103,7 +118,7 @@ def with_settings(**changes):
 
 def with_source(**changes):
     """Open token files whose meta.json has these values."""
-    directory = prepare("text", exchanged_files.write_text()).directory
+    directory = prepare("text", models.write_text()).directory
     meta = json.loads((directory / "meta.json").read_text()) | changes
     (directory / "meta.json").write_text(json.dumps(meta))
     open_token_data(directory)
@@ -134,6 +149,7 @@ FOUND = {
     "a text of 10^400 bytes": lambda: with_source(
         splits={name: {"tokens": 1, "bytes": 10**400} for name in ("train", "valid")}
     ),
+    "a vocabulary's type of 3,000 letters": lambda: tokenizer_from_vocab({"type": "x" * 3000}),
     "a run's config of deep JSON": lambda: with_run(config_json="[" * 100_000),
     "a run with a rate of 10^400": lambda: with_run(
         config_json=json.dumps(CONFIG | {"learning_rate": 10**400})
@@ -160,7 +176,7 @@ def test_brackets_and_spaces():
 
 
 def test_a_source_cannot_control_the_terminal(in_tmp):
-    directory = prepare("text", exchanged_files.write_text()).directory
+    directory = prepare("text", models.write_text()).directory
     meta = json.loads((directory / "meta.json").read_text()) | {"source": "\x1b[2Jtext\nerror: x"}
     (directory / "meta.json").write_text(json.dumps(meta))
     assert open_token_data(directory).meta["source"] == "\\x1b[2Jtext error: x"

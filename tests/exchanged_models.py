@@ -5,27 +5,20 @@ and a function that reads a case as the scripts do. It raises `UserError` for wh
 checks what is accepted against what the format promises, by other means than the reader's.
 """
 
-import gzip
-import importlib.util
 import io
 import json
-import lzma
 import math
-import re
 from pathlib import Path
 
-import numpy as np
 import torch
 from hypothesis import strategies as st
 
 import train_shakespeare
 from chat import introduction
 from conftest import SENTENCES
-from data import check_long_enough
 from engine.checkpoint import load_model
 from engine.export import export, restore
 from engine.models import weightless_model
-from engine.wikitext import articles, detokenized, read_wikitext
 from first_release_files import CHARACTERS, ngt_config, ngt_state
 from hostile_checkpoints import sealed, train_a_little
 from hostile_files import BPE_JSON, GPT4_WORDS, added_token, exported, words
@@ -34,8 +27,10 @@ from mutations import (
     archive_of,
     changed_archive,
     changed_bytes,
+    changed_json,
     changed_safetensors,
     changed_values,
+    json_bytes,
     members,
 )
 from reporting.runs import label_of, load_run
@@ -46,10 +41,6 @@ from system.errors import UserError
 from system.safe_text import one_line
 from talk.suggestions import suggestions
 from text.byte_level import BYTE_OF_LETTER
-from text.corpora import find_corpus
-from text.rows import read_file
-from text.stream import read_blocks
-from text.token_files import open_token_data
 from text.tokenizer import BPETokenizer, load_bpe, tokenizer_from_vocab
 from token_folders import prepare
 from training.config import SETTINGS, resolve
@@ -59,17 +50,9 @@ from training.options import train_parser
 TEXTS = ("The quick brown fox\n", " 12 or 3?\t\r\n", "naïve 한국어 🙂 e\u0301", "\0\x1b")
 
 
-def json_bytes(value):
-    return json.dumps(value).encode()
-
-
-def changed_json(value):
-    """A strategy of JSON files: changed values, or a few changed bytes."""
-    return st.one_of(
-        changed_values(value).map(json_bytes),
-        changed_values(value).map(json_bytes),
-        changed_bytes(json_bytes(value)),
-    )
+def write_text():
+    Path("text.txt").write_text("".join(SENTENCES) * 30)
+    return "text.txt"
 
 
 def check_tokenizer(tokenizer):
@@ -147,9 +130,23 @@ def checkpoint():
     ), read
 
 
-def write_text():
-    Path("text.txt").write_text("".join(SENTENCES) * 30)
-    return "text.txt"
+def resumed():
+    """What a checkpoint says of the optimizer, the progress and the random numbers of its run."""
+    trained = train_a_little()
+    parts = ("optimizer_state", "scheduler_state", "scaler_state", "rng_state", "data_state")
+    flags = ("--checkpoint-path", "c/evil", "--resume", "--max-steps", "3")
+
+    def read(case):
+        Path("c/evil_last.pt").write_bytes(saved(trained | case))
+        try:
+            assert train_shakespeare.main([*flags]) == 0
+        finally:
+            torch.set_flush_denormal(False)  # as training sets it, and Hypothesis has none
+        assert load_model("c/evil_last.pt")[2]["iter"] == 3
+
+    read({})
+    some = {name: trained[name] for name in parts}
+    return changed_values(some, PICKLED).filter(lambda value: isinstance(value, dict)), read
 
 
 def tokenizer():
@@ -167,50 +164,6 @@ def tokenizer():
     for valid in (BPE_JSON, rich):
         read(valid.encode())
     return st.one_of(changed_json(json.loads(BPE_JSON)), changed_json(json.loads(rich))), read
-
-
-def token_files():
-    """A prepared text: one of its files is changed; another vocabulary gets its right hash."""
-    directory = prepare("text", write_text()).directory
-    files = {path.name: path.read_bytes() for path in directory.iterdir()}
-    meta, vocab = json.loads(files["meta.json"]), json.loads(files["vocab.json"])
-
-    def read(case):
-        changed = files | case
-        for name, data in changed.items():
-            (directory / name).write_bytes(data)
-        data = open_token_data(directory)
-        for name, split in data.splits.items():
-            ids = np.frombuffer(changed[f"{name}.bin"], data.meta["dtype"])
-            assert np.array_equal(split, ids) and len(ids) == data.meta["splits"][name]["tokens"]
-            assert len(ids) > 0 and ids.max() < data.tokenizer.vocab_size
-            assert isinstance(data.tokenizer.decode(ids[:50].tolist()), str)
-        assert 0 < data.bytes_per_token < math.inf
-        # what a training says of it
-        assert isinstance(data.meta["source"], str) and isinstance(data.meta["source_sha256"], str)
-        try:
-            check_long_enough(data.train, 1 << 40, "train", data)
-        except UserError as error:
-            assert one_line(str(error)).isprintable()
-        check_tokenizer(data.tokenizer)
-
-    def with_hash(value):
-        try:
-            digest = tokenizer_from_vocab(value).fingerprint
-        except UserError:
-            digest = ""
-        return {
-            "vocab.json": json_bytes(value),
-            "meta.json": json_bytes(meta | {"tokenizer_sha256": digest}),
-        }
-
-    read({})
-    return st.one_of(
-        changed_json(meta).map(lambda file: {"meta.json": file}),
-        changed_values(vocab).map(with_hash),
-        changed_bytes(files["train.bin"]).map(lambda file: {"train.bin": file}),
-        changed_bytes(files["vocab.json"]).map(lambda file: {"vocab.json": file}),
-    ), read
 
 
 def config():
@@ -268,106 +221,6 @@ def run_folder():
     ), read
 
 
-def text():
-    """A text, plain and packed: what is accepted is its UTF-8 with plain line ends."""
-    valid = ("\ufeff" + "".join(SENTENCES) * 3 + "naïve 🙂\r\n").encode()
-    unpack = {"": bytes, ".gz": gzip.decompress, ".xz": lzma.decompress}
-    pack = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
-
-    def read(case):
-        suffix, file = case
-        path = Path(f"evil.txt{suffix}")
-        path.write_bytes(file)
-        found = "".join(read_blocks(path))
-        plain = unpack[suffix](file).decode("utf-8").removeprefix("\ufeff")
-        assert found == plain.replace("\r\n", "\n").replace("\r", "\n") and found.strip()
-        corpus = find_corpus("text", str(path))
-        assert "".join("".join(reader()) for reader in corpus.readers.values()) == found
-
-    for suffix in pack:
-        read((suffix, pack[suffix](valid)))
-    return st.one_of(
-        changed_bytes(valid).map(lambda file: ("", file)),
-        *(
-            strategy
-            for z in (".gz", ".xz")
-            for strategy in (
-                changed_bytes(valid).map(lambda file, z=z: (z, pack[z](file))),
-                changed_bytes(pack[z](valid)).map(lambda file, z=z: (z, file)),
-            )
-        ),
-    ), read
-
-
-def published_detokenizer():
-    """lm-evaluation-harness's own; only its file is imported, the package takes seconds."""
-    folder = Path(importlib.util.find_spec("lm_eval").origin).parent
-    path = folder / "tasks/wikitext/preprocess_wikitext.py"
-    spec = importlib.util.spec_from_file_location("preprocess_wikitext", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return lambda article: module.wikitext_detokenizer({"page": article})
-
-
-def wiki_file():
-    """evaluate.py --wikitext: the words are those of lm-evaluation-harness, but none takes long."""
-    valid = ' = A =\n\n It \' s ( in 2000 ) 3 @.@ 5 " x " , [ a ] { b }\n = B =\n\n The end .\n'
-    published = published_detokenizer()
-
-    def read(case):
-        Path("wiki.test.raw").write_bytes(case)
-        for article in articles(read_wikitext(Path("wiki.test.raw"))):
-            found = detokenized(article)
-            if max(map(len, re.findall(r"\s+", article)), default=0) < 50:  # or that takes hours
-                assert found == published(article)
-
-    read(valid.encode())
-    others = [b' ( " [ { \' ) " ] } ' * 9, "\x1c( \u2003x\x85 )\u3000".encode()]
-    return changed_bytes(valid.encode(), others), read
-
-
-def rows():
-    """Files of rows, .jsonl and .parquet: what is accepted is the text of their rows."""
-    import pyarrow
-    import pyarrow.parquet
-
-    lines = ["", *" = A =\n".splitlines(), *SENTENCES, "naïve 🙂\r\n", None]
-    objects = [{"text": line, "n": n} for n, line in enumerate(lines)]
-    valid = {"evil.jsonl": b"\n".join(map(json_bytes, objects)) + b"\n"}
-    for n, compression in enumerate(("snappy", "none")):
-        file = io.BytesIO()
-        table = pyarrow.table({"text": lines, "n": range(len(lines))})
-        pyarrow.parquet.write_table(table, file, compression=compression)
-        valid[f"{n}.parquet"] = file.getvalue()
-
-    def texts_of(name, file):
-        if name.endswith(".jsonl"):
-            read = (json.loads(line) for line in file.decode().split("\n") if line.strip())
-            return [row["text"] for row in read]
-        table = pyarrow.parquet.read_table(io.BytesIO(file), columns=["text"])
-        return table.column("text").to_pylist()
-
-    def read(case):
-        name, file = case
-        Path(name).write_bytes(file)
-        found = "".join(read_file(Path(name)))
-        texts = [text.removeprefix("\ufeff") for text in texts_of(name, file) if text]
-        texts = [text.replace("\r\n", "\n").replace("\r", "\n") for text in texts]
-        assert found == "".join(text if text.endswith("\n") else f"{text}\n" for text in texts)
-        assert found.encode("utf-8").strip()
-
-    for item in valid.items():
-        read(item)
-    changed = changed_values(objects).filter(lambda value: isinstance(value, list))
-    return st.one_of(
-        changed.map(lambda value: ("evil.jsonl", b"\n".join(map(json_bytes, value)))),
-        *(
-            changed_bytes(file, [*valid.values()]).map(lambda file, name=name: (name, file))
-            for name, file in valid.items()
-        ),
-    ), read
-
-
 def exported_folder():
     """`export.py --from`: the checkpoint that is made of it can be used; a refused one is gone."""
     make_checkpoint("x.pt", LETTERS)
@@ -395,37 +248,3 @@ def exported_folder():
         changed_safetensors(weights).map(lambda file: {"model.safetensors": file}),
         changed_bytes(weights).map(lambda file: {"model.safetensors": file}),
     ), read
-
-
-def resumed():
-    """What a checkpoint says of the optimizer, the progress and the random numbers of its run."""
-    trained = train_a_little()
-    parts = ("optimizer_state", "scheduler_state", "scaler_state", "rng_state", "data_state")
-    flags = ("--checkpoint-path", "c/evil", "--resume", "--max-steps", "3")
-
-    def read(case):
-        Path("c/evil_last.pt").write_bytes(saved(trained | case))
-        try:
-            assert train_shakespeare.main([*flags]) == 0
-        finally:
-            torch.set_flush_denormal(False)  # as training sets it, and Hypothesis has none
-        assert load_model("c/evil_last.pt")[2]["iter"] == 3
-
-    read({})
-    some = {name: trained[name] for name in parts}
-    return changed_values(some, PICKLED).filter(lambda value: isinstance(value, dict)), read
-
-
-FORMATS = {
-    "checkpoint": (checkpoint, 2500, 60),
-    "resumed": (resumed, 300, 6),
-    "tokenizer": (tokenizer, 1500, 50),
-    "token files": (token_files, 1000, 40),
-    "config": (config, 1200, 40),
-    "run folder": (run_folder, 1000, 40),
-    "text": (text, 800, 40),
-    "wiki file": (wiki_file, 500, 30),
-    "rows": (rows, 800, 40),
-    "exported folder": (exported_folder, 800, 20),
-}
-"""Per format: the function above, and how many cases the slow and the ordinary suite try."""
