@@ -24,6 +24,7 @@ FORMS = ("raw", "tokens", "txt")
 COMPRESSED = ("", ".xz", ".gz")
 CHUNK = 512  # tokens per forward pass of a context without bound
 DETOKENIZER = "that of Megatron-LM and lm-evaluation-harness"
+LARGEST = 1 << 24  # characters of a file: WikiText's own have 1.3 million
 # How WikiText's spaces around its tokens are taken out again (Megatron-LM, Shoeybi et al. 2019,
 # https://github.com/NVIDIA/Megatron-LM; lm-evaluation-harness has the same rules): in this order,
 # as regular expressions. The second can match nothing; it stays, so that texts are the same.
@@ -32,13 +33,9 @@ RULES = (
     (r"/' [0-9]/", r"/'[0-9]/"),
     *((f" @{mark}@ ", mark) for mark in "-,."),
     *((rf" {re.escape(mark)} ", f"{mark} ") for mark in ":;.!?,"),
-    *(
-        (rf"{a}\s*([^{b}]*?)\s*{b}", rf"{c}\1{d}")
-        for a, b, c, d in (
-            *((r"\(", r"\)", "(", ")"), (r"\[", r"\]", "[", "]"), ("{", "}", "{", "}")),
-            *(('"', '"', '"', '"'), ("'", "'", "'", "'")),
-        )
-    ),
+)
+PAIRS = ("()", "[]", "{}", '""', "''")  # after these, the spaces just within each pair
+LAST_RULES = (
     *(("= = = =", "===="), ("= = =", "==="), ("= =", "==")),
     *((" ° ", "°"), (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")),
 )
@@ -78,10 +75,42 @@ def articles(text):
 
 
 def detokenized(article):
-    """An article as people write it, by `RULES`."""
+    """An article as people write it."""
     for pattern, replacement in RULES:
         article = re.sub(pattern, replacement, article)
+    for opening, closing in PAIRS:
+        article = _closed_up(article, opening, closing)
+    for pattern, replacement in LAST_RULES:
+        article = re.sub(pattern, replacement, article)
     return article
+
+
+def _closed_up(text, opening, closing):
+    r"""The text without the spaces just within a pair of marks.
+
+    The others' rule is the expression `\(\s*([^\)]*?)\s*\)`, which takes hours for a bracket, many
+    spaces and no end. This finds the same in one pass.
+    """
+    end = text.rfind(closing) + 1  # no pair ends later
+    pair = f"{re.escape(opening)}([^{re.escape(closing)}]*){re.escape(closing)}"
+    closed = re.sub(pair, lambda found: opening + found[1].strip() + closing, text[:end])
+    return closed + text[end:]
+
+
+def read_wikitext(path):
+    """The text of a WikiText file.
+
+    Raises:
+        UserError: if it cannot be read, or is larger than WikiText's files: a small packed file
+            could fill the memory.
+    """
+    blocks, size = [], 0
+    for block in read_blocks(path):
+        size += len(block)
+        if size > LARGEST:
+            raise UserError(f"{path} has more than {LARGEST:,} letters: get WikiText's own file")
+        blocks.append(block)
+    return "".join(blocks)
 
 
 def wikitext(losses, tokenizer, path, block_size, stride=None):
@@ -101,7 +130,7 @@ def wikitext(losses, tokenizer, path, block_size, stride=None):
     Raises:
         UserError: if the file cannot be read, or the vocabulary leaves characters out.
     """
-    texts = articles("".join(read_blocks(path)))
+    texts = articles(read_wikitext(path))
     if not texts:
         raise UserError(f"{path} has no text: get WikiText's own file")
     # the first token of an article is predicted from a line end, for want of an end of text

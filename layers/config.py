@@ -13,6 +13,12 @@ LAWS = ("newton", "published")
 PUBLISHED_RADIUS = math.log1p(math.exp(4.0))  # softplus(4), where the first release starts
 NEWTON_RADIUS = 16.0
 LARGEST_EXPONENT = 1024  # the field is then practically a Gaussian
+# of a model: those of a stranger's config must not take minutes, or overflow, before memory ends
+LARGEST_SIZES = {
+    **dict.fromkeys(("vocab_size", "block_size", "hidden_dim", "num_heads", "mlp_dim"), 1 << 24),
+    **dict.fromkeys(("coord_dim", "head_coord_dim"), 1 << 24),
+    **{"num_layers": 1000, "exponent": LARGEST_EXPONENT},
+}
 POSITIONS = ("learned", "rotary", "alibi")
 SMEARS = ("none", "keys", "keys-values")
 
@@ -63,6 +69,10 @@ class ModelConfig:
 
     def __post_init__(self):
         check_settings(self)
+        for name, largest in LARGEST_SIZES.items():
+            if getattr(self, name, 0) > largest:
+                flag = "--" + name.replace("_", "-")
+                raise UsageError(f"{flag} is {getattr(self, name)}: give at most {largest}")
         if self.hidden_dim % self.num_heads:
             raise UsageError(
                 f"--hidden-dim {self.hidden_dim} is not divisible by --num-heads "
@@ -139,8 +149,6 @@ class NGTConfig(ModelConfig):
         if self.radius is None:
             self.radius = NEWTON_RADIUS if self.law == "newton" else PUBLISHED_RADIUS
         super().__post_init__()
-        if self.exponent > LARGEST_EXPONENT:
-            raise UsageError(f"--exponent is {self.exponent}: give at most {LARGEST_EXPONENT}")
         if self.use_soft_cutoff and not self.use_radius_cutoff:
             raise UsageError(
                 "--no-radius-cutoff and --use-soft-cutoff exclude each other: drop one of them"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from system.errors import UserError
 from system.numbers import LARGEST, limited
-from system.safe_text import one_line
+from system.safe_text import one_line, short_reason
 from training.config import described
 from training.run_log import read_metrics
 
@@ -119,8 +119,8 @@ def read_json(path, remedy):
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): {remedy}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({short_reason(error)}): {remedy}") from None
 
 
 def check_types(found, expected, where, remedy):
@@ -138,14 +138,20 @@ def check_types(found, expected, where, remedy):
     if not isinstance(found, dict):
         raise UserError(f"{where} holds no dictionary: {remedy}")
     for key, kind in expected.items():
-        if key not in found or not isinstance(found[key], kind):
+        value = found.get(key)
+        is_number = isinstance(value, int | float)  # a table can show neither NaN nor 10^400
+        if key not in found or not isinstance(value, kind) or (is_number and not _is_finite(value)):
             problem = f"a wrong {key}" if key in found else f"no {key}"
             raise UserError(f"{where} has {problem}: {remedy}")
 
 
 def _finite(row):
     # Python reads NaN and Infinity from JSON, and no table can show them
-    return {key: x if x is None or math.isfinite(x) else None for key, x in row.items()}
+    return {key: x if x is None or _is_finite(x) else None for key, x in row.items()}
+
+
+def _is_finite(number):
+    return abs(number) < 1e300  # also of a whole number too large for a float
 
 
 def find_runs(names, root=Path("runs")):

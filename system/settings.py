@@ -5,6 +5,7 @@ import dataclasses
 
 from system.cli import file_path
 from system.errors import UsageError
+from system.safe_text import short_reason, shown_short
 
 
 def setting(default, help, type=None, choices=None, flag=None, is_path=False):
@@ -42,16 +43,22 @@ def objection(field, value):
     if value is None:
         return None if field.default is None else "it is missing"
     if field.type is bool:
-        return None if type(value) is bool else f"{value!r} is neither on nor off"
+        return None if type(value) is bool else f"{shown_short(value)} is neither on nor off"
+    # a file may hold what no command line can
+    is_path = isinstance(value, str) and "\0" not in value
+    if not isinstance(value, str | int | float) or (field.metadata["is_path"] and not is_path):
+        return f"{shown_short(value)} is of another type"
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        return "it is too large: give less than 2^63"
     # what was parsed must be the value itself: 4.0 or "4" is no legal 4
     try:
         parsed = (field.metadata["type"] or str)(str(value))
     except argparse.ArgumentTypeError as error:
-        return str(error)
+        return short_reason(error)
     choices = field.metadata["choices"]
     if choices is not None and value not in choices:
-        return f"{value!r} is not known: choose one of {', '.join(choices)}"
-    return None if parsed == value else f"{value!r} is of another type"
+        return f"{shown_short(value)} is not known: choose one of {', '.join(choices)}"
+    return None if parsed == value else f"{shown_short(value)} is of another type"
 
 
 def check_settings(config):

@@ -20,6 +20,7 @@ import numpy as np
 
 from system.errors import UserError
 from system.files import write_whole
+from system.safe_text import one_line
 from text import shards
 from text.shards import TokenFilesError
 from text.stream import PIECE_CHARS, byte_bar, pieces, say_what_changed
@@ -74,6 +75,7 @@ def open_token_data(directory):
         tokenizer = tokenizer_from_vocab(vocab)
         are_splits = {"train", "valid"} <= {*meta["splits"]} <= {"train", "valid", "test"}
         is_ours = meta["format_version"] == FORMAT_VERSION and meta["dtype"] in DTYPES
+        is_ours = is_ours and all(type(meta[key]) is str for key in ("source", "source_sha256"))
         if not (is_ours and are_splits):
             raise TokenFilesError(f"{directory}/meta.json is of another program", directory)
         if tokenizer.fingerprint != meta["tokenizer_sha256"]:
@@ -81,7 +83,8 @@ def open_token_data(directory):
         dtype = np.dtype(meta["dtype"])
         splits = {}
         for name, split in meta["splits"].items():
-            if not all(type(split[key]) is int and split[key] > 0 for key in ("tokens", "bytes")):
+            counts = [split[key] for key in ("tokens", "bytes")]
+            if not all(type(count) is int and 0 < count < 1 << 62 for count in counts):
                 raise TokenFilesError(f"{directory}/meta.json has impossible counts", directory)
             splits[name] = shards.open_split(directory, name, split, dtype, tokenizer.vocab_size)
     except TokenFilesError:
@@ -90,6 +93,7 @@ def open_token_data(directory):
         raise TokenFilesError(f"{directory}/vocab.json: {error}", directory) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TokenFilesError(f"{directory} is damaged ({error})", directory) from None
+    meta["source"] = one_line(meta["source"])  # a stranger's text, which will be printed
     return TokenData(directory, meta, tokenizer, splits)
 
 

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from system.errors import UserError
 from system.files import write_whole
+from system.safe_text import short_reason, shown_short
 from text.byte_level import (
     BYTE_OF_LETTER,
     LONGEST_TOKEN,
@@ -120,13 +121,17 @@ class BPETokenizer(_Tokenizer):
         try:
             used = json.dumps(byte_level_parts(json.loads(tokenizer_json)))
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise UserError(f"not a file of the tokenizers library: {error}") from None
+            raise UserError(
+                f"not a file of the tokenizers library: {short_reason(error)}"
+            ) from None
         try:
             self._tokenizer = Tokenizer.from_str(used)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the library raises bare Exception, or panics
-            raise UserError(f"not a file of the tokenizers library: {error}") from None
+            raise UserError(
+                f"not a file of the tokenizers library: {short_reason(error)}"
+            ) from None
         self._json = tokenizer_json
         self.vocab_size = self._tokenizer.get_vocab_size()
         if {*self._tokenizer.get_vocab().values()} != {*range(self.vocab_size)}:
@@ -193,6 +198,10 @@ class BPETokenizer(_Tokenizer):
         write_whole(Path(path), self._json.encode())
 
 
+def _no_tokenizer(error):
+    return f"not a file of the tokenizers library: {short_reason(error)}"
+
+
 @contextlib.contextmanager
 def _failures_named():
     """A context that turns the library's own errors, bare Exception or a panic, into UserError."""
@@ -214,7 +223,7 @@ class TiktokenTokenizer(_Tokenizer):
         known = tiktoken.list_encoding_names()
         if encoding_name not in known:
             raise UserError(
-                f"--tiktoken-encoding {encoding_name} is not installed; there are: "
+                f"--tiktoken-encoding {encoding_name[:80]} is not installed; there are: "
                 f"{', '.join(known)}"
             )
         try:
@@ -297,7 +306,7 @@ def tokenizer_from_vocab(vocab):
             return TiktokenTokenizer(_text(vocab["encoding_name"]))
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"the vocabulary is damaged ({type(error).__name__}: {error})") from None
-    raise UserError(f"the vocabulary is of an unknown type: {kind!r}")
+    raise UserError(f"the vocabulary is of an unknown type: {shown_short(kind)}")
 
 
 def _text(value):
