@@ -71,7 +71,8 @@ class Trainer:
     def __init__(self, config, data, device, ranks=None, runs_ahead=None):
         self.config, self.data, self.device = config, data, device
         self.ranks = ranks or Ranks()
-        keep_freed_memory()
+        if config["shard"] != "model":  # gathered layers would leave gaps that nothing fills
+            keep_freed_memory()
         self.runs_ahead = device.type == "cuda" if runs_ahead is None else runs_ahead
         vocab_size = data.tokenizer.vocab_size
         self.raw_model = build_model(config | {"vocab_size": vocab_size})
