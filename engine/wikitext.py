@@ -31,7 +31,7 @@ LARGEST = 1 << 24  # characters of a file: WikiText's own have 1.3 million
 RULES = (
     (r"s '", "s'"),
     (r"/' [0-9]/", r"/'[0-9]/"),
-    *((f" @{mark}@ ", mark) for mark in "-,."),
+    *((f" @{re.escape(mark)}@ ", mark) for mark in "-,."),
     *((rf" {re.escape(mark)} ", f"{mark} ") for mark in ":;.!?,"),
 )
 PAIRS = ("()", "[]", "{}", '""', "''")  # after these, the spaces just within each pair

@@ -9,7 +9,6 @@ import io
 import json
 import lzma
 import math
-import re
 from pathlib import Path
 from unittest import mock
 
@@ -86,7 +85,7 @@ def wiki_file():
         Path("wiki.test.raw").write_bytes(case)
         for article in articles(read_wikitext(Path("wiki.test.raw"))):
             found = detokenized(article)
-            if max(map(len, re.findall(r"\s+", article)), default=0) < 50:  # or that takes hours
+            if len(article) < 1000:  # or the published expressions take hours
                 assert found == published(article)
 
     read(valid.encode())

@@ -164,6 +164,11 @@ def test_what_was_found(name, in_tmp):
     assert attempt(lambda make: make(), FOUND[name]) == "refused"
 
 
+def test_only_a_point_becomes_a_point():
+    """The expression for " @.@ " once took any character for the point."""
+    assert detokenized("3 @.@ 5 and 3 @/@ 5") == "3.5 and 3 @/@ 5"
+
+
 def test_brackets_and_spaces():
     """The published expressions need hours for these; with an end, the spaces go."""
     for opening, closing in PAIRS:
