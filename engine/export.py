@@ -23,7 +23,8 @@ from system.safe_text import short_reason
 HERE = Path(__file__).resolve().parent
 WEIGHTS, CONFIG, OURS = "model.safetensors", "config.json", "newton_gravity"
 LARGEST_JSON = 1 << 28  # bytes
-KEPT = ("iter", "best_val", "config", "vocab")  # of a checkpoint, beside its weights
+NEEDED = ("config", "vocab")  # of a checkpoint, beside its weights
+KEPT = (*NEEDED, "iter", "best_val")
 
 
 def export(path, folder, format):
@@ -52,7 +53,7 @@ def export(path, folder, format):
     weights = {name: tensor.contiguous() for name, tensor in checkpoint["model_state"].items()}
     if model_config(config).tie_head:  # one matrix, under one name
         weights.pop("head.weight", None)
-    given = {OURS: {name: checkpoint.get(name) for name in KEPT}}
+    given = {OURS: {name: checkpoint[name] for name in KEPT if name in checkpoint}}
     if format == "huggingface":
         given |= _hugging_face_config(config)
         _write_hugging_face_files(folder, tokenizer_of(checkpoint, path))
@@ -112,7 +113,7 @@ def restore(folder, path):
     given = _read_config(folder / CONFIG)
     checkpoint = {
         **{"format_version": FORMAT_VERSION, "model_state": _read_weights(folder / WEIGHTS)},
-        **{name: given[name] for name in KEPT},
+        **{name: given[name] for name in KEPT if name in given},
     }
     state = checkpoint["model_state"]
     if "head.weight" not in state and "token_emb.weight" in state:
@@ -130,7 +131,7 @@ def _read_config(path):
         if path.stat().st_size > LARGEST_JSON:
             raise ValueError("too large")
         given = json.loads(path.read_text(encoding="utf-8"))[OURS]
-        if not isinstance(given, dict) or not given.keys() >= {*KEPT}:
+        if not isinstance(given, dict) or not given.keys() >= {*NEEDED}:
             raise ValueError(f"{OURS} lacks parts")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
