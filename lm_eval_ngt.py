@@ -63,7 +63,8 @@ def harness_class():
     from lm_eval.utils import get_rolling_token_windows
     from tqdm import tqdm
 
-    from engine.generation import TokenStream
+    from engine.generation import TokenStream, sample
+    from engine.kv_cache import KVCache
 
     class HarnessModel(TemplateLM):
         """A checkpoint as the harness sees it. A line end stands for the start of a text."""
@@ -122,27 +123,66 @@ def harness_class():
             return sums
 
         def generate_until(self, requests, disable_tqdm=False):
-            """The continuation of each context up to the first of its stops, which is left out."""
-            return [
-                self._answer(*request.args)
-                for request in tqdm(requests, "answers", disable=disable_tqdm, delay=2)
-            ]
+            """The continuation of each context up to the first of its stops, which is left out.
 
-        def _answer(self, context, settings):
+            Contexts of one length and with the same settings are read and continued together.
+            """
+            contexts = [self.encode(r.args[0]) or [self.line_end] for r in requests]
+            groups = {}
+            for n, request in enumerate(requests):
+                settings = json.dumps(request.args[1], sort_keys=True, default=str)
+                groups.setdefault((len(contexts[n]), settings), []).append(n)
+            found = [None] * len(requests)
+            with tqdm(total=len(requests), desc="answers", disable=disable_tqdm, delay=2) as bar:
+                for members in groups.values():
+                    for start in range(0, len(members), self.batch_size):
+                        chosen = members[start : start + self.batch_size]
+                        texts = [contexts[n] for n in chosen]
+                        answers = self._answers(texts, requests[chosen[0]].args[1])
+                        for n, answer in zip(chosen, answers, strict=True):
+                            found[n] = answer
+                        bar.update(len(chosen))
+            return found
+
+        @torch.inference_mode()
+        def _answers(self, contexts, settings):
+            """The continuations of contexts of one length."""
             until = settings.get("until") or []
-            until = [until] if isinstance(until, str) else until
+            stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
             is_random = settings.get("do_sample", False)
             temperature = float(settings.get("temperature", 1.0)) if is_random else 0.0
-            stream, answer = TokenStream(self.model), []
-            stream.feed(self.encode(context) or [self.line_end])
             new_tokens = int(settings.get("max_gen_toks", NEW_TOKENS))
+            limit = self.model.max_context
+            if limit is not None and len(contexts[0]) + new_tokens > limit:
+                return [self._sliding(text, stops, new_tokens, temperature) for text in contexts]
+            cache, answers = KVCache(), [[] for _ in contexts]
+            tokens = torch.tensor(contexts, device=self._device)
+            for _ in range(new_tokens):
+                logits = self.model(tokens, kv_cache=cache)[:, -1]
+                tokens = torch.tensor([[sample(row, temperature)] for row in logits]).to(
+                    logits.device
+                )
+                for answer, token in zip(answers, tokens[:, 0].tolist(), strict=True):
+                    answer.append(token)
+                if all(self._cut(answer, stops)[1] for answer in answers):
+                    break
+            return [self._cut(answer, stops)[0] for answer in answers]
+
+        def _sliding(self, context, stops, new_tokens, temperature):
+            """The continuation of a context that is too long to be read with it at once."""
+            stream, answer = TokenStream(self.model), []
+            stream.feed(context)
             for token in stream.generate(new_tokens, temperature=temperature):
                 answer.append(token)
-                text = self.decode(answer)
-                ends = [text.index(stop) for stop in until if stop and stop in text]
-                if ends:
-                    return text[: min(ends)]
-            return self.decode(answer)
+                if self._cut(answer, stops)[1]:
+                    break
+            return self._cut(answer, stops)[0]
+
+        def _cut(self, answer, stops):
+            """`(text up to the first stop, whether there is one)`."""
+            text = self.decode(answer)
+            ends = [text.index(stop) for stop in stops if stop in text]
+            return (text[: min(ends)], True) if ends else (text, False)
 
     return HarnessModel
 

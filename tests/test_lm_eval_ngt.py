@@ -18,7 +18,10 @@ import lm_eval_ngt
 
 TEXT = " = One =\n\n the cat sat on the mat .\n\n = Two =\n\n a dog ran , it ran far away .\n"
 TOKENIZER = CharTokenizer.train([TEXT])
-CHOICES = [("the cat", [" sat", " ran away"]), ("a dog ran", [" far", " , it"]), ("it", [".", "a"])]
+CHOICES = [
+    *(("the cat", [" sat", " ran away"]), ("a dog ran", [" far", " , it"])),
+    *(("it", [".", "a"]), ("a cat .", [" it", "at"])),
+]
 WIKITEXT = "lm_eval.tasks.wikitext.preprocess_wikitext"
 TASKS = {
     "pages": f"""
@@ -97,6 +100,20 @@ def test_three_kinds_of_tasks(in_tmp, monkeypatch):
     ours = json.loads(Path("ours.json").read_text())["by_context"][0]
     for name in ("word_perplexity", "bits_per_byte"):
         assert found["pages"][f"{name},none"] == pytest.approx(ours[name], rel=1e-3)
+
+
+@pytest.mark.parametrize("pos", ["rotary", "learned"])
+def test_answers_beyond_the_positions_of_vanilla(pos, in_tmp):
+    """One by one, in a context that slides; within the positions together. Both as the chat has it."""
+    model = make_checkpoint("x.pt", TOKENIZER, model_type="vanilla", pos=pos)  # 16 positions
+    harness = lm_eval_ngt.harness_class()(model, TOKENIZER, 2, 16)
+    contexts = [TOKENIZER.encode(text) for text in ("the cat", "a dog r")]
+    for count in (5, 30):
+        found = harness._answers(contexts, {"until": [], "max_gen_toks": count})
+        for context, answer in zip(contexts, found, strict=True):
+            stream = TokenStream(model)
+            stream.feed(context)
+            assert answer == TOKENIZER.decode(list(stream.generate(count, temperature=0)))
 
 
 def test_what_is_refused(in_tmp):
