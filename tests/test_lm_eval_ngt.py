@@ -104,7 +104,7 @@ def test_three_kinds_of_tasks(in_tmp, monkeypatch):
 
 @pytest.mark.parametrize("pos", ["rotary", "learned"])
 def test_answers_beyond_the_positions_of_vanilla(pos, in_tmp):
-    """One by one in a context that slides, within the positions together; both as the chat has it."""
+    """One by one in a context that slides, else together; both as the chat has it."""
     model = make_checkpoint("x.pt", TOKENIZER, model_type="vanilla", pos=pos)  # 16 positions
     harness = lm_eval_ngt.harness_class()(model, TOKENIZER, 2, 16)
     contexts = [TOKENIZER.encode(text) for text in ("the cat", "a dog r")]
