@@ -296,7 +296,7 @@ def test_resume_refuses_what_contradicts_the_checkpoint(in_tmp, small_text, caps
         (("--learning-rate", "nan"), 2, ("--learning-rate",)),
         (("--dropout", "1"), 2, ("--dropout",)),
         (("--max-steps", "many"), 2, ("--max-steps",)),
-        (("--hidden-dim", "4000000000000", "--coord-dim", "1"), 1, ("memory",)),
+        (("--hidden-dim", "4000000", "--coord-dim", "1"), 1, ("memory",)),
         (("--device", "warp"), 2, ("--device", "cpu")),
         (("--resume-from", "none.pt"), 1, ("none.pt", "does not exist")),
         (("--tokenizer", "bpe", "--bpe-vocab-size", "9"), 2, ("--bpe-vocab-size",)),
