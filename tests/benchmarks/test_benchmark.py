@@ -237,7 +237,7 @@ def test_preparing_a_large_text(in_tmp, small_text, monkeypatch):
     assert numbers["gigabytes"] == pytest.approx(200 * 24_000 / 1e9)  # no file is smaller
     seconds, _, megabytes = zip(*numbers["curve"], strict=True)
     assert list(seconds) == sorted(seconds) and numbers["peak_mb"] == max(megabytes) > 20
-    assert numbers["hours_for_target"] > max(seconds) / 3600
+    assert numbers["hours_for_target"] > 0.9 * max(seconds) / 3600
     assert not list((in_tmp / "big").iterdir())
 
 
