@@ -238,7 +238,8 @@ def test_preparing_a_large_text(in_tmp, small_text, monkeypatch):
     seconds, _, megabytes = zip(*numbers["curve"], strict=True)
     assert list(seconds) == sorted(seconds) and numbers["peak_mb"] == max(megabytes) > 20
     assert numbers["hours_for_target"] > 0.9 * max(seconds) / 3600
-    assert not list((in_tmp / "big").iterdir())
+    # PyTorch may leave an empty folder
+    assert not [path for path in (in_tmp / "big").rglob("*") if path.is_file()]
 
 
 def test_models_take_turns():
