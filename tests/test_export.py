@@ -69,6 +69,8 @@ def test_transformers_gives_the_same_logits(kind, saved):
     written = list(stream.generate(12, temperature=0))
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), tokens], 1)
     mask = (torch.arange(padded.shape[1]) >= 3).long()[None]
+    found = theirs(padded, attention_mask=mask).logits[:, 3:]
+    assert torch.allclose(found, expected, atol=1e-5)
     both = torch.cat([padded, padded.flip(1)]), torch.cat([mask, torch.ones_like(mask)])
     for use_cache in (True, False):
         found = theirs.generate(

@@ -297,15 +297,21 @@ def test_whole_characters_of_a_byte_level_vocabulary(open_map):
 
 
 def test_where_a_page_opens(open_map):
-    """At the strongest pull by a letter more than one back; --layer and the address win."""
-    model = make_checkpoint("x.pt")
+    """At the strongest pull by a word more than one back; --layer and the address win."""
+    bpe = BPETokenizer.train([TEXT] * 5, 280)
+    model = make_checkpoint("x.pt", bpe, num_layers=3, num_heads=2, hidden_dim=24)
     page, (run,) = open_map("--text", TEXT)
     (token,) = selected(page)
-    weights = pull_weights(model, torch.tensor([run["tokens"]]))[:, :, token, : token - 1]
-    weights *= torch.tensor([text.isalnum() for text in run["texts"][: token - 1]])
-    layer, head = np.unravel_index(int(weights.amax(-1).argmax()), weights.shape[:2])
+    weights = pull_weights(model, torch.tensor([run["tokens"]]))[:, :, token]
+    weights *= torch.tensor([any(map(str.isalnum, text)) for text in run["texts"]])
+
+    def strongest(end):
+        return np.unravel_index(int(weights[..., :end].amax(-1).argmax()), weights.shape[:2])
+
+    layer, head = strongest(token - 1)
     assert page.input_value("#layer") == str(layer + 1)
     assert page.input_value("#head") == str(head)
+    assert (layer, head) not in (strongest(token), strongest(token + 1))
     page, _ = open_map("--text", TEXT, "--layer", "1")
     assert page.input_value("#layer") == "1" and page.input_value("#head") == "mean"
     page, _ = open_map("--text", TEXT, "--layer", "1", address="#layer=2&head=1")
@@ -439,6 +445,8 @@ def test_two_runs_side_by_side(open_map):
         assert stage["x"] < box["x"] < box["x"] + box["width"] <= stage["x"] + stage["width"] + 1
         assert box["y"] >= stage["y"] + stage["height"] and box["y"] + box["height"] <= 800
     # lines break between words only
+    shown = page.locator(".words .text").nth(1)
+    assert shown.text_content() == "".join(two["texts"]).replace("␣", " ").replace("⏎", "\n")
     lines = page.locator(".words").nth(1).locator(".token").evaluate_all(LINES_OF_TOKENS)
     for (text, first, _), (before, _, last) in zip(lines[1:], lines, strict=False):
         assert first == last or text.startswith(" ") or before.endswith(" ")
