@@ -151,6 +151,7 @@ def main(argv=None):
     settings = {name: getattr(args, name) for name in SETTINGS}
     about = introduction(model, checkpoint, path)
     if args.serve:
+        from coords import live
         from talk.look import Look
         from talk.server import KEPT_TOKENS, serve
 
@@ -158,7 +159,7 @@ def main(argv=None):
         conversation.warm_up()
         host = DEFAULT_HOST if args.host is None else args.host
         port = DEFAULT_PORT if args.port is None else args.port
-        look = Look(conversation, checkpoint, path)
+        look = Look(conversation, checkpoint, path, live)
         return serve(conversation, host, port, one_line(about), look)
     conversation = Conversation(model, tokenizer, settings)
     chat = Chat(conversation)

@@ -4,18 +4,13 @@ A question is checked as it comes, then answered on the model's thread. No answe
 or the conversation.
 """
 
-import html
 import re
 
 import torch
 
-from coords.draw import read_run
-from coords.page import ROOT, page_script, page_style, run_data
 from engine.generation import TokenStream
 from engine.interventions import logits_after
 from system.errors import UserError
-from system.markdown import json_for_script
-from system.safe_text import printable
 from talk.conversation import DRAWING, NO_TEXT_YET
 from talk.requests import Refused, checked_text
 from talk.suggestions import suggestions
@@ -48,12 +43,13 @@ class Look:
     Args:
         conversation: a `Conversation` that keeps tokens.
         checkpoint, path: of its model.
+        page: what makes the page, `coords.live`, handed in because talk stands beside coords.
     """
 
-    def __init__(self, conversation, checkpoint, path):
+    def __init__(self, conversation, checkpoint, path, page):
         self.conversation = conversation
         self.model, self.tokenizer = conversation.stream.model, conversation.tokenizer
-        self.checkpoint, self.path = checkpoint, path
+        self.checkpoint, self.path, self.page = checkpoint, path, page
         self.most_tokens = min(MOST_TOKENS, self.model.max_context or MOST_TOKENS)
         self.suggestions = suggestions(checkpoint, self.tokenizer)
         self.actions = {
@@ -64,26 +60,7 @@ class Look:
 
     def files(self):
         """The page and its files, by path, as `requests.read_files` gives them."""
-        given = {"layer": None, "live": True, "runs": []}
-        given["suggestions"] = self.suggestions
-        page = (ROOT / "coords/page.html").read_text(encoding="utf-8")
-        # a policy that allows inline scripts is for a page without a server
-        page = re.sub(r"<meta http-equiv[^>]*>\n", "", page)
-        parts = {
-            "<style>{{style}}</style>": '<link rel="icon" href="data:,">\n'
-            '<link rel="stylesheet" href="/look.css">',
-            "<script>\n{{script}}\n</script>": '<script src="/look.js"></script>',
-            "{{title}}": html.escape(f"Look inside {printable(str(self.path))}"),
-            "{{data}}": json_for_script(given),
-        }
-        for placeholder, part in parts.items():
-            page = page.replace(placeholder, part)
-        style = page_style() + (ROOT / "coords/live.css").read_text(encoding="utf-8")
-        return {
-            "/look": (page.encode(), "text/html; charset=utf-8"),
-            "/look.css": (style.encode(), "text/css; charset=utf-8"),
-            "/look.js": (page_script().encode(), "text/javascript; charset=utf-8"),
-        }
+        return self.page.live_files(self.path, self.suggestions)
 
     def text(self, request):
         """A question: a run of the text, or of the conversation if `conversation` is true."""
@@ -146,12 +123,12 @@ class Look:
             cut += ": this model reads no more" if most < MOST_TOKENS else ""
             note = f"{note}; {cut}" if note else cut
         loaded = self.model, self.tokenizer, self.checkpoint
-        run = read_run(loaded, self.path, tokens, source, live=True)
+        run = self.page.live_run(loaded, self.path, tokens, source)
         return {
             "layer": None,
             "text": CONTROL.sub("\ufffd", self.tokenizer.decode(tokens)),
             "note": note,
-            "runs": [run_data(run)],
+            "runs": [run],
         }
 
     def _compare(self, tokens, changes, at):

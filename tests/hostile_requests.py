@@ -13,6 +13,7 @@ import time
 
 from hypothesis import strategies as st
 
+from coords import live
 from engine.checkpoint import load_model
 from mutations import changed_bytes, changed_values
 from small_models import make_checkpoint
@@ -48,7 +49,9 @@ def chat_requests():
     model, tokens, checkpoint = load_model("x.pt")
     start = dict.fromkeys(SETTINGS) | {"temperature": 1.0, "max_new_tokens": 4, "seed": 5}
     conversation = Conversation(model, tokens, start, KEPT_TOKENS)
-    server = ChatServer("127.0.0.1", 0, conversation, "", Look(conversation, checkpoint, "x.pt"))
+    server = ChatServer(
+        "127.0.0.1", 0, conversation, "", Look(conversation, checkpoint, "x.pt", live)
+    )
     for function in (server.serve_forever, server.work):
         threading.Thread(target=function, daemon=True).start()
     port = server.server_address[1]

@@ -38,8 +38,7 @@ LAYERS = (
     "gravity text web",
     "data model vanilla_model",
     "engine",
-    "training coords",
-    "talk",  # its live page is that of coords
+    "training talk coords",
     "reporting benchmarks",
 )
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from asker import Asker
+from coords import live
 from engine.checkpoint import load_model
 from small_models import LETTERS, make_checkpoint, make_checkpoint_with_background
 from system.safe_text import printable
@@ -34,7 +35,7 @@ def served(make=make_checkpoint, **config):
     make("x.pt", **config)
     model, tokenizer, checkpoint = load_model("x.pt", "cpu")
     conversation = Conversation(model, tokenizer, dict(CHANCE), KEPT_TOKENS)
-    look = Look(conversation, checkpoint, "x.pt")
+    look = Look(conversation, checkpoint, "x.pt", live)
 
     def leave(_):
         raise KeyboardInterrupt

@@ -17,6 +17,7 @@ import torch
 import chat
 from asker import Asker
 from conftest import BROWSER, ROOT
+from coords import live
 from engine.checkpoint import load_model
 from small_models import make_checkpoint, make_checkpoint_with_background, pull_weights
 from system.errors import UserError
@@ -262,7 +263,7 @@ def test_strangers_and_nonsense_are_refused_in_one_line(server):
 
 
 def chat_server(conversation, host="127.0.0.1"):
-    return ChatServer(host, 0, conversation, "", Look(conversation, {"config": {}}, "x.pt"))
+    return ChatServer(host, 0, conversation, "", Look(conversation, {"config": {}}, "x.pt", live))
 
 
 def make_conversation(tokenizer=LETTERS, kept_tokens=KEPT_TOKENS, **config):
