@@ -16,7 +16,7 @@ import torch
 
 from gravity import attention, blocked, cpu
 from gravity.tiles import PackedInputs
-from map_browser import browser, open_map  # noqa: F401, fixtures
+from map_browser import browser, new_page, open_map, show  # noqa: F401, fixtures
 from system.machine import cpu_multiplies_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,7 +63,7 @@ def pytest_xdist_make_scheduler(config, log):
 @functools.cache
 def _is_kept_together(path):
     text = (ROOT / path).read_text(encoding="utf-8")
-    return re.search(r'scope="module"|\b(open_map|browser)\b', text) is not None
+    return re.search(r'scope="module"|\b(open_map|show|new_page|browser)\b', text) is not None
 
 
 @pytest.hookimpl(tryfirst=True)

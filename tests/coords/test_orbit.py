@@ -6,47 +6,23 @@ import numpy as np
 import pytest
 import torch
 
-import visualize_coords
-from conftest import BROWSER
 from engine.pulls import listen
 from gravity.law import gravity_field
 from map_contents import TEXT
 from small_models import LETTERS, make_checkpoint, make_checkpoint_with_background
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright here")
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium here")
-FLAGS = ["--no-sandbox", "--disable-background-networking"]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS)
-        yield browser
-        browser.close()
-
 
 @pytest.fixture
-def open_orbit(browser, in_tmp):
-    """A function that writes a page of x.pt and opens it at an address; no error may happen."""
-    wrong, contexts = [], []
+def open_orbit(open_map):
+    """A function that writes a page of x.pt and opens it at an address."""
 
-    def open_orbit(address="", *flags, text=TEXT, width=1280, height=800, motion="reduce", **more):
-        flags = ("--checkpoint-path", "x.pt", "--text", text, "--output", "map.html", *flags)
-        visualize_coords.main(list(flags))
-        size = {"width": width, "height": height}
-        contexts.append(browser.new_context(viewport=size, reduced_motion=motion, **more))
-        page = contexts[-1].new_page()
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("console", lambda line: line.type == "error" and wrong.append(line.text))
-        page.goto(f"file://{in_tmp}/map.html#{address}")
-        page.wait_for_selector("body[data-ready]", state="attached")
+    def open_orbit(address="", *flags, text=TEXT, motion="reduce", **more):
+        page, _ = open_map(
+            *("--text", text, *flags), address=f"#{address}", reduced_motion=motion, **more
+        )
         return page
 
-    yield open_orbit
-    for context in contexts:
-        context.close()
-    assert not wrong
+    return open_orbit
 
 
 @torch.no_grad()

@@ -1,130 +1,31 @@
-"""The map on its canvas, the charts and the scale of masses, in a real browser."""
+"""The map on its canvas and the charts, in a real browser."""
 
 import base64
-import io
-import json
 import re
-from types import SimpleNamespace
 
-import matplotlib.image
 import numpy as np
 import pytest
 
-from coords.still import MASS_COLOURS, mass_scale
-from map_browser import selected
+from map_browser import selected, wait_until
 from map_contents import TEXT, shares_of, unpacked
+from map_scene import (
+    ACCENT,
+    INK,
+    RECORD,
+    WORDS,
+    box_middle,
+    camera,
+    in_the_box,
+    is_colour,
+    on_screen,
+    pixels,
+    projected,
+    rewrite,
+    settle,
+    words_checkpoint,
+    written,
+)
 from small_models import make_checkpoint
-from text.tokenizer import BPETokenizer
-
-WORDS = TEXT + " and then sleeps under an old brown tree beside the quick river"
-ACCENT, INK, TWIN, CARD = (213, 94, 0), (31, 35, 40), (0, 114, 178), (255, 255, 255)
-EYE = 4  # half widths of the longest axis
-# what the map draws on its canvas, until the next whole picture: words [text, x, y, width] and
-# discs [x, y, radius]
-RECORD = """() => {
-  const pen = CanvasRenderingContext2D.prototype;
-  const [write, clear, arc] = [pen.fillText, pen.fillRect, pen.arc];
-  pen.arc = function (...given) {
-    window.discs.push(given.slice(0, 3));
-    arc.apply(this, given);
-  };
-  pen.fillText = function (text, x, y) {
-    window.written.push([text, x, y, this.measureText(text).width]);
-    write.call(this, text, x, y);
-  };
-  pen.fillRect = function (...box) {
-    [window.written, window.discs] = [[], []];
-    clear.apply(this, box);
-  };
-}"""
-
-
-def words_checkpoint(path="x.pt", **config):
-    """A checkpoint whose tokens are parts of words; letters would be drawn as letters."""
-    return make_checkpoint(path, BPETokenizer.train([TEXT] * 5, 280), **config)
-
-
-def settle(page):
-    """Wait until what was asked for is drawn: the map draws in the next frame."""
-    page.wait_for_timeout(30)
-    page.evaluate("() => new Promise(done => requestAnimationFrame(() => setTimeout(done)))")
-
-
-def camera(page):
-    settle(page)
-    return np.array(
-        page.locator(".scene canvas").first.get_attribute("data-camera").split(","), float
-    )
-
-
-def in_the_box(run, layer):
-    """Places of tokens after a layer, in half widths of the longest axis, from the box's middle.
-
-    The box is fitted to the layer, with the shape of that around all layers.
-    """
-    every = np.array(run["points"])
-    low, high = every[layer].min(0), every[layer].max(0)
-    half = 1.06 * np.ptp(every, (0, 1)) / 2
-    unit = half.max() * (1.06 * (high - low) / 2 / half).max()
-    return (every[layer] - (low + high) / 2) / unit
-
-
-def projected(places, turn, tilt, middle):
-    """Pixels (x, y) and depth of places, seen from an eye `EYE` away from the box's middle."""
-    left, top, scale = middle
-    eye = np.array([np.cos(tilt) * np.cos(turn), np.cos(tilt) * np.sin(turn), np.sin(tilt)])
-    right = np.cross([0, 0, 1], eye)
-    right /= np.linalg.norm(right)
-    up = np.cross(eye, right)
-    size = scale * EYE / (EYE - places @ eye)
-    return np.stack([left + places @ right * size, top - places @ up * size, places @ eye], 1)
-
-
-def box_middle(page):
-    """The middle of the box in pixels of the page, and the pixels of a half width."""
-    canvas = page.locator(".scene canvas").first
-    left, top, scale = map(float, canvas.get_attribute("data-middle").split(","))
-    frame = canvas.bounding_box()
-    return frame["x"] + left, frame["y"] + top, scale
-
-
-def on_screen(page, run, layer):
-    """Pixels (x, y) of the page and depth of tokens, from the camera that the page reports."""
-    return projected(in_the_box(run, layer), *camera(page)[:2], box_middle(page))
-
-
-def written(page):
-    """[[text, x, y, width], ...] of the next picture."""
-    page.evaluate(RECORD)
-    page.focus(".scene canvas")
-    page.evaluate("window.written = []")
-    page.keyboard.press("0")
-    page.wait_for_function("window.written.length > 0")
-    return page.evaluate("window.written")
-
-
-def pixels(page):
-    page.mouse.move(2, 2)
-    settle(page)
-    return matplotlib.image.imread(io.BytesIO(page.screenshot()))[..., :3] * 255
-
-
-def is_colour(picture, place, colour):
-    """Whether a pixel within 2 of a place has a colour: an edge may cover the middle."""
-    x, y = round(place[0]), round(place[1])
-    near = picture[y - 2 : y + 3, x - 2 : x + 3].reshape(-1, 3)
-    return np.abs(near - colour).max(1).min() < 14
-
-
-def rewrite(in_tmp, change):
-    """Change the data of runs in the page that was written last."""
-    text = (in_tmp / "map.html").read_text(encoding="utf-8")
-    found = re.search(r'(id="data"[^>]*>)(.*?)(</script>)', text, re.S)
-    data = json.loads(found[2])
-    for run in data["runs"]:
-        change(run)
-    text = text[: found.start(2)] + json.dumps(data) + text[found.end(2) :]
-    (in_tmp / "map.html").write_text(text, encoding="utf-8")
 
 
 def test_tokens_are_where_the_camera_shows_them(open_map):
@@ -328,7 +229,7 @@ def test_letters_a_phone_and_lines_on_log_axes(open_map, in_tmp):
     assert zoomed[2] == pytest.approx(3, rel=0.1)
     page.evaluate("document.body.style.minHeight = '2000px'")
     swiped = swipe((0, 60, 0, -60))
-    page.wait_for_function("scrollY > 60")
+    wait_until(page, "scrollY > 60")
     assert abs(swiped[0] - zoomed[0]) < 0.1
 
     # curves
@@ -381,67 +282,3 @@ def test_letters_a_phone_and_lines_on_log_axes(open_map, in_tmp):
     for view in ("map", "masses"):
         page.click(f"#tab-{view}")
         assert "See Heads" in page.inner_text(".no-picture:visible")
-
-
-def share_of_scale(mass, high):
-    return np.clip(0.5 + np.log(mass) / np.log(high) / 2, 0, 1)
-
-
-def test_masses_on_one_scale_around_1(open_map, in_tmp):
-    """Colours and sizes by the ratio to 1; the same in the map, the chart, both runs and stills."""
-    words_checkpoint()
-    words_checkpoint("y.pt", hidden_dim=24)
-    page, runs = open_map(
-        "--text",
-        WORDS,
-        "--compare",
-        "y.pt",
-        address="#view=map&token=20&colour=mass&layer=2&fit=layer",
-    )
-    masses = np.concatenate([run["mass"] for run in runs])
-    high = max(1 / 0.9, masses.max(), 1 / masses.min())
-    legends = page.locator(".scene .legend").all_inner_texts()
-    assert legends[0].split("mass")[0] == legends[1].split("mass")[0]
-    low_and_high = [float(x) for x in re.findall(r"[\d.]+", legends[0])[:2]]
-    assert np.allclose(low_and_high, [1 / high, high], rtol=0.006)
-    still = [SimpleNamespace(measured=SimpleNamespace(mass=np.array(run["mass"]))) for run in runs]
-    assert np.allclose(mass_scale(still), [1 / high, high], rtol=1e-4)
-    picture = pixels(page)
-    shown = MASS_COLOURS(share_of_scale(runs[0]["mass"][20], high))[:3]
-    assert is_colour(picture, on_screen(page, runs[0], 2)[20], 255 * np.array(shown))
-
-    # the chart: every point at its mass and frequency, as the ticks beside it have them
-    page.click("#tab-masses")
-    read = """(name) => [...document.querySelectorAll('.masses')[0].querySelectorAll(name)].map(
-      n => [...['cx', 'cy', 'r', 'x', 'y', 'y1'].map(a => Number(n.getAttribute(a))), n.textContent,
-        getComputedStyle(n).fill])"""
-    given = runs[0]["vocabulary"]
-    points = page.evaluate(read, ".point")
-    ticks = page.evaluate(read, ".tick")
-    up = [(float(t), y - 4) for *_, x, y, _, t, _ in ticks if x < 55]
-    along = {t: x for *_, x, y, _, t, _ in ticks if x > 55}
-    (one, y_one), (two, y_two) = up[0], up[-1]
-    at = y_one + np.log(np.array(given["masses"]) / one) / np.log(two / one) * (y_two - y_one)
-    assert np.allclose([p[1] for p in points], at, atol=0.1) and one < two
-    far = np.log2(2 * np.maximum(given["counts"], 0.5)) * (along["1"] - along["never"])
-    assert np.allclose([p[0] for p in points], along["never"] + far, atol=0.1)
-    assert max(given["counts"]) > 2
-    # what is beyond the masses of the text looks like the last of them
-    share = share_of_scale(np.array(given["masses"]), high).clip(0, 1)
-    assert np.allclose([p[2] for p in points], 3.5 * 4**share / 2, rtol=1e-3)
-    expected = [f"rgb({','.join(str(round(255 * c)) for c in MASS_COLOURS(s)[:3])})" for s in share]
-    drawn = np.array([re.findall(r"\d+", p[-1]) for p in points], float)
-    wanted = np.array([re.findall(r"\d+", c) for c in expected], float)
-    assert np.abs(drawn - wanted).max() <= 2
-    mark = page.evaluate(read, ".mark-line")[0][5]
-    assert mark == pytest.approx(y_one + np.log(1 / one) / np.log(two / one) * (y_two - y_one))
-
-    # masses within a few thousandths of 1 look like 1
-    def alike(run):
-        run["mass"] = [1.003 if n % 2 else 0.998 for n in range(len(run["mass"]))]
-        run["vocabulary"]["masses"] = [1.003] * len(run["vocabulary"]["masses"])
-
-    rewrite(in_tmp, alike)
-    page, (run, _) = open_map(address="#view=map&token=21&colour=mass&layer=2&fit=layer")
-    assert page.locator(".legend").first.inner_text().split("mass")[0].split() == ["0.900", "1.11"]
-    assert is_colour(pixels(page), on_screen(page, run, 2)[21], (149, 149, 149))

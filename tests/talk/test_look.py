@@ -11,6 +11,7 @@ import torch
 from asker import Asker
 from coords import live
 from engine.checkpoint import load_model
+from map_browser import wait_until
 from small_models import LETTERS, make_checkpoint, make_checkpoint_with_background
 from system.safe_text import printable
 from talk.conversation import Conversation
@@ -252,7 +253,7 @@ def test_in_a_browser(browser, in_tmp):
 
         def shown():
             page.wait_for_selector("body:not(.unread) form.live button:enabled")
-            page.wait_for_function("document.querySelectorAll('#panel .token').length")
+            wait_until(page, "document.querySelectorAll('#panel .token').length")
             return page.input_value("#sentence")
 
         page.goto(server.url + "look")
@@ -284,16 +285,14 @@ def test_in_a_browser(browser, in_tmp):
         other = page.locator("#panel button.go:has-text('continue with this')").first
         label = other.locator(".chip").inner_text()
         other.click()
-        page.wait_for_function(
-            "text => document.querySelector('#sentence').value !== text", arg=TEXT
-        )
+        wait_until(page, "text => document.querySelector('#sentence').value !== text", arg=TEXT)
         grown = shown()
         assert grown.startswith(TEXT[:18]) and len(grown) == 19 + ADDED_TOKENS
         chosen = page.locator("#panel .token[aria-selected=true]")
         assert chosen.get_attribute("data-token") == "18" and grown[18] == label.replace("␣", " ")
 
         # its link opens the same text and view; a wrong one is a sentence
-        page.wait_for_function("text => location.hash.includes(text)", arg=grown[:3])
+        wait_until(page, "text => location.hash.includes(text)", arg=grown[:3])
         page.reload()
         assert shown() == grown and "tab-next" in page.get_attribute("#panel", "aria-labelledby")
         page.fill("#sentence", "a" * 300_000)
@@ -321,7 +320,7 @@ def test_in_a_browser(browser, in_tmp):
         chat, page = page, popup.value
         assert shown() == said.replace("\\x1b", "\ufffd")
         page.set_viewport_size({"width": 390, "height": 844})
-        page.wait_for_function("document.documentElement.scrollWidth <= 390")
+        wait_until(page, "document.documentElement.scrollWidth <= 390")
         chat.close()
         page.close()
     assert not wrong
