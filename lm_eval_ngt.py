@@ -65,6 +65,7 @@ def harness_class():
 
     from engine.generation import TokenStream, sample
     from engine.kv_cache import KVCache
+    from engine.losses import start_of_text
 
     class HarnessModel(TemplateLM):
         """A checkpoint as the harness sees it. A line end stands for the start of a text."""
@@ -74,7 +75,7 @@ def harness_class():
             self.model, self.encode, self.decode = model.eval(), tokenizer.encode, tokenizer.decode
             self.batch_size, self.max_length = batch_size, max_length
             self._device = next(model.parameters()).device
-            self.line_end = (tokenizer.encode("\n")[:1] or [0])[0]
+            self.line_end = start_of_text(tokenizer)
 
         @property
         def eot_token_id(self):

@@ -22,6 +22,11 @@ def learned_limit(model):
     return model.max_context if has_learned_positions else None
 
 
+def start_of_text(tokenizer):
+    """The id from which the first token of a text is predicted: a line end, for want of a start."""
+    return (tokenizer.encode("\n") or [0])[0]
+
+
 class Losses:
     """Computes losses of a model's predictions, in bf16 if it was trained in bf16.
 

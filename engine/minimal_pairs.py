@@ -9,6 +9,8 @@ from itertools import product
 
 import numpy as np
 
+from engine.losses import start_of_text
+
 PEOPLE = (("man", "men"), ("woman", "women"), ("child", "children"), ("friend", "friends"))
 THINGS = (("book", "books"), ("house", "houses"), ("letter", "letters"), ("tree", "trees"))
 VERBS = (("walks", "walk"), ("sleeps", "sleep"), ("is", "are"), ("has", "have"))
@@ -87,7 +89,7 @@ def minimal_pairs(losses, tokenizer):
         A list of dicts per phenomenon, and a last one for all: `phenomenon`, `pairs`, `accuracy`
         and its standard `error`.
     """
-    start = tokenizer.encode("\n")[:1] or [0]  # for want of a start of text, a line end
+    start = [start_of_text(tokenizer)]
     found, every = [], []
     for name, sentences in pairs().items():
         nats = _losses(losses, [start + tokenizer.encode(s) for pair in sentences for s in pair])

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from engine.kv_cache import KVCache
+from engine.losses import start_of_text
 from system.errors import UsageError, UserError
 from text.stream import read_blocks
 
@@ -133,8 +134,7 @@ def wikitext(losses, tokenizer, path, block_size, stride=None):
     texts = articles(read_wikitext(path))
     if not texts:
         raise UserError(f"{path} has no text: get WikiText's own file")
-    # the first token of an article is predicted from a line end, for want of an end of text
-    start = tokenizer.encode("\n")[:1] or [0]
+    start = [start_of_text(tokenizer)]
     sequences = [start + tokenizer.encode(detokenized(text)) for text in texts]
     size = {
         "articles": len(texts),
